@@ -1,0 +1,4 @@
+//! Kvern, a self-hosted LLM inference server.
+
+pub mod request;
+pub mod text;

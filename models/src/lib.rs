@@ -1,0 +1,59 @@
+//! Architectures and weights: a model is composed of shared blocks over [`kvern_kernels`]; weights of GGUF and safetensors
+//! arrive under one naming before any model code sees them.
+
+use kvern_kernels::{Device, KernelError, KvCache, Precision, Tensor};
+
+/// The input of one forward pass; borrowed for one step. T tokens of B sequences, S of whose rows are sampled.
+#[derive(Clone, Copy, Debug)]
+pub struct ForwardBatch<'a> {
+    /// `[T]`
+    pub input_ids: &'a [u32],
+    /// `[T]`
+    pub positions: &'a [u32],
+    /// `[T]`: block * block_size + offset.
+    pub slot_mapping: &'a [u32],
+    /// `[B + 1]`
+    pub cu_seqlens_q: &'a [u32],
+    /// `[B]`, this step's tokens included.
+    pub context_lens: &'a [u32],
+    /// `[B, block_table_stride]`
+    pub block_tables: &'a [u32],
+    pub block_table_stride: usize,
+    /// `[S]`: rows of `input_ids` whose logits are wanted, ascending.
+    pub sample_rows: &'a [u32],
+}
+
+/// Most of everything in one step; workspace is allocated for it once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StepLimits {
+    /// T
+    pub tokens_max: usize,
+    /// B and S
+    pub sequences_max: usize,
+    /// Longest context; RoPE tables cover it.
+    pub context_max: usize,
+}
+
+/// A loaded model: weights and workspace on one device.
+pub trait Model: Send {
+    /// Logits `[S, vocab_size]` in F32, valid until the next call.
+    fn forward(&mut self, batch: &ForwardBatch<'_>, kv: &mut KvCache) -> Result<&Tensor, KernelError>;
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct LoadOptions {
+    pub precision: Precision,
+    pub limits: StepLimits,
+}
+
+/// Progress of loading, in bytes of weights.
+pub type Progress<'a> = &'a mut dyn FnMut(LoadProgress);
+
+#[derive(Clone, Copy, Debug)]
+pub struct LoadProgress {
+    pub done_bytes: u64,
+    pub total_bytes: u64,
+}
+
+#[doc(hidden)]
+pub fn _reserve(_: &Device) {}

@@ -1,0 +1,101 @@
+//! A request past admission, and the words that the engine says about it.
+
+use kvern_core::{CancelReason, FinishReason, RequestId, TokenId, Usage};
+use std::sync::Arc;
+use tokio::sync::mpsc;
+
+/// A validated request: plain data, tokenized.
+#[derive(Clone, Debug)]
+pub struct Request {
+    pub id: RequestId,
+    /// What logs and answers call it: `chatcmpl-...`, or the caller's X-Request-Id.
+    pub external_id: Arc<str>,
+    pub prompt: Vec<TokenId>,
+    pub sampling: SamplingParams,
+    /// At least 1; prompt and output fit the context.
+    pub max_new_tokens: u32,
+    /// Whose prefix cache it may share: 0 for all (no keys file yet).
+    pub tenant: u64,
+}
+
+/// How tokens are drawn. Every field is in range: admission checked it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SamplingParams {
+    /// 0 is greedy.
+    pub temperature: f32,
+    /// (0, 1]
+    pub top_p: f32,
+    /// 0 is off.
+    pub top_k: u32,
+    /// [0, 1]
+    pub min_p: f32,
+    /// [-2, 2]
+    pub presence_penalty: f32,
+    /// [-2, 2]
+    pub frequency_penalty: f32,
+    /// > 0; 1 is off.
+    pub repetition_penalty: f32,
+    /// With the position, the whole random state of a request.
+    pub seed: u64,
+    /// Tokens that finish the request: those of the request, and the model's unless `ignore_eos`. Sorted. Not sampled
+    /// before `min_tokens`.
+    pub stop_tokens: Vec<TokenId>,
+    pub min_tokens: u32,
+    /// Sorted by token; values in [-100, 100].
+    pub logit_bias: Vec<(TokenId, f32)>,
+    /// `Some(n)`: the log-probability of each token and of the `n` likeliest ones.
+    pub logprobs: Option<u32>,
+}
+
+/// Log-probability of a token under the raw logits (before temperature, penalties and bias), as vLLM's default
+/// `raw_logprobs`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenLogprobs {
+    pub logprob: f32,
+    /// Likeliest first.
+    pub top: Vec<(TokenId, f32)>,
+}
+
+/// What the engine tells a request's owner.
+#[derive(Clone, Debug)]
+pub enum TokenEvent {
+    /// `Box`ed so that the common case stays small.
+    Token { token: TokenId, logprobs: Option<Box<TokenLogprobs>> },
+    /// The last event. A stop token that ended the request was sent as a `Token` before.
+    Finished { reason: FinishReason, usage: Usage },
+}
+
+pub type TokenRx = mpsc::Receiver<TokenEvent>;
+
+/// Why a request was not taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SubmitError {
+    #[error("the queue is full: {waiting} requests wait, the limit is {limit}")]
+    QueueFull { waiting: u32, limit: u32 },
+    #[error("the server is draining and takes no new requests")]
+    Draining,
+    #[error("the engine has stopped")]
+    Stopped,
+}
+
+/// The HTTP side's view of the engine. The server has one implementation; tests have a null one.
+pub trait Engine: Send + Sync + 'static {
+    /// Takes the request or refuses it at once; never blocks. Dropping the receiver cancels the request.
+    fn submit(&self, request: Request) -> Result<TokenRx, SubmitError>;
+    /// Withdraws a request early (a stop string was found); unknown ids are ignored.
+    fn cancel(&self, id: RequestId, reason: CancelReason);
+    /// A fresh id.
+    fn next_id(&self) -> RequestId;
+    fn health(&self) -> EngineHealth;
+    /// Prometheus text format 0.0.4.
+    fn metrics_text(&self) -> String;
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EngineHealth {
+    /// The model is loaded and warm.
+    pub ready: bool,
+    /// The engine loop made progress lately, or has nothing to do.
+    pub live: bool,
+    pub draining: bool,
+}
