@@ -1,0 +1,281 @@
+//! From a model's files to a running engine: load, size the KV cache, warm up, start the worker and engine threads.
+//!
+//! The memory account is made before the KV cache is allocated, and after start nothing grows with load: workspace is
+//! sized by the step limits, the KV cache by [`kv_blocks`], queues by their bounds.
+
+use crate::engine::{EngineHandle, EngineLimits, EngineLoop};
+use crate::telemetry::{Telemetry, TelemetryInfo};
+use crate::worker::{Worker, WorkerParts};
+use kvern_core::{CoreConfig, Engine as Core, Role, WorkerSpec};
+use kvern_kernels::{CpuOptions, Device, KernelError, KvCache, KvDType, KvShape, Precision};
+use kvern_models::{LoadError, LoadOptions, LoadProgress, LoadedModel, ModelConfig, ModelFiles, StepLimits};
+use std::sync::Arc;
+use std::sync::mpsc::sync_channel;
+use std::thread::JoinHandle;
+
+/// What the engine is built with; the part of the configuration that concerns it.
+#[derive(Clone, Debug)]
+pub struct RuntimeOptions {
+    pub cpu: CpuOptions,
+    pub precision: Precision,
+    pub kv_dtype: KvDType,
+    /// Tokens of prompt and output together; `None` is the model's own limit, as far as the KV cache holds it.
+    pub max_model_len: Option<u32>,
+    pub max_num_seqs: u32,
+    pub max_num_batched_tokens: u32,
+    pub block_size: u32,
+    /// `None` takes [`KV_MEMORY_SHARE`] of what is free, but no more than all sequences at full length need.
+    pub kv_cache_bytes: Option<u64>,
+    pub prefix_caching: bool,
+    pub max_queued_requests: u32,
+    pub served_model_name: String,
+    pub log_prompts: bool,
+}
+
+/// Share of the free memory that the KV cache takes by default, in percent.
+pub const KV_MEMORY_SHARE: u64 = 40;
+
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    #[error("max_model_len is {found}, more than the {limit} tokens that the model was made for")]
+    BeyondModel { found: u32, limit: u32 },
+    #[error(
+        "the KV cache gets {bytes} bytes, which hold {tokens} tokens; one sequence of max_model_len {model_len} needs \
+         {needed} bytes: lower --max-model-len or raise --kv-cache-memory-bytes"
+    )]
+    KvTooSmall { bytes: u64, tokens: u64, model_len: u32, needed: u64 },
+    #[error("could not start the {name} thread: {source}")]
+    Thread { name: &'static str, source: std::io::Error },
+    #[error("the warm-up step failed: {0}")]
+    WarmUp(KernelError),
+}
+
+/// A running engine and what the front end must know of its model.
+pub struct Runtime {
+    pub handle: EngineHandle,
+    pub config: ModelConfig,
+    pub max_model_len: u32,
+    pub account: MemoryAccount,
+    threads: Vec<JoinHandle<()>>,
+}
+
+/// Where the memory went, for the start-up banner.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemoryAccount {
+    pub device: String,
+    pub weight_bytes: u64,
+    pub workspace_bytes: u64,
+    pub kv_bytes: u64,
+    pub kv_blocks: u32,
+    pub block_size: u32,
+    /// Why the KV cache got what it got.
+    pub kv_reason: String,
+}
+
+impl Runtime {
+    /// Waits until the engine and its worker have ended.
+    pub fn join(self) {
+        let Runtime { handle, threads, .. } = self;
+        drop(handle);
+        for thread in threads {
+            // A panic was reported where it happened.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Loads `files` and starts the engine; `progress` hears of the bytes loaded.
+pub fn start(
+    files: &ModelFiles,
+    options: &RuntimeOptions,
+    progress: &mut dyn FnMut(LoadProgress),
+) -> Result<Runtime, StartError> {
+    let device = Device::cpu(options.cpu)?;
+    let model_config = files.config()?;
+    let max_model_len = model_len(&model_config, options)?;
+    let limits = StepLimits {
+        tokens_max: options.max_num_batched_tokens as usize,
+        sequences_max: options.max_num_seqs as usize,
+        context_max: max_model_len as usize,
+    };
+    let load = LoadOptions { precision: options.precision, limits };
+    let loaded = kvern_models::load(&device, files, &load, progress)?;
+    let shape = kv_shape(&loaded, options, max_model_len)?;
+    let account = MemoryAccount {
+        device: device.describe(),
+        weight_bytes: loaded.weight_bytes as u64,
+        workspace_bytes: loaded.workspace_bytes as u64,
+        kv_bytes: (shape.0.blocks * shape.0.block_bytes()) as u64,
+        kv_blocks: shape.0.blocks as u32,
+        block_size: options.block_size,
+        kv_reason: shape.1,
+    };
+    let worker = warm_worker(device, loaded.model, shape.0, limits, &model_config)?;
+    let (handle, threads) = spawn(worker, options, max_model_len, account.kv_blocks)?;
+    Ok(Runtime { handle, config: model_config, max_model_len, account, threads })
+}
+
+fn model_len(config: &ModelConfig, options: &RuntimeOptions) -> Result<u32, StartError> {
+    let limit = config.max_position_embeddings as u32;
+    match options.max_model_len {
+        Some(found) if found > limit => Err(StartError::BeyondModel { found, limit }),
+        asked => Ok(asked.unwrap_or(limit)),
+    }
+}
+
+/// Shape of the KV cache, and why it has its size.
+fn kv_shape(
+    loaded: &LoadedModel,
+    options: &RuntimeOptions,
+    max_model_len: u32,
+) -> Result<(KvShape, String), StartError> {
+    let mut shape = KvShape {
+        layers: loaded.config.num_hidden_layers,
+        blocks: 0,
+        block_size: options.block_size as usize,
+        kv_heads: loaded.heads.kv_heads,
+        head_dim: loaded.heads.head_dim,
+        dtype: options.kv_dtype,
+    };
+    let block_bytes = shape.block_bytes() as u64;
+    let sequence_blocks = u64::from(max_model_len.div_ceil(options.block_size));
+    let useful = sequence_blocks * u64::from(options.max_num_seqs);
+    let (blocks, reason) = kv_blocks(options.kv_cache_bytes, available_memory(), block_bytes, useful);
+    if blocks < sequence_blocks {
+        return Err(StartError::KvTooSmall {
+            bytes: blocks * block_bytes,
+            tokens: blocks * u64::from(options.block_size),
+            model_len: max_model_len,
+            needed: sequence_blocks * block_bytes,
+        });
+    }
+    shape.blocks = blocks as usize;
+    Ok((shape, reason))
+}
+
+/// Blocks that the KV cache gets, and why: what was asked for, else a share of the free memory up to what all sequences
+/// at full length could use.
+fn kv_blocks(asked: Option<u64>, available: Option<u64>, block_bytes: u64, useful: u64) -> (u64, String) {
+    // Slots are 32-bit on every backend.
+    const BLOCKS_MAX: u64 = 1 << 24;
+    let (blocks, reason) = match (asked, available) {
+        (Some(bytes), _) => (bytes / block_bytes, "as configured".to_owned()),
+        (None, Some(free)) if free / 100 * KV_MEMORY_SHARE / block_bytes < useful => {
+            (free / 100 * KV_MEMORY_SHARE / block_bytes, format!("{KV_MEMORY_SHARE}% of the free memory"))
+        }
+        (None, _) => (useful, "all sequences at full length fit".to_owned()),
+    };
+    (blocks.min(BLOCKS_MAX), reason)
+}
+
+/// Bytes that this process may still take: the free memory of the machine, or what its control group leaves.
+fn available_memory() -> Option<u64> {
+    let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = meminfo.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
+    let machine = line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)?;
+    let read = |name: &str| std::fs::read_to_string(format!("/sys/fs/cgroup/{name}")).ok()?.trim().parse::<u64>().ok();
+    let group = read("memory.max").zip(read("memory.current")).map(|(max, used)| max.saturating_sub(used));
+    Some(group.map_or(machine, |group| group.min(machine)))
+}
+
+/// A worker that has run each kind of step once, so that the first request finds pages and caches in place.
+fn warm_worker(
+    device: Device,
+    mut model: Box<dyn kvern_models::Model>,
+    shape: KvShape,
+    limits: StepLimits,
+    config: &ModelConfig,
+) -> Result<Worker, StartError> {
+    let mut kv = KvCache::new(&device, shape)?;
+    let tokens = limits.tokens_max.min(shape.block_size).min(limits.context_max) as u32;
+    for length in [tokens, 1] {
+        let positions: Vec<u32> = (0..length).collect();
+        let batch = kvern_models::ForwardBatch {
+            input_ids: &vec![0; length as usize],
+            positions: &positions,
+            slot_mapping: &positions,
+            cu_seqlens_q: &[0, length],
+            context_lens: &[length],
+            block_tables: &[0],
+            block_table_stride: 1,
+            sample_rows: &[length - 1],
+        };
+        model.forward(&batch, &mut kv).map_err(StartError::WarmUp)?;
+    }
+    let threads = device.threads();
+    Ok(Worker::new(WorkerParts {
+        device,
+        model,
+        kv,
+        limits,
+        block_size: shape.block_size as u32,
+        vocab_size: config.vocab_size,
+        threads,
+    }))
+}
+
+fn spawn(
+    worker: Worker,
+    options: &RuntimeOptions,
+    max_model_len: u32,
+    num_blocks: u32,
+) -> Result<(EngineHandle, Vec<JoinHandle<()>>), StartError> {
+    let telemetry = Arc::new(Telemetry::new(&TelemetryInfo {
+        model_name: options.served_model_name.clone(),
+        max_model_len,
+        block_size: options.block_size,
+        num_blocks,
+        prefix_caching: options.prefix_caching,
+        kv_cache_dtype: format!("{:?}", options.kv_dtype).to_lowercase(),
+        log_prompts: options.log_prompts,
+    }));
+    let core = Core::new(CoreConfig {
+        workers: vec![WorkerSpec { role: Role::Mixed, num_blocks }],
+        block_size: options.block_size,
+        step_tokens_max: options.max_num_batched_tokens,
+        running_max: options.max_num_seqs,
+        // The handle refuses first; preempted requests wait again and must find room.
+        waiting_max: options.max_queued_requests.saturating_add(options.max_num_seqs),
+        request_tokens_max: max_model_len,
+        prefix_caching: options.prefix_caching,
+        hash_bits: 128,
+    });
+    let limits = EngineLimits { waiting_max: options.max_queued_requests };
+    let (handle, inbox, shared) = EngineHandle::new(limits, Arc::clone(&telemetry));
+    let (steps, commands) = sync_channel(1);
+    let reporter = handle.reporter();
+    let engine = EngineLoop::new(core, inbox, steps, shared, telemetry);
+    let threads = vec![
+        thread("kvern-worker", move || crate::engine::serve_worker(worker, &commands, &reporter))?,
+        thread("kvern-engine", move || engine.run())?,
+    ];
+    Ok((handle, threads))
+}
+
+fn thread(name: &'static str, run: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, StartError> {
+    std::thread::Builder::new()
+        .name(name.to_owned())
+        .spawn(run)
+        .map_err(|source| StartError::Thread { name, source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kv_cache_gets_what_was_asked_or_what_is_useful() {
+        let check = |asked, available, useful, want: u64| {
+            assert_eq!(kv_blocks(asked, available, 1000, useful).0, want, "{asked:?} {available:?} {useful}");
+        };
+        check(Some(5_999), Some(1 << 40), 2, 5);
+        check(None, Some(100_000), 1 << 20, 40);
+        check(None, Some(100_000), 7, 7);
+        check(None, None, 7, 7);
+        check(Some(u64::MAX), None, 7, 1 << 24);
+    }
+}
