@@ -66,7 +66,7 @@ impl EngineLoop {
         }
     }
 
-    /// Runs until every handle is dropped, or until it has drained.
+    /// Runs until it has drained or the worker is lost.
     pub fn run(mut self) {
         while self.take_messages() {
             self.withdraw_closed();
@@ -79,8 +79,8 @@ impl EngineLoop {
         self.shared.stop();
     }
 
-    /// Applies what is in the inbox; waits for a message when there is nothing else to do. `false` when all handles are
-    /// gone, or the worker is lost.
+    /// Applies what is in the inbox; waits for a message when there is nothing else to do. `false` when the worker
+    /// is lost.
     fn take_messages(&mut self) -> bool {
         let must_wait = self.idle_plan.is_none() || self.core.is_idle();
         let mut next = if must_wait { self.inbox.recv().ok() } else { self.inbox.try_recv().ok() };

@@ -77,10 +77,10 @@ pub struct MemoryAccount {
 }
 
 impl Runtime {
-    /// Waits until the engine and its worker have ended.
+    /// Takes no new work, and waits until what runs has finished and the threads have ended.
     pub fn join(self) {
         let Runtime { handle, threads, .. } = self;
-        drop(handle);
+        handle.drain();
         for thread in threads {
             // A panic was reported where it happened.
             let _ = thread.join();

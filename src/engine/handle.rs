@@ -67,7 +67,7 @@ impl Shared {
     }
 }
 
-/// A handle on the engine; cloning shares it. The engine ends when it has drained or when all handles are gone.
+/// A handle on the engine; cloning shares it. The engine ends when it has drained.
 #[derive(Clone)]
 pub struct EngineHandle {
     inbox: SyncSender<Message>,
