@@ -3,37 +3,25 @@
 //! The memory account is made before the KV cache is allocated, and after start nothing grows with load: workspace is
 //! sized by the step limits, the KV cache by [`kv_blocks`], queues by their bounds.
 
+use crate::config::{EngineConfig, KV_CACHE_SHARE_OF_AVAILABLE};
 use crate::engine::{EngineHandle, EngineLimits, EngineLoop};
 use crate::telemetry::{Telemetry, TelemetryInfo};
 use crate::worker::{Worker, WorkerParts};
 use kvern_core::{CoreConfig, Engine as Core, Role, WorkerSpec};
-use kvern_kernels::{CpuOptions, Device, KernelError, KvCache, KvDType, KvShape, Precision};
+use kvern_kernels::{Device, KernelError, KvCache, KvShape};
 use kvern_models::{LoadError, LoadOptions, LoadProgress, LoadedModel, ModelConfig, ModelFiles, StepLimits};
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 use std::thread::JoinHandle;
 
-/// What the engine is built with; the part of the configuration that concerns it.
+/// What the engine is built with.
 #[derive(Clone, Debug)]
 pub struct RuntimeOptions {
-    pub cpu: CpuOptions,
-    pub precision: Precision,
-    pub kv_dtype: KvDType,
-    /// Tokens of prompt and output together; `None` is the model's own limit, as far as the KV cache holds it.
-    pub max_model_len: Option<u32>,
-    pub max_num_seqs: u32,
-    pub max_num_batched_tokens: u32,
-    pub block_size: u32,
-    /// `None` takes [`KV_MEMORY_SHARE`] of what is free, but no more than all sequences at full length need.
-    pub kv_cache_bytes: Option<u64>,
-    pub prefix_caching: bool,
-    pub max_queued_requests: u32,
+    pub engine: EngineConfig,
+    /// Label of the metrics.
     pub served_model_name: String,
     pub log_prompts: bool,
 }
-
-/// Share of the free memory that the KV cache takes by default, in percent.
-pub const KV_MEMORY_SHARE: u64 = 40;
 
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
@@ -94,15 +82,15 @@ pub fn start(
     options: &RuntimeOptions,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Runtime, StartError> {
-    let device = Device::cpu(options.cpu)?;
+    let device = Device::cpu(options.engine.cpu)?;
     let model_config = files.config()?;
     let max_model_len = model_len(&model_config, options)?;
     let limits = StepLimits {
-        tokens_max: options.max_num_batched_tokens as usize,
-        sequences_max: options.max_num_seqs as usize,
+        tokens_max: options.engine.max_num_batched_tokens as usize,
+        sequences_max: options.engine.max_num_seqs as usize,
         context_max: max_model_len as usize,
     };
-    let load = LoadOptions { precision: options.precision, limits };
+    let load = LoadOptions { precision: options.engine.precision, limits };
     let loaded = kvern_models::load(&device, files, &load, progress)?;
     let shape = kv_shape(&loaded, options, max_model_len)?;
     let account = MemoryAccount {
@@ -111,7 +99,7 @@ pub fn start(
         workspace_bytes: loaded.workspace_bytes as u64,
         kv_bytes: (shape.0.blocks * shape.0.block_bytes()) as u64,
         kv_blocks: shape.0.blocks as u32,
-        block_size: options.block_size,
+        block_size: options.engine.block_size,
         kv_reason: shape.1,
     };
     let worker = warm_worker(device, loaded.model, shape.0, limits, &model_config)?;
@@ -121,7 +109,7 @@ pub fn start(
 
 fn model_len(config: &ModelConfig, options: &RuntimeOptions) -> Result<u32, StartError> {
     let limit = config.max_position_embeddings as u32;
-    match options.max_model_len {
+    match options.engine.max_model_len {
         Some(found) if found > limit => Err(StartError::BeyondModel { found, limit }),
         asked => Ok(asked.unwrap_or(limit)),
     }
@@ -136,19 +124,19 @@ fn kv_shape(
     let mut shape = KvShape {
         layers: loaded.config.num_hidden_layers,
         blocks: 0,
-        block_size: options.block_size as usize,
+        block_size: options.engine.block_size as usize,
         kv_heads: loaded.heads.kv_heads,
         head_dim: loaded.heads.head_dim,
-        dtype: options.kv_dtype,
+        dtype: options.engine.kv_dtype,
     };
     let block_bytes = shape.block_bytes() as u64;
-    let sequence_blocks = u64::from(max_model_len.div_ceil(options.block_size));
-    let useful = sequence_blocks * u64::from(options.max_num_seqs);
-    let (blocks, reason) = kv_blocks(options.kv_cache_bytes, available_memory(), block_bytes, useful);
+    let sequence_blocks = u64::from(max_model_len.div_ceil(options.engine.block_size));
+    let useful = sequence_blocks * u64::from(options.engine.max_num_seqs);
+    let (blocks, reason) = kv_blocks(options.engine.kv_cache_memory_bytes, available_memory(), block_bytes, useful);
     if blocks < sequence_blocks {
         return Err(StartError::KvTooSmall {
             bytes: blocks * block_bytes,
-            tokens: blocks * u64::from(options.block_size),
+            tokens: blocks * u64::from(options.engine.block_size),
             model_len: max_model_len,
             needed: sequence_blocks * block_bytes,
         });
@@ -164,12 +152,16 @@ fn kv_blocks(asked: Option<u64>, available: Option<u64>, block_bytes: u64, usefu
     const BLOCKS_MAX: u64 = 1 << 24;
     let (blocks, reason) = match (asked, available) {
         (Some(bytes), _) => (bytes / block_bytes, "as configured".to_owned()),
-        (None, Some(free)) if free / 100 * KV_MEMORY_SHARE / block_bytes < useful => {
-            (free / 100 * KV_MEMORY_SHARE / block_bytes, format!("{KV_MEMORY_SHARE}% of the free memory"))
+        (None, Some(free)) if share_of(free) / block_bytes < useful => {
+            (share_of(free) / block_bytes, format!("{:.0}% of the free memory", KV_CACHE_SHARE_OF_AVAILABLE * 100.0))
         }
         (None, _) => (useful, "all sequences at full length fit".to_owned()),
     };
     (blocks.min(BLOCKS_MAX), reason)
+}
+
+fn share_of(bytes: u64) -> u64 {
+    (bytes as f64 * KV_CACHE_SHARE_OF_AVAILABLE) as u64
 }
 
 /// Bytes that this process may still take: the free memory of the machine, or what its control group leaves.
@@ -227,24 +219,24 @@ fn spawn(
     let telemetry = Arc::new(Telemetry::new(&TelemetryInfo {
         model_name: options.served_model_name.clone(),
         max_model_len,
-        block_size: options.block_size,
+        block_size: options.engine.block_size,
         num_blocks,
-        prefix_caching: options.prefix_caching,
-        kv_cache_dtype: format!("{:?}", options.kv_dtype).to_lowercase(),
+        prefix_caching: options.engine.prefix_caching,
+        kv_cache_dtype: format!("{:?}", options.engine.kv_dtype).to_lowercase(),
         log_prompts: options.log_prompts,
     }));
     let core = Core::new(CoreConfig {
         workers: vec![WorkerSpec { role: Role::Mixed, num_blocks }],
-        block_size: options.block_size,
-        step_tokens_max: options.max_num_batched_tokens,
-        running_max: options.max_num_seqs,
+        block_size: options.engine.block_size,
+        step_tokens_max: options.engine.max_num_batched_tokens,
+        running_max: options.engine.max_num_seqs,
         // The handle refuses first; preempted requests wait again and must find room.
-        waiting_max: options.max_queued_requests.saturating_add(options.max_num_seqs),
+        waiting_max: options.engine.max_num_queued_reqs.saturating_add(options.engine.max_num_seqs),
         request_tokens_max: max_model_len,
-        prefix_caching: options.prefix_caching,
+        prefix_caching: options.engine.prefix_caching,
         hash_bits: 128,
     });
-    let limits = EngineLimits { waiting_max: options.max_queued_requests };
+    let limits = EngineLimits { waiting_max: options.engine.max_num_queued_reqs };
     let (handle, inbox, shared) = EngineHandle::new(limits, Arc::clone(&telemetry));
     let (steps, commands) = sync_channel(1);
     let reporter = handle.reporter();
@@ -273,7 +265,7 @@ mod tests {
             assert_eq!(kv_blocks(asked, available, 1000, useful).0, want, "{asked:?} {available:?} {useful}");
         };
         check(Some(5_999), Some(1 << 40), 2, 5);
-        check(None, Some(100_000), 1 << 20, 40);
+        check(None, Some(100_000), 1 << 20, 50);
         check(None, Some(100_000), 7, 7);
         check(None, None, 7, 7);
         check(Some(u64::MAX), None, 7, 1 << 24);

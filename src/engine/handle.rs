@@ -165,7 +165,7 @@ impl Engine for EngineHandle {
         let stalled = shared.busy.load(Ordering::Relaxed) && now.saturating_sub(last) > STALL_MAX;
         let draining = shared.is_draining();
         EngineHealth {
-            ready: !self.has_stopped() && !draining,
+            ready: !self.has_stopped(),
             live: !stalled && (draining || !self.has_stopped()),
             draining,
         }
