@@ -2,7 +2,8 @@
 
 use crate::request::{Engine, Request, SamplingParams, TokenEvent};
 use crate::runtime::Runtime;
-use crate::text::{IncrementalDetokenizer, TextModel};
+use crate::config::GenerateConfig;
+use crate::text::{IncrementalDetokenizer, RenderInput, TemplateError, TextModel, TokenizerError};
 use kvern_core::{FinishReason, TokenId, Usage};
 use std::io::Write;
 use std::sync::Arc;
@@ -38,6 +39,45 @@ pub enum GenerateError {
     EngineStopped,
     #[error("could not write the answer: {0}")]
     Write(#[from] std::io::Error),
+}
+
+/// Why a prompt could not be made into tokens.
+#[derive(Debug, thiserror::Error)]
+pub enum PromptError {
+    #[error(transparent)]
+    Template(#[from] TemplateError),
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+}
+
+/// The tokens of `prompt` as one user message, or as it stands when `raw` or the model has no chat template.
+pub fn encode(text: &TextModel, prompt: &str, raw: bool) -> Result<Vec<TokenId>, PromptError> {
+    match text.template.as_ref().filter(|_| !raw) {
+        None => Ok(text.tokenizer.encode(prompt, true)?),
+        Some(template) => {
+            let messages = serde_json::json!([{ "role": "user", "content": prompt }]);
+            Ok(text.tokenizer.encode(&template.render(&RenderInput::new(&messages))?, false)?)
+        }
+    }
+}
+
+/// Sampling as the command line asks for it; without a seed, a new one.
+#[must_use]
+pub fn sampling(wanted: &GenerateConfig, text: &TextModel) -> SamplingParams {
+    SamplingParams {
+        temperature: wanted.temperature,
+        top_p: 1.0,
+        top_k: 0,
+        min_p: 0.0,
+        presence_penalty: 0.0,
+        frequency_penalty: 0.0,
+        repetition_penalty: 1.0,
+        seed: wanted.seed.unwrap_or_else(|| getrandom::u64().unwrap_or_default()),
+        stop_tokens: text.stop_tokens.clone(),
+        min_tokens: 0,
+        logit_bias: Vec::new(),
+        logprobs: None,
+    }
 }
 
 /// Answers `prompt`, writing text to `out` as soon as it is certain. Ends at the model's stop tokens, at `max_tokens`, or
