@@ -1,4 +1,5 @@
 //! Kvern, a self-hosted LLM inference server.
 
+pub mod config;
 pub mod request;
 pub mod text;
