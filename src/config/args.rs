@@ -1,0 +1,194 @@
+//! The command line as typed. Flags carry vLLM's names where vLLM has the flag; the text of a flag's help is here only.
+
+use super::values::{
+    Secret, parse_amount, parse_count, parse_filled, parse_host, parse_log_level, parse_seconds, parse_secret,
+    parse_temperature,
+};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// A self-hosted LLM inference server with the OpenAI API.
+#[derive(Debug, Parser)]
+#[command(name = "kvern", version, arg_required_else_help = true, max_term_width = 110)]
+pub(super) struct Cli {
+    #[command(subcommand)]
+    pub(super) command: Command,
+}
+
+/// Where else a setting can stand; shown below each subcommand's help.
+const LAYERS_HELP: &str = "Every flag but --config is also an environment variable (--max-model-len is KVERN_MAX_MODEL_LEN) \
+and a key of the file of --config (max_model_len). A flag wins over the environment, the environment over the file.";
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Serve a model through the OpenAI API
+    #[command(after_help = LAYERS_HELP)]
+    Serve(ServeArgs),
+    /// Answer one prompt on the terminal
+    #[command(after_help = LAYERS_HELP)]
+    Generate(GenerateArgs),
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ServeArgs {
+    /// Path, Hugging Face repository (OWNER/NAME, OWNER/NAME@REVISION, OWNER/NAME:Q4_K_M) or file in --models-dir
+    #[arg(value_name = "MODEL", value_parser = parse_filled)]
+    pub(super) model_given: Option<String>,
+    #[command(flatten)]
+    pub(super) server: ServerArgs,
+    #[command(flatten)]
+    pub(super) model: ModelArgs,
+    #[command(flatten)]
+    pub(super) engine: EngineArgs,
+    #[command(flatten)]
+    pub(super) log: LogArgs,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct GenerateArgs {
+    /// What the model answers
+    #[arg(value_name = "PROMPT")]
+    pub(super) prompt: String,
+    /// Most tokens to generate [default: until the model stops or the context is full]
+    #[arg(long, value_name = "N", value_parser = parse_count)]
+    pub(super) max_tokens: Option<u32>,
+    /// Randomness of sampling; 0 takes the likeliest token
+    #[arg(long, value_name = "T", default_value = "0", value_parser = parse_temperature)]
+    pub(super) temperature: f32,
+    /// Makes a random answer repeatable [default: a new one each time]
+    #[arg(long, value_name = "S")]
+    pub(super) seed: Option<u64>,
+    /// Continue the prompt as it is, without the chat template
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value = "false")]
+    pub(super) raw: bool,
+    #[command(flatten)]
+    pub(super) model: ModelArgs,
+    #[command(flatten)]
+    pub(super) engine: EngineArgs,
+    #[command(flatten)]
+    pub(super) log: LogArgs,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Server")]
+pub(super) struct ServerArgs {
+    /// Address to listen on; the default is all interfaces, as containers need it
+    #[arg(long, value_name = "ADDRESS", default_value = "0.0.0.0", value_parser = parse_host)]
+    pub(super) host: IpAddr,
+    /// Port to listen on
+    #[arg(long, value_name = "PORT", default_value_t = 8000)]
+    pub(super) port: u16,
+    /// Names that clients may call the model by, the first one in answers [default: MODEL]
+    #[arg(long, value_name = "NAME", num_args = 1.., value_parser = parse_filled)]
+    pub(super) served_model_name: Vec<String>,
+    /// Keys that clients must send as a bearer token [default: open to all]
+    #[arg(long, value_name = "KEY", num_args = 1.., value_parser = parse_secret)]
+    pub(super) api_key: Vec<Secret>,
+    /// Most bytes of a request body
+    #[arg(long, value_name = "BYTES", default_value = "16MiB", value_parser = parse_amount)]
+    pub(super) max_body_bytes: u64,
+    /// Seconds that running requests may go on after SIGTERM
+    #[arg(long, value_name = "SECONDS", default_value = "25", value_parser = parse_seconds)]
+    pub(super) shutdown_timeout: Duration,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Model")]
+pub(super) struct ModelArgs {
+    /// As MODEL [default: SmolLM2-135M-Instruct]
+    #[arg(long, value_name = "MODEL", value_parser = parse_filled)]
+    pub(super) model: Option<String>,
+    /// Branch, tag or commit of a repository [default: main]
+    #[arg(long, value_name = "REVISION", value_parser = parse_filled)]
+    pub(super) revision: Option<String>,
+    /// Cache folder of downloads [default: that of HF_HUB_CACHE or HF_HOME]
+    #[arg(long, value_name = "DIR")]
+    pub(super) download_dir: Option<PathBuf>,
+    /// Folder of model files that MODEL may name, filled by `make model`
+    #[arg(long, value_name = "DIR", default_value = "models-cache")]
+    pub(super) models_dir: PathBuf,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Engine")]
+pub(super) struct EngineArgs {
+    /// Most tokens (prompt and answer) of a request [default: the model's context]
+    #[arg(long, value_name = "TOKENS", value_parser = parse_count)]
+    pub(super) max_model_len: Option<u32>,
+    /// Most requests that run at once
+    #[arg(long, value_name = "N", default_value = "256", value_parser = parse_count)]
+    pub(super) max_num_seqs: u32,
+    /// Most tokens of one step; more makes prefill cheaper and running answers wait longer
+    #[arg(long, value_name = "TOKENS", default_value = "512", value_parser = parse_count)]
+    pub(super) max_num_batched_tokens: u32,
+    /// Most requests that wait; further ones are refused with 429
+    #[arg(long, value_name = "N", default_value = "1024", value_parser = parse_count)]
+    pub(super) max_num_queued_reqs: u32,
+    /// Tokens of a KV block
+    #[arg(long, value_name = "TOKENS", default_value = "16", value_parser = parse_count)]
+    pub(super) block_size: u32,
+    /// Memory of the KV cache, such as 4GiB [default: half of what is available]
+    #[arg(long, value_name = "BYTES", value_parser = parse_amount)]
+    pub(super) kv_cache_memory_bytes: Option<u64>,
+    /// Share the KV blocks of equal prompt prefixes between requests
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value = "true")]
+    pub(super) enable_prefix_caching: bool,
+    /// The opposite of --enable-prefix-caching
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value = "false")]
+    pub(super) no_enable_prefix_caching: bool,
+    /// Precision of the weights; auto keeps them as they are stored
+    #[arg(long, value_name = "DTYPE", value_enum, default_value_t = DtypeArg::Auto)]
+    pub(super) dtype: DtypeArg,
+    /// Precision of the KV cache; auto is f32 with --dtype f32, bf16 otherwise
+    #[arg(long, value_name = "DTYPE", value_enum, default_value_t = DtypeArg::Auto)]
+    pub(super) kv_cache_dtype: DtypeArg,
+    /// Compute threads [default: one per available core]
+    #[arg(long, value_name = "N", value_parser = parse_count)]
+    pub(super) threads: Option<u32>,
+    /// Instruction set of the CPU kernels; auto is the best that the machine has
+    #[arg(long, value_name = "ISA", value_enum, default_value_t = CpuIsaArg::Auto)]
+    pub(super) cpu_isa: CpuIsaArg,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Log and configuration")]
+pub(super) struct LogArgs {
+    /// Form of the log on standard error
+    #[arg(long, value_name = "FORMAT", value_enum, default_value_t = LogFormat::Text)]
+    pub(super) log_format: LogFormat,
+    /// Level, or filter directives such as info,kvern::engine=debug
+    #[arg(long, value_name = "LEVEL", default_value = "info", value_parser = parse_log_level)]
+    pub(super) log_level: String,
+    /// Let prompts and answers be logged
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value = "false")]
+    pub(super) log_prompts: bool,
+    /// TOML file with any of these settings
+    #[arg(long, value_name = "FILE")]
+    pub(super) config: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum DtypeArg {
+    Auto,
+    #[value(aliases = ["float32", "float"])]
+    F32,
+    #[value(alias = "bfloat16")]
+    Bf16,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum CpuIsaArg {
+    Auto,
+    Scalar,
+    Avx2,
+    Avx512,
+}
+
+/// Form of the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    Text,
+    Json,
+}

@@ -1,0 +1,237 @@
+#![allow(clippy::unwrap_used)]
+
+use super::*;
+
+fn resolve(args: &[&str], env: &[(&str, &str)]) -> Result<Config, ConfigError> {
+    let argv = std::iter::once("kvern").chain(args.iter().copied()).map(OsString::from).collect();
+    Config::resolve(argv, &Environment::from_pairs(env))
+}
+
+fn server(config: &Config) -> &ServerConfig {
+    match &config.action {
+        Action::Serve(server) => server,
+        Action::Generate(_) => panic!("expected serve"),
+    }
+}
+
+/// The row of a setting: `value | origin`.
+fn row(config: &Config, name: &str) -> String {
+    let setting = config.settings.iter().find(|setting| setting.name == name).unwrap();
+    format!("{} | {}", setting.value, setting.origin)
+}
+
+fn file(text: &str) -> tempfile::NamedTempFile {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), text).unwrap();
+    file
+}
+
+#[test]
+fn defaults() {
+    let config = resolve(&["serve"], &[("HOME", "/home/me")]).unwrap();
+    let server = server(&config);
+    assert_eq!(server.address, "0.0.0.0:8000".parse().unwrap());
+    assert_eq!((server.served_model_names.len(), server.api_keys.len()), (0, 0));
+    assert_eq!((server.max_body_bytes, server.shutdown_timeout), (16 << 20, Duration::from_secs(25)));
+    let engine = &config.engine;
+    assert_eq!((engine.block_size, engine.max_num_seqs, engine.max_num_batched_tokens), (16, 256, 512));
+    assert_eq!((engine.max_num_queued_reqs, engine.max_model_len, engine.kv_cache_memory_bytes), (1024, None, None));
+    assert!(engine.prefix_caching && engine.cpu.threads.is_none() && engine.cpu.isa.is_none());
+    assert_eq!((engine.precision, engine.kv_dtype), (Precision::AsStored, KvDType::BF16));
+    assert_eq!(config.model.name, None);
+    assert_eq!(config.model.hub.cache_dir, PathBuf::from("/home/me/.cache/huggingface/hub"));
+    assert_eq!((config.model.hub.endpoint.as_str(), config.model.hub.offline), ("https://huggingface.co", false));
+    assert_eq!(config.log, LogConfig { format: LogFormat::Text, level: "info".into(), prompts: false });
+    assert!(config.settings.iter().all(|setting| setting.origin == Origin::Default));
+}
+
+/// Each layer alone and above the next, for a number, a list, a switch and the model.
+#[test]
+fn precedence() {
+    let file = file(
+        "port = 1\nmax_model_len = \"1k\"\nserved-model-name = [\"a\", \"b\"]\nenable_prefix_caching = false\n\
+         model = \"file/model\"\nlog_prompts = true\n",
+    );
+    let path = file.path().to_str().unwrap();
+    let env = [
+        ("KVERN_PORT", "2"),
+        ("KVERN_SERVED_MODEL_NAME", "c,d"),
+        ("KVERN_ENABLE_PREFIX_CACHING", "true"),
+        ("KVERN_MODEL", "env/model"),
+    ];
+    let flags = ["serve", "flag/model", "--port", "3", "--served-model-name", "e", "f", "--no-enable-prefix-caching"];
+    let with_file =
+        |args: &[&'static str]| [args, &["--config", path]].concat().iter().map(|s| (*s).to_owned()).collect();
+    let cases: [(Vec<String>, &[(&str, &str)], [&str; 4]); 4] = [
+        (vec!["serve".into()], &[], ["8000 | default", "- | default", "true | default", "- | default"]),
+        (with_file(&["serve"]), &[], ["1 | FILE", "a, b | FILE", "false | FILE", "file/model | FILE"]),
+        (
+            with_file(&["serve"]),
+            &env,
+            [
+                "2 | KVERN_PORT",
+                "c, d | KVERN_SERVED_MODEL_NAME",
+                "true | KVERN_ENABLE_PREFIX_CACHING",
+                "env/model | KVERN_MODEL",
+            ],
+        ),
+        (with_file(&flags), &env, ["3 | flag", "e, f | flag", "false | flag", "flag/model | flag"]),
+    ];
+    for (args, env, expected) in cases {
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        let config = resolve(&args, env).unwrap();
+        let names = ["port", "served-model-name", "enable-prefix-caching", "model"];
+        for (name, expected) in names.iter().zip(expected) {
+            assert_eq!(row(&config, name).replace(path, "FILE"), expected, "{args:?} {env:?} {name}");
+        }
+        let value = |name: &str| row(&config, name).split(" | ").next().unwrap().to_owned();
+        assert_eq!(value("port"), server(&config).address.port().to_string());
+        assert_eq!(value("enable-prefix-caching"), config.engine.prefix_caching.to_string());
+        assert_eq!(value("model"), config.model.name.as_deref().unwrap_or("-"));
+    }
+}
+
+#[test]
+fn the_environment_finds_the_file_and_a_file_may_hold_settings_of_the_other_command() {
+    let file = file("config_note = 1");
+    let path = file.path().to_str().unwrap();
+    let error = resolve(&["serve"], &[("KVERN_CONFIG", path)]).unwrap_err().to_string();
+    assert!(error.contains("unknown key `config_note`"), "{error}");
+    let file = self::file("port = 1\ntemperature = 0.5\nthreads = 3");
+    let path = file.path().to_str().unwrap();
+    let config = resolve(&["generate", "hello"], &[("KVERN_CONFIG", path)]).unwrap();
+    let Action::Generate(generate) = &config.action else { panic!("expected generate") };
+    assert_eq!((generate.prompt.as_str(), generate.temperature), ("hello", 0.5));
+    assert_eq!(config.engine.cpu.threads, Some(3));
+    assert!(config.describe().contains(path));
+}
+
+#[test]
+fn wrong_settings_say_where_they_stand() {
+    let cases: [(&str, &[&str], &[(&str, &str)], &[&str]); 14] = [
+        (
+            "max_modle_len = 5",
+            &["serve"],
+            &[],
+            &["FILE", "unknown key `max_modle_len`", "did you mean `max_model_len`?"],
+        ),
+        ("zzzzzzzzzzzzzz = 5", &["serve"], &[], &["unknown key `zzzzzzzzzzzzzz`"]),
+        ("port = 70000", &["serve"], &[], &["FILE", "70000", "--port"]),
+        ("port = {}", &["serve"], &[], &["FILE", "`port`", "found a table"]),
+        ("port = 1\nport = 2", &["serve"], &[], &["FILE", "duplicate key"]),
+        ("max_num_seqs = 1\nmax-num-seqs = 2", &["serve"], &[], &["max", "twice"]),
+        ("api_key = [\"\"]", &["serve"], &[], &["FILE", "empty"]),
+        ("", &["serve"], &[("KVERN_PORT", "eighty")], &["KVERN_PORT", "eighty"]),
+        ("", &["serve"], &[("KVERN_DTYPE", "f64")], &["KVERN_DTYPE", "f64", "possible values"]),
+        ("", &["serve"], &[("HF_HUB_OFFLINE", "maybe")], &["HF_HUB_OFFLINE", "maybe"]),
+        ("", &["serve", "--max-num-seqs", "1024"], &[], &["--max-num-batched-tokens", "1024", "512"]),
+        ("", &["serve", "--block-size", "257"], &[], &["--block-size", "256", "257"]),
+        ("", &["serve", "--max-body-bytes", "2GiB"], &[], &["--max-body-bytes"]),
+        ("", &["serve", "a", "--model", "b"], &[], &["twice", "`a`", "`b`"]),
+    ];
+    for (text, args, env, expected) in cases {
+        let file = file(text);
+        let path = file.path().to_str().unwrap();
+        let args = [args, &["--config", path]].concat();
+        let error = resolve(&args, env).unwrap_err().to_string().replace(path, "FILE");
+        for part in expected {
+            assert!(error.contains(part), "{text:?} {args:?}: {error:?} lacks {part:?}");
+        }
+    }
+    let error = resolve(&["serve", "--config", "no-such-file.toml"], &[]).unwrap_err().to_string();
+    assert!(error.contains("cannot read the configuration file no-such-file.toml"), "{error}");
+}
+
+#[test]
+fn typed_mistakes_are_clap_errors() {
+    for args in [&["serve", "--port", "x"][..], &["serve", "--nope"], &["generate"], &["help"], &[], &["walk"]] {
+        assert!(matches!(resolve(args, &[]), Err(ConfigError::Usage(_))), "{args:?}");
+    }
+}
+
+#[test]
+fn keys_and_tokens_are_never_shown() {
+    let env = [("HF_TOKEN", "hf_secret"), ("KVERN_API_KEY", "key-one,key-two")];
+    let config = resolve(&["serve"], &env).unwrap();
+    assert_eq!(row(&config, "api-key"), "2 hidden | KVERN_API_KEY");
+    assert_eq!(config.model.hub.token.as_ref().unwrap().reveal(), "hf_secret");
+    assert_eq!(server(&config).api_keys[1].reveal(), "key-two");
+    for text in [config.describe(), format!("{config:?}")] {
+        assert!(!text.contains("hf_secret") && !text.contains("key-"), "{text}");
+    }
+}
+
+#[test]
+fn a_list_flag_from_another_layer_does_not_swallow_the_model() {
+    let config = resolve(&["serve", "the/model"], &[("KVERN_API_KEY", "k"), ("KVERN_SERVED_MODEL_NAME", "n")]).unwrap();
+    assert_eq!(config.model.name.as_deref(), Some("the/model"));
+    assert_eq!(server(&config).served_model_names, ["n"]);
+}
+
+#[test]
+fn a_kubernetes_service_link_is_not_a_port() {
+    let config = resolve(&["serve"], &[("KVERN_PORT", "tcp://10.0.0.1:80")]).unwrap();
+    assert_eq!(server(&config).address.port(), 8000);
+    assert!(config.notes[0].contains("Service link"), "{:?}", config.notes);
+}
+
+#[test]
+fn switches_and_dtypes() {
+    let cases: [(&[&str], bool, Precision, KvDType); 6] = [
+        (&["serve", "--enable-prefix-caching=false"], false, Precision::AsStored, KvDType::BF16),
+        (&["serve", "--no-enable-prefix-caching=false"], true, Precision::AsStored, KvDType::BF16),
+        (&["serve", "--enable-prefix-caching", "--dtype", "f32"], true, Precision::F32, KvDType::F32),
+        (&["serve", "--dtype", "float32", "--kv-cache-dtype", "bf16"], true, Precision::F32, KvDType::BF16),
+        (&["serve", "--dtype", "bfloat16", "--kv-cache-dtype", "f32"], true, Precision::BF16, KvDType::F32),
+        (&["serve", "--no-enable-prefix-caching", "--cpu-isa", "avx2"], false, Precision::AsStored, KvDType::BF16),
+    ];
+    for (args, caching, precision, kv) in cases {
+        let engine = resolve(args, &[]).unwrap().engine;
+        assert_eq!((engine.prefix_caching, engine.precision, engine.kv_dtype), (caching, precision, kv), "{args:?}");
+    }
+}
+
+#[test]
+fn amounts() {
+    let cases: [(&str, Option<u64>); 21] = [
+        ("1", Some(1)),
+        ("4096", Some(4096)),
+        ("8k", Some(8_000)),
+        ("8K", Some(8_192)),
+        ("4GiB", Some(4 << 30)),
+        ("4 GiB", Some(4 << 30)),
+        ("1.5GiB", Some(3 << 29)),
+        ("0.5KB", Some(500)),
+        ("16T", Some(16 << 40)),
+        ("999999999999999999", Some(999_999_999_999_999_999)),
+        ("", None),
+        ("0", None),
+        ("-1", None),
+        ("1e9", None),
+        ("GiB", None),
+        ("1.", None),
+        (".5G", None),
+        ("4 gib", None),
+        ("NaN", None),
+        ("99999999999999999999", None),
+        ("999999999999999999T", None),
+    ];
+    for (text, expected) in cases {
+        assert_eq!(values::parse_amount(text).ok(), expected, "{text:?}");
+    }
+}
+
+#[test]
+fn the_hub_cache_follows_its_variables() {
+    let cases: [(&[&str], &[(&str, &str)], &str); 5] = [
+        (&[], &[], ".cache/huggingface/hub"),
+        (&[], &[("XDG_CACHE_HOME", "/x"), ("HOME", "/h")], "/x/huggingface/hub"),
+        (&[], &[("HF_HOME", "/hf"), ("HOME", "/h")], "/hf/hub"),
+        (&[], &[("HF_HOME", "/hf"), ("HF_HUB_CACHE", "/cache")], "/cache"),
+        (&["--download-dir", "/d"], &[("HF_HUB_CACHE", "/cache")], "/d"),
+    ];
+    for (args, env, expected) in cases {
+        let config = resolve(&[&["serve"], args].concat(), env).unwrap();
+        assert_eq!(config.model.hub.cache_dir, PathBuf::from(expected), "{args:?} {env:?}");
+    }
+}
