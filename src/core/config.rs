@@ -23,22 +23,25 @@ pub struct CoreConfig {
 }
 
 impl CoreConfig {
-    /// Panics when a field is out of the bounds that its documentation gives.
-    pub(crate) fn assert_valid(&self) {
-        let num_workers = self.workers.len();
-        assert!((1..=256).contains(&num_workers), "expected 1 to 256 workers, found {num_workers}");
-        for worker in &self.workers {
-            let num_blocks = worker.num_blocks;
-            let fits = (1..u32::MAX - 1).contains(&num_blocks);
-            assert!(fits, "expected a pool of 1 to 2^32 - 3 blocks, found {num_blocks}");
-        }
-        assert!(self.block_size > 0, "expected a block size of at least 1, found 0");
-        assert!(self.step_tokens_max > 0, "expected a step of at least 1 token, found 0");
-        assert!(self.running_max > 0, "expected at least 1 running request, found 0");
-        let tokens_max = self.request_tokens_max;
-        assert!(tokens_max <= 1 << 31, "expected at most 2^31 tokens of a request, found {tokens_max}");
-        let bits = self.hash_bits;
-        assert!((1..=128).contains(&bits), "expected 1 to 128 hash bits, found {bits}");
+    /// The first field that is out of the bounds that its documentation gives.
+    pub(crate) fn problem(&self) -> Option<String> {
+        let bounded = [
+            ("workers", self.workers.len() as u64, 1, 256),
+            ("blocks in the smallest pool", self.blocks(u32::min), 1, u64::from(u32::MAX - 2)),
+            ("blocks in the largest pool", self.blocks(u32::max), 1, u64::from(u32::MAX - 2)),
+            ("tokens in a block", u64::from(self.block_size), 1, u64::from(u32::MAX)),
+            ("tokens in a step", u64::from(self.step_tokens_max), 1, u64::from(u32::MAX)),
+            ("running requests", u64::from(self.running_max), 1, u64::from(u32::MAX)),
+            ("tokens of a request", u64::from(self.request_tokens_max), 0, 1 << 31),
+            ("hash bits", u64::from(self.hash_bits), 1, 128),
+        ];
+        let broken = bounded.into_iter().find(|(_, found, min, max)| !(min..=max).contains(&found));
+        broken.map(|(what, found, min, max)| format!("expected {min} to {max} {what}, found {found}"))
+    }
+
+    /// The block counts of all pools, folded.
+    fn blocks(&self, pick: fn(u32, u32) -> u32) -> u64 {
+        self.workers.iter().map(|worker| worker.num_blocks).reduce(pick).unwrap_or(0).into()
     }
 }
 

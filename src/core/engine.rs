@@ -52,7 +52,9 @@ impl Engine {
     /// When the configuration is out of bounds; see [`CoreConfig`].
     #[must_use]
     pub fn new(config: CoreConfig) -> Self {
-        config.assert_valid();
+        if let Some(problem) = config.problem() {
+            panic!("{problem}");
+        }
         let workers: Vec<_> = config.workers.iter().map(|spec| Worker::new(spec, config.block_size)).collect();
         Engine {
             spare: Vec::with_capacity(workers.len()),

@@ -12,8 +12,11 @@ mod invariants;
 mod kv;
 mod plan;
 mod policy;
+pub mod record;
 mod request;
 mod scheduler;
+#[cfg(test)]
+mod sim;
 mod worker;
 
 pub use config::*;
