@@ -6,7 +6,9 @@
 mod byte_level;
 mod chat_template;
 mod detokenizer;
+mod gguf_tokenizer;
 mod json_tokenizer;
+mod pre_tokenizers;
 mod stop;
 mod template_environment;
 mod template_json;
@@ -14,6 +16,8 @@ mod template_methods;
 mod text_model;
 mod token_table;
 mod tokenizer;
+#[cfg(test)]
+mod tokenizer_tests;
 
 pub use chat_template::{ChatTemplate, RenderInput, TemplateError};
 pub use detokenizer::IncrementalDetokenizer;
