@@ -66,7 +66,7 @@ fn message_value(at: usize, message: Message) -> Result<Value, ServeError> {
     let content = match message.content {
         Some(Content::Text(text)) => Value::String(text),
         Some(Content::Parts(parts)) => {
-            let parts = parts.into_iter().enumerate().map(|(part_at, part)| part_value(at, part_at, part.0));
+            let parts = parts.into_iter().enumerate().map(|(part_at, part)| part_value(at, part_at, part));
             Value::Array(parts.collect::<Result<_, _>>()?)
         }
         None if message.role == Role::Assistant && calls => Value::Null,

@@ -219,10 +219,6 @@ impl Generation {
         if self.model.engine.health().live { ServeError::SlowReader } else { ServeError::EngineStopped }
     }
 
-    pub(crate) fn model(&self) -> &ServedModel {
-        &self.model
-    }
-
     pub(crate) fn choices_mut(&mut self) -> &mut [Choice] {
         &mut self.choices
     }

@@ -101,7 +101,7 @@ async fn connection(stream: TcpStream, router: Router, limits: HttpLimits, mut p
     let mut served = pin!(served);
     let result = tokio::select! {
         result = served.as_mut() => result,
-        _ = phase.wait_for(|phase| *phase == Phase::Closing) => {
+        () = closing(&mut phase) => {
             served.as_mut().graceful_shutdown();
             served.await
         }
@@ -109,6 +109,11 @@ async fn connection(stream: TcpStream, router: Router, limits: HttpLimits, mut p
     if let Err(error) = result {
         tracing::debug!(%error, "connection ended early");
     }
+}
+
+/// Resolves when the server closes its connections; also when it is gone.
+async fn closing(phase: &mut watch::Receiver<Phase>) {
+    let _ = phase.wait_for(|phase| *phase == Phase::Closing).await;
 }
 
 /// A socket whose writes fail once it has taken no byte for `limit`: a reader that stopped reading must not hold its

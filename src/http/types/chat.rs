@@ -75,17 +75,8 @@ pub struct Message {
 
 /// A text, or a list of parts.
 #[derive(Debug, ToSchema)]
-#[schema(value_type = ContentSchema)]
-pub enum Content {
-    Text(String),
-    Parts(Vec<Object<ContentPart>>),
-}
-
-/// How [`Content`] is described in the OpenAPI document.
-#[derive(ToSchema)]
 #[serde(untagged)]
-#[allow(dead_code)]
-pub enum ContentSchema {
+pub enum Content {
     Text(String),
     Parts(Vec<ContentPart>),
 }
@@ -113,7 +104,7 @@ impl<'de> Deserialize<'de> for Content {
             }
             fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Content, A::Error> {
                 let mut parts = Vec::new();
-                while let Some(part) = list.next_element()? {
+                while let Some(Object(part)) = list.next_element()? {
                     parts.push(part);
                 }
                 Ok(Content::Parts(parts))

@@ -11,7 +11,6 @@ macro_rules! generation_request {
     ($(#[$meta:meta])* pub struct $name:ident { $($(#[$field_meta:meta])* pub $field:ident: $type:ty,)* }) => {
         $(#[$meta])*
         #[derive(Debug, Default, serde::Deserialize, utoipa::ToSchema)]
-        #[serde(default)]
         pub struct $name {
             $($(#[$field_meta])* pub $field: $type,)*
             /// A served model's name; the first one when absent.
@@ -112,7 +111,6 @@ pub(crate) struct GenerationFields {
 
 /// What a streamed answer carries besides text.
 #[derive(Debug, Default, Clone, Copy, serde::Deserialize, ToSchema)]
-#[serde(default)]
 pub struct StreamOptions {
     /// One more chunk at the end, without choices, that holds the usage.
     pub include_usage: Option<bool>,

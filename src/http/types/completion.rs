@@ -23,19 +23,8 @@ generation_request! {
 
 /// One or more prompts, as text or as tokens.
 #[derive(Debug, PartialEq, Eq, ToSchema)]
-#[schema(value_type = PromptSchema)]
-pub enum Prompt {
-    Text(String),
-    Texts(Vec<String>),
-    Tokens(Vec<u32>),
-    TokenLists(Vec<Vec<u32>>),
-}
-
-/// How [`Prompt`] is described in the OpenAPI document.
-#[derive(ToSchema)]
 #[serde(untagged)]
-#[allow(dead_code)]
-pub enum PromptSchema {
+pub enum Prompt {
     Text(String),
     Texts(Vec<String>),
     Tokens(Vec<u32>),

@@ -8,7 +8,6 @@ use utoipa::ToSchema;
 
 /// A text or a conversation to tokenize; exactly one of `prompt` and `messages`.
 #[derive(Debug, Default, Deserialize, ToSchema)]
-#[serde(default)]
 pub struct TokenizeRequest {
     /// A served model's name; the first one when absent.
     pub model: Option<String>,
@@ -39,7 +38,6 @@ pub struct TokenizeResponse {
 }
 
 #[derive(Debug, Default, Deserialize, ToSchema)]
-#[serde(default)]
 pub struct DetokenizeRequest {
     /// A served model's name; the first one when absent.
     pub model: Option<String>,
