@@ -1,5 +1,6 @@
 //! Kvern, a self-hosted LLM inference server.
 
 pub mod config;
+pub mod hub;
 pub mod request;
 pub mod text;
