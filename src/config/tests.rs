@@ -2,7 +2,10 @@
 
 use super::*;
 
-fn resolve(args: &[&str], env: &[(&str, &str)]) -> Result<Config, ConfigError> {
+/// Variables of an environment.
+type Variables<'a> = &'a [(&'a str, &'a str)];
+
+fn resolve(args: &[&str], env: Variables<'_>) -> Result<Config, ConfigError> {
     let argv = std::iter::once("kvern").chain(args.iter().copied()).map(OsString::from).collect();
     Config::resolve(argv, &Environment::from_pairs(env))
 }
@@ -62,7 +65,7 @@ fn precedence() {
     let flags = ["serve", "flag/model", "--port", "3", "--served-model-name", "e", "f", "--no-enable-prefix-caching"];
     let with_file =
         |args: &[&'static str]| [args, &["--config", path]].concat().iter().map(|s| (*s).to_owned()).collect();
-    let cases: [(Vec<String>, &[(&str, &str)], [&str; 4]); 4] = [
+    let cases: [(Vec<String>, Variables<'_>, [&str; 4]); 4] = [
         (vec!["serve".into()], &[], ["8000 | default", "- | default", "true | default", "- | default"]),
         (with_file(&["serve"]), &[], ["1 | FILE", "a, b | FILE", "false | FILE", "file/model | FILE"]),
         (
@@ -108,7 +111,7 @@ fn the_environment_finds_the_file_and_a_file_may_hold_settings_of_the_other_comm
 
 #[test]
 fn wrong_settings_say_where_they_stand() {
-    let cases: [(&str, &[&str], &[(&str, &str)], &[&str]); 14] = [
+    let cases: [(&str, &[&str], Variables<'_>, &[&str]); 14] = [
         (
             "max_modle_len = 5",
             &["serve"],
@@ -223,7 +226,7 @@ fn amounts() {
 
 #[test]
 fn the_hub_cache_follows_its_variables() {
-    let cases: [(&[&str], &[(&str, &str)], &str); 5] = [
+    let cases: [(&[&str], Variables<'_>, &str); 5] = [
         (&[], &[], ".cache/huggingface/hub"),
         (&[], &[("XDG_CACHE_HOME", "/x"), ("HOME", "/h")], "/x/huggingface/hub"),
         (&[], &[("HF_HOME", "/hf"), ("HOME", "/h")], "/hf/hub"),
