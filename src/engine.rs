@@ -91,7 +91,7 @@ impl EngineLoop {
             match next {
                 None => break,
                 Some(Message::Submit(request, events)) => {
-                    let submission = self.streams.open(*request, events);
+                    let submission = self.streams.open(*request, events, self.now());
                     self.apply(Input::Submit(submission));
                 }
                 Some(Message::Cancel(request, reason)) => self.apply(Input::Cancel { request, reason }),
@@ -108,8 +108,12 @@ impl EngineLoop {
         true
     }
 
+    fn now(&self) -> Micros {
+        Micros(self.started.elapsed().as_micros() as u64)
+    }
+
     fn apply(&mut self, input: Input) {
-        let at = Micros(self.started.elapsed().as_micros() as u64);
+        let at = self.now();
         self.core.apply(Timed { at, input }, &mut self.effects);
         self.dispatch();
     }
@@ -119,7 +123,8 @@ impl EngineLoop {
         if let Some(error) = error {
             tracing::error!(step = plan.step.0, slices = plan.slices.len(), error, "step failed");
         }
-        self.telemetry.step_done(plan.tokens.len(), device_us);
+        self.telemetry.on_step(plan.tokens.len());
+        tracing::trace!(step = plan.step.0, slices = plan.slices.len(), tokens = plan.tokens.len(), device_us, "step");
         self.streams.attach_logprobs(logprobs);
         self.apply(Input::StepDone { worker: WORKER, step: plan.step, sampled });
         self.sampled = self.core.recycle_sampled();
@@ -157,7 +162,7 @@ impl EngineLoop {
 
     /// Tells the streams; those that cannot take a token are cancelled.
     fn dispatch(&mut self) {
-        let now = Instant::now();
+        let now = self.now();
         for effect in self.effects.drain(..) {
             if let Some(slow) = self.streams.take(effect, now) {
                 self.cancels.push((slow, CancelReason::SlowReader));
@@ -169,7 +174,7 @@ impl EngineLoop {
 
     fn publish_stats(&self) {
         let stats = self.core.stats();
-        self.telemetry.set_stats(&stats);
+        self.telemetry.on_stats(&stats);
         self.shared.progress(stats.running + stats.waiting > 0);
     }
 }

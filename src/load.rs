@@ -39,7 +39,7 @@ pub struct Loaded {
 /// clients call it.
 pub fn load(config: &Config, names: &[String]) -> Result<Loaded, LoadFailure> {
     let started = Instant::now();
-    let resolved = hub::resolve(&config.model)?;
+    let resolved = hub::locate(&config.model)?;
     let files = ModelFiles::at(&resolved.path)?;
     let text = Arc::new(match &files {
         ModelFiles::Gguf(path) => TextModel::from_gguf(&Gguf::open(path)?)?,
@@ -49,7 +49,6 @@ pub fn load(config: &Config, names: &[String]) -> Result<Loaded, LoadFailure> {
     let options = RuntimeOptions {
         engine: config.engine.clone(),
         served_model_name: names[0].clone(),
-        log_prompts: config.log.prompts,
     };
     let bar = progress_bar();
     let runtime = runtime::start(&files, &options, &mut |progress| {

@@ -8,11 +8,12 @@ use crate::engine::{EngineHandle, EngineLimits, EngineLoop};
 use crate::telemetry::{Telemetry, TelemetryInfo};
 use crate::worker::{Worker, WorkerParts};
 use kvern_core::{CoreConfig, Engine as Core, Role, WorkerSpec};
-use kvern_kernels::{Device, KernelError, KvCache, KvShape};
+use kvern_kernels::{Device, KernelError, KvCache, KvDType, KvShape};
 use kvern_models::{LoadError, LoadOptions, LoadProgress, LoadedModel, ModelConfig, ModelFiles, StepLimits};
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 use std::thread::JoinHandle;
+use tokio::sync::oneshot;
 
 /// What the engine is built with.
 #[derive(Clone, Debug)]
@@ -20,7 +21,6 @@ pub struct RuntimeOptions {
     pub engine: EngineConfig,
     /// Label of the metrics.
     pub served_model_name: String,
-    pub log_prompts: bool,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -48,6 +48,8 @@ pub struct Runtime {
     pub config: ModelConfig,
     pub max_model_len: u32,
     pub account: MemoryAccount,
+    /// Resolves when the engine has ended, for whatever reason.
+    pub ended: oneshot::Receiver<()>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -103,8 +105,8 @@ pub fn start(
         kv_reason: shape.1,
     };
     let worker = warm_worker(device, loaded.model, shape.0, limits, &model_config)?;
-    let (handle, threads) = spawn(worker, options, max_model_len, account.kv_blocks)?;
-    Ok(Runtime { handle, config: model_config, max_model_len, account, threads })
+    let (handle, threads, ended) = spawn(worker, options, max_model_len, &account)?;
+    Ok(Runtime { handle, config: model_config, max_model_len, account, ended, threads })
 }
 
 fn model_len(config: &ModelConfig, options: &RuntimeOptions) -> Result<u32, StartError> {
@@ -214,19 +216,22 @@ fn spawn(
     worker: Worker,
     options: &RuntimeOptions,
     max_model_len: u32,
-    num_blocks: u32,
-) -> Result<(EngineHandle, Vec<JoinHandle<()>>), StartError> {
+    account: &MemoryAccount,
+) -> Result<(EngineHandle, Vec<JoinHandle<()>>, oneshot::Receiver<()>), StartError> {
     let telemetry = Arc::new(Telemetry::new(&TelemetryInfo {
         model_name: options.served_model_name.clone(),
         max_model_len,
         block_size: options.engine.block_size,
-        num_blocks,
+        num_blocks: account.kv_blocks,
+        kv_cache_bytes: account.kv_bytes,
+        kv_dtype: match options.engine.kv_dtype {
+            KvDType::F32 => "f32",
+            KvDType::BF16 => "bf16",
+        },
         prefix_caching: options.engine.prefix_caching,
-        kv_cache_dtype: format!("{:?}", options.engine.kv_dtype).to_lowercase(),
-        log_prompts: options.log_prompts,
     }));
     let core = Core::new(CoreConfig {
-        workers: vec![WorkerSpec { role: Role::Mixed, num_blocks }],
+        workers: vec![WorkerSpec { role: Role::Mixed, num_blocks: account.kv_blocks }],
         block_size: options.engine.block_size,
         step_tokens_max: options.engine.max_num_batched_tokens,
         running_max: options.engine.max_num_seqs,
@@ -238,14 +243,19 @@ fn spawn(
     });
     let limits = EngineLimits { waiting_max: options.engine.max_num_queued_reqs };
     let (handle, inbox, shared) = EngineHandle::new(limits, Arc::clone(&telemetry));
+    let (ended, has_ended) = oneshot::channel();
     let (steps, commands) = sync_channel(1);
     let reporter = handle.reporter();
     let engine = EngineLoop::new(core, inbox, steps, shared, telemetry);
     let threads = vec![
         thread("kvern-worker", move || crate::engine::serve_worker(worker, &commands, &reporter))?,
-        thread("kvern-engine", move || engine.run())?,
+        thread("kvern-engine", move || {
+            engine.run();
+            // Whoever waits for it is told by the drop as well, should the loop panic.
+            let _ = ended.send(());
+        })?,
     ];
-    Ok((handle, threads))
+    Ok((handle, threads, has_ended))
 }
 
 fn thread(name: &'static str, run: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, StartError> {

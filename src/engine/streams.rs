@@ -2,12 +2,11 @@
 
 use super::handle::Shared;
 use crate::request::{Request, TokenEvent, TokenLogprobs};
-use crate::telemetry::{RequestTimeline, Telemetry};
+use crate::telemetry::{RequestInfo, RequestTimeline, Telemetry};
 use crate::worker::{SequenceSampling, TokenCounts};
-use kvern_core::{CacheSalt, Effect, RequestId, Submission};
+use kvern_core::{CacheSalt, Effect, Micros, RequestId, Submission};
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Instant;
 use tokio::sync::mpsc;
 
 pub(super) struct Streams {
@@ -34,8 +33,14 @@ impl Streams {
     }
 
     /// Opens a stream and gives the request's part that the core needs.
-    pub(super) fn open(&mut self, request: Request, events: mpsc::Sender<TokenEvent>) -> Submission {
-        let timeline = self.telemetry.submitted(&request, Instant::now());
+    pub(super) fn open(&mut self, request: Request, events: mpsc::Sender<TokenEvent>, now: Micros) -> Submission {
+        let info = RequestInfo {
+            id: request.id,
+            external_id: request.external_id,
+            max_new_tokens: request.max_new_tokens,
+            n: request.n,
+        };
+        let timeline = RequestTimeline::new(info, request.prompt.len() as u32, now);
         let counts = TokenCounts::new(&request.prompt, &request.sampling);
         let submission = Submission {
             request: request.id,
@@ -74,7 +79,7 @@ impl Streams {
     }
 
     /// Tells one stream; returns the request when its client reads too slowly.
-    pub(super) fn take(&mut self, effect: Effect, now: Instant) -> Option<RequestId> {
+    pub(super) fn take(&mut self, effect: Effect, now: Micros) -> Option<RequestId> {
         match effect {
             Effect::Scheduled { request, cached_tokens } => {
                 let stream = self.table.get_mut(&request)?;
@@ -82,13 +87,13 @@ impl Streams {
                     self.shared.leave_queue();
                     self.admitted.push((request, sampling));
                 }
-                stream.timeline.on_scheduled(now, cached_tokens);
+                stream.timeline.on_scheduled(&self.telemetry, now, cached_tokens);
                 None
             }
             Effect::Preempted { .. } => None,
             Effect::Token { request, token, .. } => {
                 let stream = self.table.get_mut(&request)?;
-                self.telemetry.token(&mut stream.timeline, now);
+                stream.timeline.on_token(&self.telemetry, now);
                 let event = TokenEvent::Token { token, logprobs: stream.logprobs.take() };
                 matches!(stream.events.try_send(event), Err(mpsc::error::TrySendError::Full(_))).then_some(request)
             }
@@ -99,7 +104,7 @@ impl Streams {
                 } else {
                     self.forgotten.push(request);
                 }
-                self.telemetry.finished(stream.timeline, now, reason, usage);
+                stream.timeline.on_finish(&self.telemetry, now, reason, usage);
                 // A full or closed channel says the same by its end: events stop without a `Finished`.
                 let _ = stream.events.try_send(TokenEvent::Finished { reason, usage });
                 None
