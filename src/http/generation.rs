@@ -78,6 +78,7 @@ impl Generation {
                 let receiver = model.engine.submit(Request {
                     id,
                     external_id: Arc::clone(external_id),
+                    n,
                     prompt: tokens,
                     sampling,
                     max_new_tokens: prompt.max_new_tokens,
