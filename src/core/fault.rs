@@ -42,8 +42,6 @@ pub(crate) enum Fault {
     NeverAdmit,
     /// The youngest waiting request is admitted first.
     AdmitYoungest,
-    /// A request may be admitted in the plan that preempted it.
-    ReadmitAtOnce,
     /// The oldest running request is preempted first.
     PreemptOldest,
     /// A preempted request forgets its output.

@@ -7,7 +7,7 @@
 //!    its own and waits again;
 //! 2. decodes: those that lack one token;
 //! 3. prefill: those that lack more, in chunks of what is left of the budget;
-//! 4. admit: the oldest waiting requests, unless this step preempted: what was just freed is not given away at once.
+//! 4. admit: the oldest waiting requests, unless this step preempted: the oldest then is a victim, which cannot fit.
 //!
 //! An admitted request gets blocks for its whole known sequence, so only decodes ever need another block, and a prefill is
 //! never stuck half way. Owner: the engine, for the time of one `plan`. Complexity: O(running + blocks copied), plus one
@@ -43,7 +43,7 @@ impl StepFiller<'_> {
         if has_prefill {
             self.fill_prefills();
         }
-        if !has_preempted || planted!(self, ReadmitAtOnce) {
+        if !has_preempted {
             self.admit();
         }
     }
