@@ -10,7 +10,7 @@ pub(crate) enum Fault {
     SkipTokenCheck,
     /// A prefix hit is not asked for its parent.
     SkipParentCheck,
-    /// Salts count neither in the hash nor in the comparison.
+    /// A prefix hit is not asked for its salt.
     IgnoreSalt,
     /// A prefix hit may cover the last token too.
     HitWholePrompt,

@@ -1,4 +1,5 @@
-//! The prefix cache: admitting a prompt of 10,000 tokens that the cache holds, and submitting it (which hashes it).
+//! The prefix cache, with a prompt of 10,000 tokens that it holds: looking it up, admitting it, and submitting it (which
+//! hashes it).
 
 use divan::Bencher;
 use kvern_core::{
@@ -27,7 +28,7 @@ impl Bench {
             step_tokens_max: 16_384,
             running_max: 8,
             waiting_max: 8,
-            request_tokens_max: 1 << 20,
+            request_tokens_max: 1 << 30,
             prefix_caching: true,
             hash_bits: 128,
         });
@@ -45,10 +46,15 @@ impl Bench {
     }
 
     fn submit(&mut self, prompt: u32) {
+        self.submit_with(prompt, 0, 1);
+    }
+
+    /// Submits prompt number `prompt`, with `tail` more tokens that no other has.
+    fn submit_with(&mut self, prompt: u32, tail: u32, max_new_tokens: u32) {
         let submission = Submission {
             request: RequestId(self.next_request),
-            prompt: (0..PROMPT).map(|at| at ^ (prompt << 16)).collect(),
-            max_new_tokens: 1,
+            prompt: (0..PROMPT + tail).map(|at| at ^ (prompt << 16)).collect(),
+            max_new_tokens,
             min_new_tokens: 0,
             stop_tokens: Vec::new(),
             salt: CacheSalt(0),
@@ -70,6 +76,31 @@ impl Bench {
         let sampled = self.plan.slices.iter().map(|slice| (slice.request, Sampled::Token(0))).collect();
         self.apply(Input::StepDone { worker: WorkerId(0), step: self.plan.step, sampled });
     }
+}
+
+/// `plan` of a step of one decode in which the oldest waiting request, with a cached prefix of 10,000 tokens, is looked up but
+/// has no room: little else than the lookup. Aim: 6 us.
+#[divan::bench(args = [1, 100], sample_count = 300, sample_size = 1)]
+fn lookup(bencher: Bencher, num_prompts: u32) {
+    let mut bench = Bench::new(num_prompts);
+    // One long request runs, so that what follows must wait for room.
+    bench.submit_with(num_prompts, 0, 600 * 16 * num_prompts);
+    bench.admit();
+    let too_much = bench.engine.stats().blocks_total * 16 - 2 * PROMPT;
+    let state = std::cell::RefCell::new((bench, 0));
+    bencher
+        .with_inputs(|| {
+            let (bench, prompt) = &mut *state.borrow_mut();
+            if *prompt > 0 {
+                bench.cancel();
+            }
+            bench.report();
+            *prompt += 1;
+            bench.submit_with(*prompt % num_prompts, too_much, 1);
+        })
+        .bench_local_values(|()| state.borrow_mut().0.admit());
+    let stats = state.borrow().0.engine.stats();
+    assert_eq!((stats.running, stats.waiting), (1, 1), "the long request must be all that runs");
 }
 
 /// `plan` of a step that admits one cached prompt: lookup, 625 references taken, one block, one slice with its table.

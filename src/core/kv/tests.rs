@@ -53,9 +53,9 @@ fn hold(pool: &mut KvPool, holder: &mut Holder, hash_bits: u32) -> Option<usize>
     }
     holder.table.iter().for_each(|block| pool.acquire(*block));
     holder.table.extend((0..needed).map(|_| pool.allocate().unwrap()));
-    for at in hits..hashes.len() {
+    for (at, hash) in hashes.iter().copied().enumerate().skip(hits) {
         let tokens = &holder.tokens[at * BLOCK_SIZE as usize..][..BLOCK_SIZE as usize];
-        let (block, hash, salt) = (holder.table[at], hashes[at], holder.salt);
+        let (block, salt) = (holder.table[at], holder.salt);
         node = pool.publish(FullBlock { block, hash, parent: node, salt, tokens });
     }
     Some(hits)
