@@ -168,7 +168,6 @@ def continuation(server: xllamacpp.Server, prompt: list[int]) -> tuple[list[int]
          "cache_prompt": False, "samplers": ["temperature"], "repeat_penalty": 1.0},
     )
     tokens = answer["tokens"]
-    print(answer["stop_type"], len(tokens), len(answer["completion_probabilities"]), tokens[-2:])
     gaps = [math.inf] * len(tokens)
     at = 0
     for step in answer["completion_probabilities"]:

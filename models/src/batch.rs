@@ -105,3 +105,81 @@ fn ensure(holds: bool, field: &'static str, texts: impl FnOnce() -> (String, Str
     let (expected, found) = texts();
     Err(KernelError::Shape { op: field, expected, found })
 }
+
+#[cfg(test)]
+mod tests {
+    use kvern_kernels::KvDType;
+
+    use super::*;
+
+    const BOUNDS: BatchBounds = BatchBounds {
+        limits: StepLimits { tokens_max: 8, sequences_max: 2, context_max: 12 },
+        vocab_size: 100,
+        layers: 2,
+        heads: HeadLayout { heads: 4, kv_heads: 2, head_dim: 8 },
+    };
+    const KV: KvShape = KvShape { layers: 2, blocks: 9, block_size: 4, kv_heads: 2, head_dim: 8, dtype: KvDType::F32 };
+
+    /// Two sequences: the prompt 7, 8, 9 in block 5, and a decode at position 4 in blocks 3 and 8.
+    const GOOD: ForwardBatch<'_> = ForwardBatch {
+        input_ids: &[7, 8, 9, 10],
+        positions: &[0, 1, 2, 4],
+        slot_mapping: &[20, 21, 22, 32],
+        cu_seqlens_q: &[0, 3, 4],
+        context_lens: &[3, 5],
+        block_tables: &[5, u32::MAX, 3, 8],
+        block_table_stride: 2,
+        sample_rows: &[2, 3],
+    };
+
+    #[test]
+    fn a_right_batch_passes() {
+        check(&GOOD, &BOUNDS, &KV).unwrap();
+        check(&ForwardBatch { sample_rows: &[], ..GOOD }, &BOUNDS, &KV).unwrap();
+    }
+
+    #[test]
+    fn each_wrong_field_is_named() {
+        let table: &[(ForwardBatch<'_>, &str)] = &[
+            (ForwardBatch { input_ids: &[], ..GOOD }, "input_ids: expected 1 to 8 entries, found 0"),
+            (ForwardBatch { input_ids: &[0; 9], ..GOOD }, "input_ids: expected 1 to 8 entries, found 9"),
+            (ForwardBatch { input_ids: &[7, 8, 9, 100], ..GOOD }, "input_ids: expected ids below 100, found 100"),
+            (ForwardBatch { positions: &[0, 1, 2], ..GOOD }, "positions: expected 4 to 4 entries, found 3"),
+            (ForwardBatch { positions: &[0, 1, 2, 5], ..GOOD }, "positions: expected 4 in row 3, found 5"),
+            (ForwardBatch { slot_mapping: &[20], ..GOOD }, "slot_mapping: expected 4 to 4 entries, found 1"),
+            (ForwardBatch { slot_mapping: &[20, 21, 23, 32], ..GOOD }, "slot_mapping: expected 22 in row 2, found 23"),
+            (ForwardBatch { cu_seqlens_q: &[0, 4], ..GOOD }, "cu_seqlens_q: expected 3 to 3 entries, found 2"),
+            (ForwardBatch { cu_seqlens_q: &[0, 3, 5], ..GOOD }, "cu_seqlens_q: expected 0 to 4, found 0 to 5"),
+            (ForwardBatch { cu_seqlens_q: &[0, 9, 4], ..GOOD }, "cu_seqlens_q: expected ascending up to 4, found 0, then 9"),
+            (ForwardBatch { cu_seqlens_q: &[0, 4, 4], ..GOOD }, "context_lens: expected 4 to 8 tokens, found 3"),
+            (ForwardBatch { context_lens: &[], ..GOOD }, "context_lens: expected 1 to 2 entries, found 0"),
+            (ForwardBatch { context_lens: &[2, 5], ..GOOD }, "context_lens: expected 3 to 8 tokens, found 2"),
+            (ForwardBatch { context_lens: &[3, 9], ..GOOD }, "context_lens: expected 1 to 8 tokens, found 9"),
+            (ForwardBatch { block_tables: &[5, 3], ..GOOD }, "block_tables: expected 4 to 4 entries, found 2"),
+            (ForwardBatch { block_tables: &[9, 0, 3, 8], ..GOOD }, "block_tables: expected blocks below 9, found 9"),
+            (ForwardBatch { block_table_stride: usize::MAX, ..GOOD }, "block_tables: expected 18446744073709551615"),
+            (ForwardBatch { sample_rows: &[0, 1, 2], ..GOOD }, "sample_rows: expected 0 to 2 entries, found 3"),
+            (ForwardBatch { sample_rows: &[3, 2], ..GOOD }, "sample_rows: expected ascending rows below 4, found 2"),
+            (ForwardBatch { sample_rows: &[4], ..GOOD }, "sample_rows: expected ascending rows below 4, found 4"),
+        ];
+        for (batch, expected) in table {
+            let message = check(batch, &BOUNDS, &KV).unwrap_err().to_string();
+            assert!(message.starts_with(expected), "{message} instead of {expected}");
+        }
+    }
+
+    #[test]
+    fn a_context_beyond_the_limit_is_refused() {
+        let tables: Vec<u32> = (0..8).collect();
+        let batch = ForwardBatch { context_lens: &[3, 13], block_tables: &tables, block_table_stride: 4, ..GOOD };
+        let batch = ForwardBatch { slot_mapping: &[0, 1, 2, 32], ..batch };
+        let message = check(&batch, &BOUNDS, &KV).unwrap_err().to_string();
+        assert_eq!(message, "context_lens: expected 1 to 12 tokens, found 13");
+    }
+
+    #[test]
+    fn a_cache_of_another_model_is_refused() {
+        let message = check(&GOOD, &BOUNDS, &KvShape { head_dim: 16, ..KV }).unwrap_err().to_string();
+        assert_eq!(message, "kv cache: expected (layers, kv heads, head dim) (2, 2, 8), found (2, 2, 16)");
+    }
+}

@@ -11,6 +11,10 @@ use super::attention::Step;
 use super::workspace::{Activations, Widths, Workspace};
 use super::{Attention, Embedding, Linear, Mlp, RmsNorm};
 use crate::batch::{BatchBounds, check};
+use crate::builder::Builder;
+use crate::config::ModelConfig;
+use crate::error::LoadError;
+use crate::rope::RopeFrequencies;
 use crate::{ForwardBatch, Model, StepLimits};
 
 pub(crate) struct DecoderLayer {
@@ -25,7 +29,7 @@ impl DecoderLayer {
     /// residual stream moves on.
     fn transform(&self, device: &Device, rows: &mut Activations, next_norm: &RmsNorm) -> Result<(), KernelError> {
         let Activations { residual, normed, attended, delta, gate_up, gated } = rows;
-        self.attention.output.forward(device, attended, delta)?;
+        self.attention.project(device, attended, delta)?;
         self.post_attention_norm.add_forward(device, residual, delta, normed)?;
         self.mlp.forward(device, normed, gate_up, gated, delta)?;
         next_norm.add_forward(device, residual, delta, normed)
@@ -38,69 +42,89 @@ impl DecoderLayer {
 
 /// What an architecture composes.
 pub(crate) struct DecoderParts {
-    pub(crate) embedding: Embedding,
-    /// At least one.
-    pub(crate) layers: Vec<DecoderLayer>,
-    pub(crate) norm: RmsNorm,
+    embedding: Embedding,
+    layers: Vec<DecoderLayer>,
+    norm: RmsNorm,
     /// `None`: tied to the embedding.
-    pub(crate) head: Option<Linear>,
-    pub(crate) rope: RopeTable,
-    pub(crate) heads: HeadLayout,
-    pub(crate) hidden: usize,
-    pub(crate) intermediate: usize,
+    head: Option<Linear>,
+}
+
+impl DecoderParts {
+    /// Loads what is around the layers, and each layer by `layer(builder, index)`.
+    pub(crate) fn load(
+        builder: &mut Builder<'_>,
+        mut layer: impl FnMut(&mut Builder<'_>, usize) -> Result<DecoderLayer, LoadError>,
+    ) -> Result<Self, LoadError> {
+        let config = builder.config();
+        let embedding = Embedding::load(builder, "model.embed_tokens")?;
+        let layers = (0..config.layers).map(|index| layer(builder, index)).collect::<Result<_, _>>()?;
+        let norm = RmsNorm::load(builder, "model.norm")?;
+        let head = [("lm_head".to_owned(), config.vocab_size)];
+        let head = if config.tie_word_embeddings {
+            None
+        } else {
+            Some(Linear::load(builder, &head, config.hidden_size, false)?)
+        };
+        Ok(DecoderParts { embedding, layers, norm, head })
+    }
 }
 
 pub(crate) struct Decoder {
     device: Device,
     parts: DecoderParts,
+    rope: RopeTable,
     bounds: BatchBounds,
     plan: AttentionPlan,
     workspace: Workspace,
-    workspace_bytes: usize,
 }
 
 impl Decoder {
     /// Allocates the workspace of `limits` beside the weights.
-    pub(crate) fn new(device: &Device, parts: DecoderParts, limits: StepLimits) -> Result<Self, KernelError> {
+    pub(crate) fn new(
+        device: &Device,
+        config: &ModelConfig,
+        parts: DecoderParts,
+        limits: StepLimits,
+    ) -> Result<Self, KernelError> {
         assert!(!parts.layers.is_empty(), "a decoder has layers");
-        let HeadLayout { heads, kv_heads, head_dim } = parts.heads;
+        let HeadLayout { heads, kv_heads, head_dim } = config.heads;
         let widths = Widths {
-            hidden: parts.hidden,
+            hidden: config.hidden_size,
             qkv: (heads + 2 * kv_heads) * head_dim,
             attended: heads * head_dim,
-            intermediate: parts.intermediate,
-            vocab: parts.embedding.vocab_size(),
+            intermediate: config.intermediate_size,
+            vocab: config.vocab_size,
         };
         let StepLimits { tokens_max, sequences_max, context_max } = limits;
+        let RopeFrequencies { inv_freq, scale } = config.rope.frequencies(context_max);
         Ok(Decoder {
             device: device.clone(),
-            bounds: BatchBounds { limits, vocab_size: widths.vocab, layers: parts.layers.len(), heads: parts.heads },
-            plan: AttentionPlan::new(device, parts.heads, tokens_max, sequences_max, context_max)?,
+            rope: RopeTable::new(device, &inv_freq, scale, context_max)?,
+            bounds: BatchBounds { limits, vocab_size: widths.vocab, layers: parts.layers.len(), heads: config.heads },
+            plan: AttentionPlan::new(device, config.heads, tokens_max, sequences_max, context_max)?,
             workspace: Workspace::new(device, &widths, &limits)?,
-            workspace_bytes: Workspace::bytes(&widths, &limits),
             parts,
         })
     }
 
     /// Bytes of weights on the device.
     pub(crate) fn weight_bytes(&self) -> usize {
-        let DecoderParts { embedding, layers, norm, head, .. } = &self.parts;
+        let DecoderParts { embedding, layers, norm, head } = &self.parts;
         let layers: usize = layers.iter().map(DecoderLayer::bytes).sum();
         embedding.bytes() + layers + norm.bytes() + head.as_ref().map_or(0, Linear::bytes)
     }
 
     /// Bytes of buffers that a forward pass writes, the plan of attention excluded.
     pub(crate) fn workspace_bytes(&self) -> usize {
-        self.workspace_bytes
+        self.workspace.bytes()
     }
 }
 
 impl Model for Decoder {
     fn forward(&mut self, batch: &ForwardBatch<'_>, kv: &mut KvCache) -> Result<&Tensor, KernelError> {
         check(batch, &self.bounds, &kv.shape())?;
-        let Decoder { device, parts, plan, workspace, .. } = self;
-        let DecoderParts { embedding, layers, norm, head, rope, .. } = parts;
-        workspace.set_rows(batch.input_ids.len(), batch.sample_rows.len());
+        let Decoder { device, parts, rope, plan, workspace, .. } = self;
+        let DecoderParts { embedding, layers, norm, head } = parts;
         let Workspace { tokens, sampled, qkv, logits } = workspace;
 
         let sequences = SequenceBatch {
@@ -121,6 +145,7 @@ impl Model for Decoder {
         }
         last.attention.attend(&step, &tokens.normed, qkv, kv, &mut tokens.attended)?;
         if batch.sample_rows.is_empty() {
+            logits.set_rows(0);
             return Ok(logits);
         }
         ops::gather_rows(device, &tokens.attended, batch.sample_rows, &mut sampled.attended)?;

@@ -2,18 +2,19 @@
 
 use kvern_kernels::{Device, KernelError, Tensor, Weight, ops};
 
+use crate::builder::Builder;
+use crate::error::LoadError;
+
 pub(crate) struct Embedding {
     /// `[vocab, hidden]`
     table: Weight,
 }
 
 impl Embedding {
-    pub(crate) fn new(table: Weight) -> Self {
-        Embedding { table }
-    }
-
-    pub(crate) fn vocab_size(&self) -> usize {
-        self.table.rows()
+    pub(crate) fn load(builder: &mut Builder<'_>, name: &str) -> Result<Self, LoadError> {
+        let config = builder.config();
+        let table = builder.matrix(&[(name.to_owned(), config.vocab_size)], config.hidden_size)?;
+        Ok(Embedding { table })
     }
 
     /// `out [T, hidden]` of `ids [T]`.

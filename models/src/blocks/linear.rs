@@ -2,6 +2,9 @@
 
 use kvern_kernels::{Device, KernelError, Tensor, Weight, ops};
 
+use crate::builder::Builder;
+use crate::error::LoadError;
+
 /// `x W^T + b`. Several projections of one input are stacked along the out features: their products are one op.
 pub(crate) struct Linear {
     weight: Weight,
@@ -10,9 +13,16 @@ pub(crate) struct Linear {
 }
 
 impl Linear {
-    pub(crate) fn new(weight: Weight, bias: Option<Tensor>) -> Self {
-        assert!(bias.as_ref().is_none_or(|b| b.cols() == weight.rows()), "a bias has one value per out feature");
-        Linear { weight, bias }
+    /// Stacks `parts`, the projections' names with their out features; each has `cols` in features and, if `bias`, one.
+    pub(crate) fn load(
+        builder: &mut Builder<'_>,
+        parts: &[(String, usize)],
+        cols: usize,
+        bias: bool,
+    ) -> Result<Self, LoadError> {
+        let weight = builder.matrix(parts, cols)?;
+        let bias = if bias { Some(builder.biases(parts)?) } else { None };
+        Ok(Linear { weight, bias })
     }
 
     /// `out [T, rows]` of `x [T, cols]`.

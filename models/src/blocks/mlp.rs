@@ -3,16 +3,30 @@
 use kvern_kernels::{Device, KernelError, Tensor, ops};
 
 use super::Linear;
+use crate::builder::Builder;
+use crate::error::LoadError;
 
 /// `down(silu(gate(x)) * up(x))`
 pub(crate) struct Mlp {
     /// `[2 * intermediate, hidden]`: gate, then up.
-    pub(crate) gate_up: Linear,
+    gate_up: Linear,
     /// `[hidden, intermediate]`
-    pub(crate) down: Linear,
+    down: Linear,
 }
 
 impl Mlp {
+    /// `bias`: all three projections have one.
+    pub(crate) fn load(builder: &mut Builder<'_>, prefix: &str, bias: bool) -> Result<Self, LoadError> {
+        let config = builder.config();
+        let (hidden, intermediate) = (config.hidden_size, config.intermediate_size);
+        let gate_up = ["gate_proj", "up_proj"].map(|name| (format!("{prefix}.{name}"), intermediate));
+        let down = [(format!("{prefix}.down_proj"), hidden)];
+        Ok(Mlp {
+            gate_up: Linear::load(builder, &gate_up, hidden, bias)?,
+            down: Linear::load(builder, &down, intermediate, bias)?,
+        })
+    }
+
     /// `out [T, hidden]` of `x [T, hidden]`, through `gate_up [T, 2 * intermediate]` and `gated [T, intermediate]`.
     pub(crate) fn forward(
         &self,

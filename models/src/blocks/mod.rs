@@ -13,7 +13,7 @@ mod mlp;
 mod norm;
 mod workspace;
 
-pub(crate) use attention::{Attention, HeadNorm};
+pub(crate) use attention::{Attention, AttentionSpec};
 pub(crate) use decoder::{Decoder, DecoderLayer, DecoderParts};
 pub(crate) use embedding::Embedding;
 pub(crate) use linear::Linear;

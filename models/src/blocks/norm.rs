@@ -2,6 +2,9 @@
 
 use kvern_kernels::{Device, KernelError, Tensor, ops};
 
+use crate::builder::Builder;
+use crate::error::LoadError;
+
 pub(crate) struct RmsNorm {
     /// `[1, cols]`
     weight: Tensor,
@@ -9,8 +12,11 @@ pub(crate) struct RmsNorm {
 }
 
 impl RmsNorm {
-    pub(crate) fn new(weight: Tensor, eps: f32) -> Self {
-        RmsNorm { weight, eps }
+    /// The norm `name` of the hidden state.
+    pub(crate) fn load(builder: &mut Builder<'_>, name: &str) -> Result<Self, LoadError> {
+        let config = builder.config();
+        let weight = builder.vector(&format!("{name}.weight"), config.hidden_size)?;
+        Ok(RmsNorm { weight, eps: config.rms_norm_eps })
     }
 
     /// `out = norm(x)`, per row.

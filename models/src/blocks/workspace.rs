@@ -1,4 +1,4 @@
-//! Buffers that a forward pass writes, allocated once for the largest step.
+//! Buffers that a forward pass writes, allocated once for the largest step. Each op sets the live rows of its output.
 
 use kvern_kernels::{Device, KernelError, Tensor};
 
@@ -44,9 +44,9 @@ impl Activations {
         })
     }
 
-    fn all_mut(&mut self) -> [&mut Tensor; 6] {
+    fn bytes(&self) -> usize {
         let Activations { residual, normed, attended, delta, gate_up, gated } = self;
-        [residual, normed, attended, delta, gate_up, gated]
+        [residual, normed, attended, delta, gate_up, gated].map(Tensor::bytes).iter().sum()
     }
 }
 
@@ -72,22 +72,7 @@ impl Workspace {
         })
     }
 
-    /// Sets the live rows for a step of `tokens` rows of which `sampled` are sampled.
-    pub(crate) fn set_rows(&mut self, tokens: usize, sampled: usize) {
-        for tensor in self.tokens.all_mut() {
-            tensor.set_rows(tokens);
-        }
-        self.qkv.set_rows(tokens);
-        for tensor in self.sampled.all_mut() {
-            tensor.set_rows(sampled);
-        }
-        self.logits.set_rows(sampled);
-    }
-
-    /// Bytes held, whatever rows are live.
-    pub(crate) fn bytes(widths: &Widths, limits: &StepLimits) -> usize {
-        let row = 3 * widths.hidden + widths.attended + 3 * widths.intermediate;
-        let elements = limits.tokens_max * (row + widths.qkv) + limits.sequences_max * (row + widths.vocab);
-        elements * size_of::<f32>()
+    pub(crate) fn bytes(&self) -> usize {
+        self.tokens.bytes() + self.sampled.bytes() + self.qkv.bytes() + self.logits.bytes()
     }
 }
