@@ -1,6 +1,21 @@
 //! Architectures and weights: a model is composed of shared blocks over [`kvern_kernels`]; weights of GGUF and safetensors
 //! arrive under one naming before any model code sees them.
 
+mod checkpoint;
+pub mod config;
+mod error;
+pub mod gguf;
+mod json;
+mod map;
+pub mod rope;
+pub mod safetensors;
+mod weights;
+
+pub use checkpoint::{Checkpoint, ModelFiles};
+pub use config::{Architecture, GenerationDefaults, ModelConfig};
+pub use error::LoadError;
+pub use weights::Weights;
+
 use kvern_kernels::{Device, KernelError, KvCache, Precision, Tensor};
 
 /// The input of one forward pass; borrowed for one step. T tokens of B sequences, S of whose rows are sampled.
