@@ -1,0 +1,47 @@
+//! From files to a model on a device.
+
+use kvern_kernels::{Device, HeadLayout, KvDType, KvShape};
+
+use crate::arch;
+use crate::blocks::Decoder;
+use crate::builder::Builder;
+use crate::config::ModelConfig;
+use crate::error::LoadError;
+use crate::files::ModelFiles;
+use crate::{LoadOptions, Model, Progress};
+
+/// A model and what its owner must know to feed it.
+pub struct LoadedModel {
+    pub model: Box<dyn Model>,
+    pub config: ModelConfig,
+    /// Of every layer.
+    pub heads: HeadLayout,
+    /// Weights on the device, in bytes.
+    pub weight_bytes: usize,
+    /// Buffers for the largest step, in bytes.
+    pub workspace_bytes: usize,
+}
+
+impl LoadedModel {
+    /// Shape of a cache of `blocks` blocks of `block_size` tokens for this model.
+    #[must_use]
+    pub fn kv_shape(&self, blocks: usize, block_size: usize, dtype: KvDType) -> KvShape {
+        let HeadLayout { kv_heads, head_dim, .. } = self.heads;
+        KvShape { layers: self.config.layers, blocks, block_size, kv_heads, head_dim, dtype }
+    }
+}
+
+/// Reads and packs all weights of `files`, and allocates the workspace of `options.limits`.
+///
+/// `progress` is called after each packed tensor.
+///
+/// # Errors
+/// A tensor is missing, unused, of a wrong shape or type; the device refuses (memory, an unsupported precision).
+pub fn load(
+    device: &Device,
+    files: &ModelFiles,
+    options: &LoadOptions,
+    progress: Progress<'_>,
+) -> Result<LoadedModel, LoadError> {
+    todo!()
+}
