@@ -130,7 +130,8 @@ fn client_streams(address: &str) {
 
 /// Keeps some connections busy with requests for one token.
 fn client_requests(address: &str) {
-    let body = r#"{"model":"null","messages":[{"role":"user","content":"Say something."}],"max_tokens":1,"temperature":0.5}"#;
+    let body =
+        r#"{"model":"null","messages":[{"role":"user","content":"Say something."}],"max_tokens":1,"temperature":0.5}"#;
     let threads: Vec<_> = (0..CONNECTIONS)
         .map(|_| {
             let mut socket = BufReader::new(TcpStream::connect(address).unwrap());
@@ -194,7 +195,10 @@ fn main() {
     let stepping = step_all(&received);
     assert!(client.wait().unwrap().success());
     report("streamed token", "4 us", before, STREAMS as f64 * f64::from(TOKENS));
-    println!("  of which in the engine's thread: {:.2} us", stepping.as_secs_f64() * 1e6 / (STREAMS as f64 * f64::from(TOKENS)));
+    println!(
+        "  of which in the engine's thread: {:.2} us",
+        stepping.as_secs_f64() * 1e6 / (STREAMS as f64 * f64::from(TOKENS))
+    );
 
     let before = cpu(libc::RUSAGE_SELF);
     assert!(run_client("client-requests", &address).wait().unwrap().success());

@@ -89,10 +89,7 @@ async fn every_parameter_reaches_the_engine() {
     assert_eq!(first.max_new_tokens, 7);
     let sampling = &first.sampling;
     assert_eq!((sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p), (0.5, 0.25, 3, 0.125));
-    assert_eq!(
-        (sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty),
-        (1.5, -1.5, 1.25)
-    );
+    assert_eq!((sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty), (1.5, -1.5, 1.25));
     assert_eq!((sampling.seed, second.sampling.seed), (42, 43));
     assert_eq!((sampling.stop_tokens.as_slice(), sampling.min_tokens), ([3, 9].as_slice(), 2));
     assert_eq!(sampling.logit_bias, [(7, 2.5), (65, -100.0)]);
@@ -135,7 +132,8 @@ async fn messages_in_parts_and_every_role_are_rendered() {
     ], "continue_final_message": true});
     server.ask(CHAT, body).await;
     let (request, _) = server.next_submission().await;
-    let text: String = request.prompt.iter().filter_map(|&token| char::from_u32(token).filter(|_| token < 256)).collect();
+    let text: String =
+        request.prompt.iter().filter_map(|&token| char::from_u32(token).filter(|_| token < 256)).collect();
     assert_eq!(text, "system\nbe\nuser\na\nb\nassistant\nc");
 }
 

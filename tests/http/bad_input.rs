@@ -46,13 +46,8 @@ async fn check_all(path: &str, cases: Vec<(Vec<u8>, Expected)>) {
 
 #[tokio::test]
 async fn what_is_no_json_request() {
-    let malformed = |message| Expected {
-        status: 400,
-        kind: "invalid_request_error",
-        code: "invalid_json",
-        param: None,
-        message,
-    };
+    let malformed =
+        |message| Expected { status: 400, kind: "invalid_request_error", code: "invalid_json", param: None, message };
     let deep = "[".repeat(100_000);
     let cases: Vec<(&[u8], Expected)> = vec![
         (b"", malformed("EOF while parsing")),
@@ -82,8 +77,14 @@ async fn chat_fields_out_of_range_or_of_a_wrong_type() {
         (messages(json!("hi")), bad("invalid_type", "messages", "invalid type: string \"hi\", expected a sequence")),
         (messages(json!([{"content": "x"}])), bad("invalid_type", "messages[0]", "missing field `role`")),
         (messages(json!([["user", "x"]])), bad("invalid_type", "messages[0]", "expected an object")),
-        (messages(json!([{"role": "king", "content": "x"}])), bad("invalid_type", "messages[0].role", "unknown variant `king`")),
-        (messages(json!([{"role": "user", "content": 5}])), bad("invalid_type", "messages[0].content", "expected a string or a list of content parts")),
+        (
+            messages(json!([{"role": "king", "content": "x"}])),
+            bad("invalid_type", "messages[0].role", "unknown variant `king`"),
+        ),
+        (
+            messages(json!([{"role": "user", "content": 5}])),
+            bad("invalid_type", "messages[0].content", "expected a string or a list of content parts"),
+        ),
         (messages(json!([{"role": "user"}])), bad("invalid_value", "messages[0].content", "found none")),
         (
             messages(json!([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}])),
@@ -118,33 +119,62 @@ async fn chat_fields_out_of_range_or_of_a_wrong_type() {
         (chat_with(json!({"max_completion_tokens": 0})), bad("invalid_value", "max_completion_tokens", "found 0")),
         (
             chat_with(json!({"max_tokens": 492})),
-            bad("context_length_exceeded", "max_tokens", "context is 512 tokens, but 513 were asked for: 21 in `messages` and 492"),
+            bad(
+                "context_length_exceeded",
+                "max_tokens",
+                "context is 512 tokens, but 513 were asked for: 21 in `messages` and 492",
+            ),
         ),
         (
             chat_with(json!({"max_completion_tokens": 4_000_000_000_u32})),
             bad("context_length_exceeded", "max_completion_tokens", "4000000021"),
         ),
-        (chat_with(json!({"min_tokens": 9, "max_tokens": 8})), bad("invalid_value", "min_tokens", "limit of 8, found 9")),
+        (
+            chat_with(json!({"min_tokens": 9, "max_tokens": 8})),
+            bad("invalid_value", "min_tokens", "limit of 8, found 9"),
+        ),
         (chat_with(json!({"stop": 5})), bad("invalid_type", "stop", "expected a string or a list of strings")),
         (chat_with(json!({"stop": ["a", 5]})), bad("invalid_type", "stop[1]", "expected a string")),
         (chat_with(json!({"stop": ["a", ""]})), bad("invalid_value", "stop", "index 1")),
         (chat_with(json!({"stop": too_many})), bad("invalid_value", "stop", "at most 16 strings, found 17")),
         (chat_with(json!({"stop": "x".repeat(1025)})), bad("invalid_value", "stop", "found 1025")),
-        (chat_with(json!({"stop_token_ids": [258]})), bad("invalid_value", "stop_token_ids", "below the vocabulary's size of 258, found 258")),
+        (
+            chat_with(json!({"stop_token_ids": [258]})),
+            bad("invalid_value", "stop_token_ids", "below the vocabulary's size of 258, found 258"),
+        ),
         (chat_with(json!({"logit_bias": {"x": 1}})), bad("invalid_value", "logit_bias", "found `x`")),
         (chat_with(json!({"logit_bias": {"258": 1}})), bad("invalid_value", "logit_bias", "found `258`")),
         (chat_with(json!({"logit_bias": {"1": 101}})), bad("invalid_value", "logit_bias", "found 101")),
         (chat_with(json!({"top_logprobs": 2})), bad("invalid_value", "top_logprobs", "`logprobs` to be true")),
-        (chat_with(json!({"logprobs": true, "top_logprobs": 21})), bad("invalid_value", "top_logprobs", "[0, 20], found 21")),
+        (
+            chat_with(json!({"logprobs": true, "top_logprobs": 21})),
+            bad("invalid_value", "top_logprobs", "[0, 20], found 21"),
+        ),
         (chat_with(json!({"logprobs": 1})), bad("invalid_type", "logprobs", "expected a boolean")),
-        (chat_with(json!({"stream_options": {"include_usage": true}})), bad("invalid_value", "stream_options", "`stream` to be true")),
-        (chat_with(json!({"stream": true, "stream_options": []})), bad("invalid_type", "stream_options", "expected an object")),
-        (chat_with(json!({"add_generation_prompt": true, "continue_final_message": true})), bad("invalid_value", "continue_final_message", "found both")),
-        (chat_with(json!({"tools": [{"type": "function", "function": {"name": "f"}}]})), bad("unsupported_parameter", "tools", "`tools` is not supported")),
-        (chat_with(json!({"response_format": {"type": "json_object"}})), bad("unsupported_parameter", "response_format", "")),
+        (
+            chat_with(json!({"stream_options": {"include_usage": true}})),
+            bad("invalid_value", "stream_options", "`stream` to be true"),
+        ),
+        (
+            chat_with(json!({"stream": true, "stream_options": []})),
+            bad("invalid_type", "stream_options", "expected an object"),
+        ),
+        (
+            chat_with(json!({"add_generation_prompt": true, "continue_final_message": true})),
+            bad("invalid_value", "continue_final_message", "found both"),
+        ),
+        (
+            chat_with(json!({"tools": [{"type": "function", "function": {"name": "f"}}]})),
+            bad("unsupported_parameter", "tools", "`tools` is not supported"),
+        ),
+        (
+            chat_with(json!({"response_format": {"type": "json_object"}})),
+            bad("unsupported_parameter", "response_format", ""),
+        ),
         (chat_with(json!({"guided_json": {}})), bad("unsupported_parameter", "guided_json", "")),
     ];
-    check_all(CHAT, cases.into_iter().map(|(body, expected)| (body.to_string().into_bytes(), expected)).collect()).await;
+    check_all(CHAT, cases.into_iter().map(|(body, expected)| (body.to_string().into_bytes(), expected)).collect())
+        .await;
 }
 
 #[tokio::test]
@@ -166,19 +196,22 @@ async fn completion_fields_out_of_range_or_of_a_wrong_type() {
             prompt(json!("x".repeat(CONTEXT as usize))),
             bad("context_length_exceeded", "prompt", "context is 512 tokens, but `prompt` has 512"),
         ),
-        (
-            prompt(json!("x".repeat(1_000_000))),
-            bad("context_length_exceeded", "prompt", "has at least"),
-        ),
+        (prompt(json!("x".repeat(1_000_000))), bad("context_length_exceeded", "prompt", "has at least")),
         (with("max_tokens", json!(512)), bad("context_length_exceeded", "max_tokens", "513 were asked for")),
         (with("logprobs", json!(21)), bad("invalid_value", "logprobs", "[0, 20], found 21")),
         (with("logprobs", json!(true)), bad("invalid_type", "logprobs", "boolean")),
-        (json!({"prompt": "p", "logprobs": 1, "echo": true}), bad("unsupported_parameter", "echo", "together with `logprobs`")),
+        (
+            json!({"prompt": "p", "logprobs": 1, "echo": true}),
+            bad("unsupported_parameter", "echo", "together with `logprobs`"),
+        ),
         (with("suffix", json!("x")), bad("unsupported_parameter", "suffix", "")),
         (with("best_of", json!(2)), bad("unsupported_parameter", "best_of", "")),
     ];
-    check_all(COMPLETIONS, cases.into_iter().map(|(body, expected)| (body.to_string().into_bytes(), expected)).collect())
-        .await;
+    check_all(
+        COMPLETIONS,
+        cases.into_iter().map(|(body, expected)| (body.to_string().into_bytes(), expected)).collect(),
+    )
+    .await;
 }
 
 #[tokio::test]
@@ -212,12 +245,14 @@ async fn unknown_models_routes_and_methods() {
     }
     let route = Expected { code: "not_found", param: None, message: "there is no POST /v1/nothing", ..unknown };
     check(&server, "/v1/nothing", "{}", &route).await;
-    let method = Expected { status: 405, code: "method_not_allowed", message: "does not take the method POST", ..route };
+    let method =
+        Expected { status: 405, code: "method_not_allowed", message: "does not take the method POST", ..route };
     check(&server, "/v1/models", "{}", &method).await;
     let response = server.get("/v1/models/gpt-9").await;
     assert_eq!(response.status(), 404);
     assert_eq!(response.json::<Value>().await.unwrap()["error"]["code"], "model_not_found");
-    let plain = server.client.post(server.url(CHAT)).body("{}").header("content-type", "text/plain").send().await.unwrap();
+    let plain =
+        server.client.post(server.url(CHAT)).body("{}").header("content-type", "text/plain").send().await.unwrap();
     assert_eq!(plain.status(), 415);
     assert_eq!(plain.json::<Value>().await.unwrap()["error"]["code"], "unsupported_media_type");
 }

@@ -226,7 +226,10 @@ pub(crate) fn events(text: &str) -> Vec<Value> {
     frames
         .into_iter()
         .map(|frame| {
-            let data = frame.trim_start_matches(": keep-alive\n").strip_prefix("data: ").unwrap_or_else(|| panic!("{frame:?}"));
+            let data = frame
+                .trim_start_matches(": keep-alive\n")
+                .strip_prefix("data: ")
+                .unwrap_or_else(|| panic!("{frame:?}"));
             serde_json::from_str(data).unwrap()
         })
         .collect()

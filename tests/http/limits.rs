@@ -111,7 +111,8 @@ async fn slow_clients_are_let_go() {
     for silent in ["", "GET /health HTT", "GET /health HTTP/1.1\r\nhost: x\r\n"] {
         assert_eq!(exchange(&server, silent.as_bytes()).await, "", "{silent:?}");
     }
-    let head = format!("POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n{{");
+    let head =
+        format!("POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n{{");
     let answer = exchange(&server, head.as_bytes()).await;
     assert!(answer.starts_with("HTTP/1.1 408 "), "{answer}");
     assert!(answer.contains("body_timeout"), "{answer}");

@@ -22,9 +22,20 @@ async fn the_document_is_committed() {
 fn every_route_is_described() {
     let document: serde_json::Value = serde_json::from_str(&kvern::http::openapi_document()).unwrap();
     let paths: Vec<&str> = document["paths"].as_object().unwrap().keys().map(String::as_str).collect();
-    for route in ["/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/models/{id}", "/tokenize", "/detokenize",
-        "/health", "/health/live", "/health/ready", "/version", "/metrics", "/openapi.json"]
-    {
+    for route in [
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/models",
+        "/v1/models/{id}",
+        "/tokenize",
+        "/detokenize",
+        "/health",
+        "/health/live",
+        "/health/ready",
+        "/version",
+        "/metrics",
+        "/openapi.json",
+    ] {
         assert!(paths.contains(&route), "{route} is missing in {paths:?}");
     }
     let chat = &document["components"]["schemas"]["ChatRequest"]["properties"];

@@ -9,11 +9,44 @@ use tokio::net::TcpStream;
 
 /// Names that the parser knows, so that random values reach every field's code.
 const FIELDS: [&str; 38] = [
-    "messages", "prompt", "tokens", "model", "max_tokens", "max_completion_tokens", "min_tokens", "temperature", "top_p",
-    "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed", "stop", "stop_token_ids",
-    "ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "n", "logit_bias", "logprobs", "top_logprobs",
-    "stream", "stream_options", "echo", "user", "add_generation_prompt", "continue_final_message",
-    "chat_template_kwargs", "role", "content", "type", "text", "tools", "tool_calls", "response_format",
+    "messages",
+    "prompt",
+    "tokens",
+    "model",
+    "max_tokens",
+    "max_completion_tokens",
+    "min_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "seed",
+    "stop",
+    "stop_token_ids",
+    "ignore_eos",
+    "include_stop_str_in_output",
+    "skip_special_tokens",
+    "n",
+    "logit_bias",
+    "logprobs",
+    "top_logprobs",
+    "stream",
+    "stream_options",
+    "echo",
+    "user",
+    "add_generation_prompt",
+    "continue_final_message",
+    "chat_template_kwargs",
+    "role",
+    "content",
+    "type",
+    "text",
+    "tools",
+    "tool_calls",
+    "response_format",
 ];
 
 fn any_json() -> impl Strategy<Value = Value> {
@@ -30,8 +63,7 @@ fn any_json() -> impl Strategy<Value = Value> {
     leaf.prop_recursive(4, 32, 6, move |inner| {
         prop_oneof![
             prop::collection::vec(inner.clone(), 0..6).prop_map(Value::from),
-            prop::collection::vec((key.clone(), inner), 0..6)
-                .prop_map(|fields| Value::Object(Map::from_iter(fields))),
+            prop::collection::vec((key.clone(), inner), 0..6).prop_map(|fields| Value::Object(Map::from_iter(fields))),
         ]
     })
 }
@@ -118,7 +150,14 @@ fn bytes_on_the_socket() {
 /// Whatever tokens come, a stream says what a whole answer says, in whole characters, with and without stop strings.
 #[test]
 fn streams_equal_whole_answers() {
-    let tokens = prop_oneof![any::<u8>().prop_map(u32::from), Just(u32::from(b'a')), Just(u32::from(b'b')), Just(0xc3), Just(0xa9), Just(256)];
+    let tokens = prop_oneof![
+        any::<u8>().prop_map(u32::from),
+        Just(u32::from(b'a')),
+        Just(u32::from(b'b')),
+        Just(0xc3),
+        Just(0xa9),
+        Just(256)
+    ];
     let request = (prop::collection::vec(tokens, 0..40), prop::collection::vec("[abé]{1,3}", 0..3), any::<bool>());
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     // The prompt is what the engine says.
@@ -131,14 +170,18 @@ fn streams_equal_whole_answers() {
     let mut runner = TestRunner::new(Config { cases: 300, failure_persistence: None, ..Config::default() });
     let outcome = runner.run(&request, |(mut prompt, stops, include)| {
         prompt.push(u32::from(b'.'));
-        let mut body = json!({"prompt": prompt, "stop": stops, "include_stop_str_in_output": include, "max_tokens": 64});
+        let mut body =
+            json!({"prompt": prompt, "stop": stops, "include_stop_str_in_output": include, "max_tokens": 64});
         runtime.block_on(async {
             let whole = server.ask("/v1/completions", body.clone()).await;
             body["stream"] = true.into();
             let events = server.stream("/v1/completions", body).await;
             let said: String = events.iter().map(|event| event["choices"][0]["text"].as_str().unwrap()).collect();
             assert_eq!(whole["choices"][0]["text"], said);
-            assert!(include || stops.iter().all(|stop| !said.contains(stop.as_str())), "{said:?} holds one of {stops:?}");
+            assert!(
+                include || stops.iter().all(|stop| !said.contains(stop.as_str())),
+                "{said:?} holds one of {stops:?}"
+            );
         });
         Ok(())
     });

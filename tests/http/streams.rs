@@ -33,9 +33,8 @@ async fn a_chat_stream_opens_with_the_role_and_ends_with_reason_usage_done() {
         json!({"id": id, "object": "chat.completion.chunk", "created": created, "model": "tiny", "choices": choices,
                "system_fingerprint": "fp_test", "usage": usage})
     };
-    let choice = |delta: Value, reason: Value| {
-        json!([{"index": 0, "delta": delta, "logprobs": null, "finish_reason": reason}])
-    };
+    let choice =
+        |delta: Value, reason: Value| json!([{"index": 0, "delta": delta, "logprobs": null, "finish_reason": reason}]);
     let usage = json!({"prompt_tokens": 21, "total_tokens": 27, "completion_tokens": 6,
                        "prompt_tokens_details": {"cached_tokens": 5}});
     let expected = vec![
@@ -57,8 +56,7 @@ async fn usage_stays_out_of_streams_that_do_not_ask_for_it() {
     let options = json!({"include_usage": true, "continuous_usage_stats": true});
     let body = json!({"prompt": "p", "stream": true, "stream_options": options});
     let events = server.stream(COMPLETIONS, body).await;
-    let counts: Vec<u64> =
-        events.iter().map(|event| event["usage"]["completion_tokens"].as_u64().unwrap()).collect();
+    let counts: Vec<u64> = events.iter().map(|event| event["usage"]["completion_tokens"].as_u64().unwrap()).collect();
     assert_eq!(counts, [1, 2, 3, 3]);
 }
 
@@ -71,9 +69,9 @@ async fn choices_are_interleaved_and_whole() {
     let events = server.stream(CHAT, chat_with(json!({"stream": true, "n": 3, "seed": 0}))).await;
     for (index, text) in ["zero", "one", "two"].into_iter().enumerate() {
         assert_eq!(content(&events, index as u64), text);
-        let finishes = events.iter().filter(|event| {
-            event["choices"][0]["index"] == index && event["choices"][0]["finish_reason"] == "stop"
-        });
+        let finishes = events
+            .iter()
+            .filter(|event| event["choices"][0]["index"] == index && event["choices"][0]["finish_reason"] == "stop");
         assert_eq!(finishes.count(), 1, "choice {index}");
     }
 }
