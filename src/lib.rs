@@ -1,7 +1,25 @@
 //! Kvern, a self-hosted LLM inference server.
+//!
+//! ```text
+//! HTTP -> admission -> engine -> core (plan) -> worker -> model -> kernels -> sampler
+//!                         |                                                      |
+//! client <- SSE <- detokenizer <- token stream <---------------------------------+
+//! ```
+//!
+//! A request is parsed, validated and tokenized once; after that it is plain data. The core decides, the worker executes,
+//! and nothing flows backwards but step results.
 
+pub mod admission;
 pub mod config;
+pub mod engine;
+pub mod error;
+pub mod generate;
+pub mod http;
 pub mod hub;
+pub mod load;
 pub mod request;
+pub mod runtime;
+pub mod serve;
 pub mod telemetry;
 pub mod text;
+pub mod worker;

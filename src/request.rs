@@ -14,6 +14,8 @@ pub struct Request {
     pub sampling: SamplingParams,
     /// At least 1; prompt and output fit the context.
     pub max_new_tokens: u32,
+    /// Choices that its caller asked for, this one among them.
+    pub n: u32,
     /// Whose prefix cache it may share: 0 for all (no keys file yet).
     pub tenant: u64,
 }

@@ -41,6 +41,11 @@ impl Device {
     pub fn cuda(_ordinal: usize) -> Result<Device> {
         Err(KernelError::BuiltWithoutCuda)
     }
+    /// Host threads that compute, the caller's included; 1 on a device without them.
+    #[must_use]
+    pub fn threads(&self) -> usize {
+        todo!()
+    }
     /// For the start-up banner: `cpu (avx512, 2 threads)`.
     #[must_use]
     pub fn describe(&self) -> String {

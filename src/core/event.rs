@@ -81,6 +81,8 @@ pub enum FinishReason {
 /// Why a submission was refused at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Refusal {
+    /// No prompt token, or no token to make.
+    Empty,
     /// `waiting_max` requests wait already.
     QueueFull,
     /// More tokens than `request_tokens_max` or than the whole KV pool holds.

@@ -1,0 +1,305 @@
+//! The bookkeeping of one worker's KV pool: which blocks are free, live and published. Numbers only, no tensors.
+//!
+//! Layout. Block `b` of the device pool holds the K/V of `block_size` consecutive tokens of one sequence; slot =
+//! `b * block_size + offset`. For every published block the pool knows what it holds:
+//!
+//! ```text
+//!              block 0           block 1           block 2
+//!   contents  [t t t t ... t]   [t t t t ... t]   [               ]   block_size tokens each, one flat array
+//!   cards     {hash parent node}{hash parent node}{- - unpublished}   32 bytes each
+//!   salts     [salt]            [salt]            [salt]              read for the first block of a sequence only
+//!   refs      [2]               [0]               [1]                 block tables that hold it
+//!   free      ................. [1] ..............................    LRU, see `free_list`
+//! ```
+//!
+//! A published block is a node of a tree: its parent is the node of the block before it, by a number that is never used
+//! again, or the salt's root. A lookup walks down from the root and takes a candidate only when its parent's number and
+//! all its tokens are equal. By induction a hit's whole prefix and salt are equal, whatever the hashes say (KV-5), even
+//! after a parent was evicted and its block number reused.
+//!
+//! Life of a block: `allocate` (front of the free list; what it held is forgotten) -> `publish` once full -> shared by
+//! `acquire` -> `release` by each holder -> free, still found by `lookup`, until `allocate` reuses it. A table is released
+//! tail first, so that of one prefix the end is reused before the start; blocks with nothing to find are reused first.
+//!
+//! Owner: one worker's state in the engine. Every operation is O(1) per block. Nothing allocates after construction.
+
+mod free_list;
+pub(crate) mod hash;
+mod index;
+
+use crate::fault::planted;
+use crate::{BlockId, CacheSalt, TokenId};
+use free_list::FreeList;
+use hash::BlockHash;
+use index::PrefixIndex;
+
+/// A place in the prefix tree, never used for anything else.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct NodeId(u64);
+
+impl NodeId {
+    /// Above the first block of every sequence.
+    pub(crate) const ROOT: NodeId = NodeId(0);
+    /// Of a block that is not published.
+    const NONE: NodeId = NodeId(u64::MAX);
+}
+
+/// What a lookup compares before it reads the tokens.
+#[derive(Clone, Copy, Debug)]
+struct Card {
+    hash: BlockHash,
+    parent: NodeId,
+    node: NodeId,
+}
+
+const UNPUBLISHED: Card = Card { hash: BlockHash(0), parent: NodeId::NONE, node: NodeId::NONE };
+
+/// A full block that is about to be published.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct FullBlock<'a> {
+    pub(crate) block: BlockId,
+    pub(crate) hash: BlockHash,
+    pub(crate) parent: NodeId,
+    pub(crate) salt: CacheSalt,
+    /// `block_size` of them.
+    pub(crate) tokens: &'a [TokenId],
+}
+
+/// One pool. See the module's documentation.
+#[derive(Clone, Debug)]
+pub(crate) struct KvPool {
+    block_size: u32,
+    cards: Vec<Card>,
+    contents: Vec<TokenId>,
+    salts: Vec<CacheSalt>,
+    refs: Vec<u32>,
+    free: FreeList,
+    index: PrefixIndex,
+    next_node: u64,
+    live: u32,
+    collisions: u64,
+    #[cfg(test)]
+    pub(crate) fault: Option<crate::fault::Fault>,
+}
+
+impl KvPool {
+    /// A pool of `num_blocks` free blocks.
+    pub(crate) fn new(num_blocks: u32, block_size: u32) -> Self {
+        let blocks = num_blocks as usize;
+        KvPool {
+            block_size,
+            cards: vec![UNPUBLISHED; blocks],
+            contents: vec![0; blocks * block_size as usize],
+            salts: vec![CacheSalt(0); blocks],
+            refs: vec![0; blocks],
+            free: FreeList::full(num_blocks),
+            index: PrefixIndex::new(num_blocks),
+            next_node: 1,
+            live: 0,
+            collisions: 0,
+            #[cfg(test)]
+            fault: None,
+        }
+    }
+
+    pub(crate) fn num_blocks(&self) -> u32 {
+        self.refs.len() as u32
+    }
+
+    pub(crate) fn num_free(&self) -> u32 {
+        self.free.len()
+    }
+
+    /// Blocks that a table holds.
+    pub(crate) fn num_live(&self) -> u32 {
+        self.live
+    }
+
+    /// How many of `blocks` are free, and would not be after [`KvPool::acquire`].
+    pub(crate) fn count_free(&self, blocks: &[BlockId]) -> u32 {
+        blocks.iter().filter(|block| self.free.contains(**block)).count() as u32
+    }
+
+    /// Fills `table` with the longest run of published blocks that hold the start of `tokens`, and gives the last one's
+    /// node. `hashes` are those of the full blocks of `tokens`. Of N tokens at most N - 1 are covered: the last one must
+    /// be computed, because its logits are wanted. Takes no reference.
+    pub(crate) fn lookup(
+        &mut self,
+        salt: CacheSalt,
+        tokens: &[TokenId],
+        hashes: &[BlockHash],
+        table: &mut Vec<BlockId>,
+    ) -> NodeId {
+        let known = if planted!(self, HitWholePrompt) { tokens.len() } else { tokens.len().saturating_sub(1) };
+        let size = self.block_size as usize;
+        let (mut node, mut collisions) = (NodeId::ROOT, 0);
+        for (block, hash) in tokens[..known].chunks_exact(size).zip(hashes) {
+            let Some(hit) = self.find(*hash, node, salt, block, &mut collisions) else { break };
+            table.push(hit);
+            node = self.cards[hit.0 as usize].node;
+        }
+        self.collisions += collisions;
+        node
+    }
+
+    /// The published block with this parent and these tokens.
+    #[inline]
+    fn find(
+        &self,
+        hash: BlockHash,
+        parent: NodeId,
+        salt: CacheSalt,
+        tokens: &[TokenId],
+        collisions: &mut u64,
+    ) -> Option<BlockId> {
+        self.index.find(hash, |candidate| {
+            let card = &self.cards[candidate.0 as usize];
+            if card.hash != hash {
+                return false;
+            }
+            let is_child = card.parent == parent || planted!(self, SkipParentCheck);
+            let is_salted =
+                parent != NodeId::ROOT || self.salts[candidate.0 as usize] == salt || planted!(self, IgnoreSalt);
+            let equal = is_child && is_salted && (self.contents(candidate) == tokens || planted!(self, SkipTokenCheck));
+            *collisions += u64::from(!equal);
+            equal
+        })
+    }
+
+    /// The tokens under which a published block is found.
+    fn contents(&self, block: BlockId) -> &[TokenId] {
+        let size = self.block_size as usize;
+        &self.contents[block.0 as usize * size..][..size]
+    }
+
+    /// Takes a reference to a block that a lookup found.
+    pub(crate) fn acquire(&mut self, block: BlockId) {
+        let refs = &mut self.refs[block.0 as usize];
+        *refs += 1;
+        if *refs == 1 {
+            self.free.remove(block);
+            self.live += 1;
+        }
+        self.assert_sum();
+    }
+
+    /// Takes the block that is to be reused next, with one reference, and forgets what it held.
+    pub(crate) fn allocate(&mut self) -> Option<BlockId> {
+        if planted!(self, ReuseLive) && self.live > 0 && self.next_node.is_multiple_of(4) {
+            let block = (0..self.num_blocks()).map(BlockId).find(|block| self.refs[block.0 as usize] > 0)?;
+            self.refs[block.0 as usize] += 1;
+            return Some(block);
+        }
+        let block = self.free.pop_front()?;
+        assert!(self.refs[block.0 as usize] == 0, "KV-3: free {block:?} is in a block table");
+        self.forget(block);
+        self.refs[block.0 as usize] = 1;
+        self.live += 1;
+        self.assert_sum();
+        Some(block)
+    }
+
+    /// Gives back one reference to each block of a table, tail first, and empties the table.
+    pub(crate) fn release(&mut self, table: &mut Vec<BlockId>) {
+        for block in table.drain(..).rev() {
+            let refs = &mut self.refs[block.0 as usize];
+            assert!(*refs > 0, "KV-2: {block:?} is released but in no block table");
+            *refs -= 1;
+            if *refs > 0 {
+                continue;
+            }
+            self.live -= 1;
+            if self.cards[block.0 as usize].node == NodeId::NONE {
+                self.free.push_front(block);
+            } else {
+                self.free.push_back(block);
+            }
+        }
+        self.assert_sum();
+    }
+
+    /// Makes a full block findable and gives its node. When its content is published already, by a request that computed
+    /// it at the same time, the block stays private and the node is that of the published one.
+    pub(crate) fn publish(&mut self, full: FullBlock<'_>) -> NodeId {
+        let FullBlock { block, hash, parent, salt, tokens } = full;
+        assert!(tokens.len() == self.block_size as usize, "KV-4: {block:?} is published with {} tokens", tokens.len());
+        assert!(self.refs[block.0 as usize] > 0, "KV-4: free {block:?} is published");
+        assert!(self.cards[block.0 as usize].node == NodeId::NONE, "KV-4: {block:?} is published twice");
+        let mut collisions = 0;
+        let twin = self.find(hash, parent, salt, tokens, &mut collisions);
+        self.collisions += collisions;
+        if let Some(twin) = twin {
+            return self.cards[twin.0 as usize].node;
+        }
+        let node = NodeId(self.next_node);
+        self.next_node += 1;
+        let size = self.block_size as usize;
+        self.contents[block.0 as usize * size..][..size].copy_from_slice(tokens);
+        self.salts[block.0 as usize] = salt;
+        self.cards[block.0 as usize] = Card { hash, parent, node };
+        self.index.insert(hash, block);
+        node
+    }
+
+    /// Makes a block unfindable, if it is published: its content is about to be overwritten, or is not to be trusted.
+    pub(crate) fn forget(&mut self, block: BlockId) {
+        let card = self.cards[block.0 as usize];
+        if card.node == NodeId::NONE || planted!(self, KeepStaleHash) {
+            return;
+        }
+        let cards = &self.cards;
+        self.index.remove(card.hash, block, |other| cards[other.0 as usize].hash);
+        self.cards[block.0 as usize] = UNPUBLISHED;
+    }
+
+    /// KV-1, in O(1), at the end of each change.
+    fn assert_sum(&self) {
+        assert!(
+            self.free.len() + self.live == self.num_blocks(),
+            "KV-1: {} free and {} live blocks of {}",
+            self.free.len(),
+            self.live,
+            self.num_blocks()
+        );
+    }
+}
+
+/// For the full check; see `invariants.rs`.
+impl KvPool {
+    pub(crate) fn ref_count(&self, block: BlockId) -> u32 {
+        self.refs[block.0 as usize]
+    }
+
+    pub(crate) fn is_free(&self, block: BlockId) -> bool {
+        self.free.contains(block)
+    }
+
+    /// From the block that will be reused next to the one that will be reused last.
+    pub(crate) fn free_blocks(&self) -> impl Iterator<Item = BlockId> + '_ {
+        self.free.iter()
+    }
+
+    /// What a published block is found under.
+    pub(crate) fn published(&self, block: BlockId) -> Option<&[TokenId]> {
+        (self.cards[block.0 as usize].node != NodeId::NONE).then(|| self.contents(block))
+    }
+
+    /// Whether the index has exactly the published blocks.
+    pub(crate) fn index_is_exact(&self) -> bool {
+        let mut published = (0..self.num_blocks()).map(BlockId).filter(|block| self.published(*block).is_some());
+        let count = published.clone().count() as u32;
+        count == self.index.len()
+            && published.all(|block| {
+                let hash = self.cards[block.0 as usize].hash;
+                self.index.find(hash, |other| other == block).is_some()
+            })
+    }
+
+    /// Candidates of equal hash and different content that lookups met.
+    pub(crate) fn collisions(&self) -> u64 {
+        self.collisions
+    }
+}
+
+#[cfg(test)]
+mod tests;

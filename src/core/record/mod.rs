@@ -1,0 +1,324 @@
+//! Recordings: everything that went into a core, so that the run can be repeated exactly.
+//!
+//! ```text
+//!   header   "KVERNREC"  version: u32  then an entry with the configuration
+//!   entry    length of the body: u32   checksum: u32   body: a tag, then its fields
+//! ```
+//!
+//! Fixed-width numbers are little-endian; fields are varints (LEB128, shortest form), lists carry their length first. The
+//! checksum is the CRC-32 of IEEE 802.3 over the body. Entries follow each other to the end of the bytes, so a recording
+//! is written by appending and a torn last entry costs only itself.
+//!
+//! A run is repeated by making an [`crate::Engine`] of [`Recording::config`] and doing what each [`Entry`] says. Plans that
+//! gave no step need not be recorded: they change nothing.
+//!
+//! Reading never panics and allocates at most a small multiple of the bytes it is given, whatever they are. That a decoded
+//! input makes sense to the engine it is applied to is not checked: see [`crate::Engine::apply`].
+
+mod bytes;
+
+use crate::{
+    CacheSalt, CancelReason, CoreConfig, Input, Micros, RequestId, Role, Sampled, StepId, Submission, Timed, WorkerId,
+    WorkerSpec,
+};
+use bytes::{Reader, crc32, put_varint, put_varint128};
+use std::fmt;
+
+const MAGIC: &[u8; 8] = b"KVERNREC";
+/// Raised whenever the meaning of the bytes changes.
+const VERSION: u32 = 1;
+
+/// One thing that was done to the core.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Entry {
+    /// [`crate::Engine::apply`].
+    Input(Timed<Input>),
+    /// [`crate::Engine::plan`], which gave a step.
+    Plan(WorkerId),
+}
+
+/// Why bytes are not a recording. `at` is an offset in bytes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RecordError {
+    NotARecording,
+    Version { found: u32 },
+    Truncated { at: usize },
+    Checksum { at: usize, expected: u32, found: u32 },
+    Malformed { at: usize, expected: &'static str },
+    Config { problem: String },
+}
+
+impl fmt::Display for RecordError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            RecordError::NotARecording => {
+                write!(f, "expected a recording that starts with KVERNREC, found other bytes")
+            }
+            RecordError::Version { found } => write!(f, "expected a recording of version {VERSION}, found {found}"),
+            RecordError::Truncated { at } => write!(f, "expected a whole entry at byte {at}, found the end"),
+            RecordError::Checksum { at, expected, found } => {
+                write!(f, "expected checksum {expected:08x} of the entry at byte {at}, found {found:08x}")
+            }
+            RecordError::Malformed { at, expected } => {
+                write!(f, "expected {expected} in the entry at byte {at}, found something else")
+            }
+            RecordError::Config { problem } => write!(f, "the recorded configuration is unusable: {problem}"),
+        }
+    }
+}
+
+impl std::error::Error for RecordError {}
+
+/// Starts a recording of a core with this configuration at the end of `out`, which is otherwise empty.
+pub fn write_header(config: &CoreConfig, out: &mut Vec<u8>) {
+    out.extend_from_slice(MAGIC);
+    out.extend_from_slice(&VERSION.to_le_bytes());
+    write_entry(out, |out| {
+        put_varint(out, config.workers.len() as u64);
+        for worker in &config.workers {
+            put_varint(
+                out,
+                match worker.role {
+                    Role::Mixed => 0,
+                },
+            );
+            put_varint(out, u64::from(worker.num_blocks));
+        }
+        let CoreConfig { block_size, step_tokens_max, running_max, waiting_max, request_tokens_max, .. } = *config;
+        for field in [block_size, step_tokens_max, running_max, waiting_max, request_tokens_max, config.hash_bits] {
+            put_varint(out, u64::from(field));
+        }
+        put_varint(out, u64::from(config.prefix_caching));
+    });
+}
+
+/// Appends an input. Allocates only when `out` grows.
+pub fn write_input(input: &Timed<Input>, out: &mut Vec<u8>) {
+    write_entry(out, |out| {
+        let (tag, at) = (tag_of(&input.input), input.at.0);
+        put_varint(out, tag);
+        put_varint(out, at);
+        match &input.input {
+            Input::Submit(submission) => put_submission(out, submission),
+            Input::Cancel { request, reason } => {
+                put_varint(out, request.0);
+                put_varint(
+                    out,
+                    REASONS.iter().position(|other| other == reason).expect("every reason is listed") as u64,
+                );
+            }
+            Input::StepDone { worker, step, sampled } => {
+                put_varint(out, u64::from(worker.0));
+                put_varint(out, step.0);
+                put_varint(out, sampled.len() as u64);
+                for (request, result) in sampled {
+                    put_varint(out, request.0);
+                    put_varint(
+                        out,
+                        match result {
+                            Sampled::Failed => 0,
+                            Sampled::Token(token) => u64::from(*token) + 1,
+                        },
+                    );
+                }
+            }
+        }
+    });
+}
+
+/// Appends that a step was planned for this worker.
+pub fn write_plan(worker: WorkerId, out: &mut Vec<u8>) {
+    write_entry(out, |out| {
+        put_varint(out, TAG_PLAN);
+        put_varint(out, u64::from(worker.0));
+    });
+}
+
+const TAG_SUBMIT: u64 = 0;
+const TAG_CANCEL: u64 = 1;
+const TAG_STEP_DONE: u64 = 2;
+const TAG_PLAN: u64 = 3;
+
+/// Their numbers in a recording; append only.
+const REASONS: [CancelReason; 4] =
+    [CancelReason::ClientGone, CancelReason::SlowReader, CancelReason::StopString, CancelReason::Shutdown];
+
+fn tag_of(input: &Input) -> u64 {
+    match input {
+        Input::Submit(_) => TAG_SUBMIT,
+        Input::Cancel { .. } => TAG_CANCEL,
+        Input::StepDone { .. } => TAG_STEP_DONE,
+    }
+}
+
+fn put_submission(out: &mut Vec<u8>, submission: &Submission) {
+    put_varint(out, submission.request.0);
+    put_varint(out, u64::from(submission.max_new_tokens));
+    put_varint(out, u64::from(submission.min_new_tokens));
+    put_varint128(out, submission.salt.0);
+    for tokens in [&submission.prompt, &submission.stop_tokens] {
+        put_varint(out, tokens.len() as u64);
+        tokens.iter().for_each(|token| put_varint(out, u64::from(*token)));
+    }
+}
+
+/// Appends what `body` writes, with its length and checksum before it.
+fn write_entry(out: &mut Vec<u8>, body: impl FnOnce(&mut Vec<u8>)) {
+    let start = out.len();
+    out.extend_from_slice(&[0; 8]);
+    body(out);
+    let len = u32::try_from(out.len() - start - 8).expect("a request's tokens are bounded far below 2^32 bytes");
+    let checksum = crc32(&out[start + 8..]);
+    out[start..start + 4].copy_from_slice(&len.to_le_bytes());
+    out[start + 4..start + 8].copy_from_slice(&checksum.to_le_bytes());
+}
+
+/// A recording in memory; iterates over its entries, and ends after the first error.
+#[derive(Clone, Debug)]
+pub struct Recording<'a> {
+    config: CoreConfig,
+    bytes: &'a [u8],
+    at: usize,
+}
+
+impl<'a> Recording<'a> {
+    /// Reads the header.
+    ///
+    /// # Errors
+    /// When the bytes do not start with a header of this version and a usable configuration.
+    pub fn open(bytes: &'a [u8]) -> Result<Self, RecordError> {
+        let rest = bytes.strip_prefix(MAGIC).ok_or(RecordError::NotARecording)?;
+        let version = rest.first_chunk().ok_or(RecordError::Truncated { at: MAGIC.len() })?;
+        let found = u32::from_le_bytes(*version);
+        if found != VERSION {
+            return Err(RecordError::Version { found });
+        }
+        let mut at = MAGIC.len() + 4;
+        let config = read_config(&mut next_body(bytes, &mut at)?)?;
+        match config.problem() {
+            Some(problem) => Err(RecordError::Config { problem }),
+            None => Ok(Recording { config, bytes, at }),
+        }
+    }
+
+    #[must_use]
+    pub fn config(&self) -> &CoreConfig {
+        &self.config
+    }
+}
+
+impl Iterator for Recording<'_> {
+    type Item = Result<Entry, RecordError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.at == self.bytes.len() {
+            return None;
+        }
+        let entry = next_body(self.bytes, &mut self.at).and_then(|mut body| read_entry(&mut body));
+        if entry.is_err() {
+            self.at = self.bytes.len();
+        }
+        Some(entry)
+    }
+}
+
+/// The body of the entry at `at`, which moves behind it.
+fn next_body<'a>(bytes: &'a [u8], at: &mut usize) -> Result<Reader<'a>, RecordError> {
+    let start = *at;
+    let truncated = RecordError::Truncated { at: start };
+    let (head, rest) = bytes[start..].split_first_chunk::<8>().ok_or(truncated.clone())?;
+    let [l0, l1, l2, l3, c0, c1, c2, c3] = *head;
+    let len = u32::from_le_bytes([l0, l1, l2, l3]) as usize;
+    let body = rest.get(..len).ok_or(truncated)?;
+    let (expected, found) = (u32::from_le_bytes([c0, c1, c2, c3]), crc32(body));
+    if expected != found {
+        return Err(RecordError::Checksum { at: start, expected, found });
+    }
+    *at = start + 8 + len;
+    Ok(Reader::new(body, start))
+}
+
+fn read_config(body: &mut Reader<'_>) -> Result<CoreConfig, RecordError> {
+    let num_workers = body.len()?;
+    let mut workers = Vec::with_capacity(num_workers);
+    for _ in 0..num_workers {
+        let role = match body.varint()? {
+            0 => Role::Mixed,
+            _ => return Err(body.malformed("a role")),
+        };
+        workers.push(WorkerSpec { role, num_blocks: body.u32()? });
+    }
+    let config = CoreConfig {
+        workers,
+        block_size: body.u32()?,
+        step_tokens_max: body.u32()?,
+        running_max: body.u32()?,
+        waiting_max: body.u32()?,
+        request_tokens_max: body.u32()?,
+        hash_bits: body.u32()?,
+        prefix_caching: match body.varint()? {
+            0 => false,
+            1 => true,
+            _ => return Err(body.malformed("a yes or no")),
+        },
+    };
+    body.end()?;
+    Ok(config)
+}
+
+fn read_entry(body: &mut Reader<'_>) -> Result<Entry, RecordError> {
+    let tag = body.varint()?;
+    if tag == TAG_PLAN {
+        let worker = read_worker(body)?;
+        body.end()?;
+        return Ok(Entry::Plan(worker));
+    }
+    let at = Micros(body.varint()?);
+    let input = match tag {
+        TAG_SUBMIT => Input::Submit(read_submission(body)?),
+        TAG_CANCEL => {
+            let request = RequestId(body.varint()?);
+            let number = usize::try_from(body.varint()?).unwrap_or(usize::MAX);
+            let reason = *REASONS.get(number).ok_or(body.malformed("a cancel reason"))?;
+            Input::Cancel { request, reason }
+        }
+        TAG_STEP_DONE => read_step_done(body)?,
+        _ => return Err(body.malformed("a kind of entry")),
+    };
+    body.end()?;
+    Ok(Entry::Input(Timed { at, input }))
+}
+
+fn read_worker(body: &mut Reader<'_>) -> Result<WorkerId, RecordError> {
+    u8::try_from(body.varint()?).map(WorkerId).map_err(|_| body.malformed("a worker below 256"))
+}
+
+fn read_submission(body: &mut Reader<'_>) -> Result<Submission, RecordError> {
+    Ok(Submission {
+        request: RequestId(body.varint()?),
+        max_new_tokens: body.u32()?,
+        min_new_tokens: body.u32()?,
+        salt: CacheSalt(body.varint128()?),
+        prompt: body.tokens()?,
+        stop_tokens: body.tokens()?,
+    })
+}
+
+fn read_step_done(body: &mut Reader<'_>) -> Result<Input, RecordError> {
+    let worker = read_worker(body)?;
+    let step = StepId(body.varint()?);
+    let len = body.len()?;
+    let mut sampled = Vec::with_capacity(len);
+    for _ in 0..len {
+        let request = RequestId(body.varint()?);
+        let result = match body.varint()? {
+            0 => Sampled::Failed,
+            token => Sampled::Token(u32::try_from(token - 1).map_err(|_| body.malformed("a token below 2^32"))?),
+        };
+        sampled.push((request, result));
+    }
+    Ok(Input::StepDone { worker, step, sampled })
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,144 @@
+#![allow(clippy::unwrap_used)]
+
+use super::bytes::crc32;
+use super::*;
+use proptest::prelude::*;
+
+fn config() -> CoreConfig {
+    CoreConfig {
+        workers: vec![WorkerSpec { role: Role::Mixed, num_blocks: 1000 }; 2],
+        block_size: 16,
+        step_tokens_max: 2048,
+        running_max: 256,
+        waiting_max: 1024,
+        request_tokens_max: 8192,
+        prefix_caching: true,
+        hash_bits: 128,
+    }
+}
+
+/// Wide and narrow numbers alike.
+fn number() -> impl Strategy<Value = u64> {
+    prop_oneof![0..300u64, any::<u64>(), Just(u64::MAX)]
+}
+
+fn token() -> impl Strategy<Value = u32> {
+    prop_oneof![0..300u32, any::<u32>()]
+}
+
+fn sampled() -> impl Strategy<Value = (RequestId, Sampled)> {
+    let result = prop_oneof![Just(Sampled::Failed), token().prop_map(Sampled::Token)];
+    (number().prop_map(RequestId), result)
+}
+
+fn submission() -> impl Strategy<Value = Submission> {
+    let tokens = || prop::collection::vec(token(), 0..20);
+    (number(), token(), token(), any::<u128>(), tokens(), tokens()).prop_map(
+        |(request, max_new_tokens, min_new_tokens, salt, prompt, stop_tokens)| Submission {
+            request: RequestId(request),
+            prompt,
+            max_new_tokens,
+            min_new_tokens,
+            stop_tokens,
+            salt: CacheSalt(salt),
+        },
+    )
+}
+
+fn entry() -> impl Strategy<Value = Entry> {
+    let input = prop_oneof![
+        submission().prop_map(Input::Submit),
+        (number(), 0..4usize)
+            .prop_map(|(request, at)| Input::Cancel { request: RequestId(request), reason: REASONS[at] }),
+        (any::<u8>(), number(), prop::collection::vec(sampled(), 0..20)).prop_map(|(worker, step, sampled)| {
+            Input::StepDone { worker: WorkerId(worker), step: StepId(step), sampled }
+        }),
+    ];
+    prop_oneof![
+        (number(), input).prop_map(|(at, input)| Entry::Input(Timed { at: Micros(at), input })),
+        any::<u8>().prop_map(|worker| Entry::Plan(WorkerId(worker))),
+    ]
+}
+
+fn encode(entries: &[Entry]) -> Vec<u8> {
+    let mut out = Vec::new();
+    write_header(&config(), &mut out);
+    for entry in entries {
+        match entry {
+            Entry::Input(input) => write_input(input, &mut out),
+            Entry::Plan(worker) => write_plan(*worker, &mut out),
+        }
+    }
+    out
+}
+
+fn decode(bytes: &[u8]) -> Result<Vec<Entry>, RecordError> {
+    Recording::open(bytes)?.collect()
+}
+
+proptest! {
+    #[test]
+    fn round_trips(entries in prop::collection::vec(entry(), 0..20)) {
+        let bytes = encode(&entries);
+        let recording = Recording::open(&bytes).unwrap();
+        prop_assert_eq!(recording.config(), &config());
+        prop_assert_eq!(decode(&bytes).unwrap(), entries);
+    }
+
+    /// Bytes that are no recording, with and without a good header before them.
+    #[test]
+    fn random_bytes_are_refused(bytes in prop::collection::vec(any::<u8>(), 1..200)) {
+        prop_assert!(decode(&bytes).is_err());
+        let mut with_header = encode(&[]);
+        with_header.extend_from_slice(&bytes);
+        prop_assert!(decode(&with_header).is_err());
+    }
+
+    /// A CRC-32 sees every single changed byte, and a cut never passes for a whole entry.
+    #[test]
+    fn damage_is_seen(entries in prop::collection::vec(entry(), 1..8), at in any::<prop::sample::Index>(), flip in 1u8..) {
+        let bytes = encode(&entries);
+        let mut changed = bytes.clone();
+        changed[at.index(bytes.len())] ^= flip;
+        prop_assert!(decode(&changed).is_err());
+        let whole = decode(&bytes[..at.index(bytes.len())]);
+        prop_assert!(whole.map_or(true, |some| some.len() < entries.len() && some == entries[..some.len()]));
+    }
+
+    /// A body with a good checksum and any content is read or refused; what is read is written back as it was.
+    #[test]
+    fn hostile_bodies_are_read_strictly(body in prop::collection::vec(prop_oneof![0u8..8, any::<u8>()], 0..60)) {
+        let mut bytes = encode(&[]);
+        write_entry(&mut bytes, |out| out.extend_from_slice(&body));
+        if let Ok(entries) = decode(&bytes) {
+            prop_assert_eq!(encode(&entries), bytes);
+        }
+    }
+}
+
+#[test]
+fn crc_is_the_standard_one() {
+    // The check value that every catalogue of CRCs gives for these bytes.
+    assert_eq!(crc32(b"123456789"), 0xcbf4_3926);
+}
+
+#[test]
+fn errors_say_what_is_wrong() {
+    let good = encode(&[Entry::Plan(WorkerId(0))]);
+    let mut other_version = good.clone();
+    other_version[8] = 9;
+    let mut unusable = Vec::new();
+    write_header(&CoreConfig { block_size: 0, ..config() }, &mut unusable);
+    let mut long_list = encode(&[]);
+    write_entry(&mut long_list, |out| out.extend_from_slice(&[2, 0, 0, 0, 0xff, 0xff, 0xff, 0x7f]));
+    let table: [(&[u8], &str); 5] = [
+        (b"", "expected a recording that starts with KVERNREC, found other bytes"),
+        (&other_version, "expected a recording of version 1, found 9"),
+        (&good[..good.len() - 1], "expected a whole entry at byte 39, found the end"),
+        (&unusable, "the recorded configuration is unusable: expected 1 to 4294967295 tokens in a block, found 0"),
+        (&long_list, "expected a list within the entry in the entry at byte 39, found something else"),
+    ];
+    for (bytes, expected) in table {
+        assert_eq!(decode(bytes).unwrap_err().to_string(), expected);
+    }
+}

@@ -1,0 +1,189 @@
+//! The other end of the effects: what each client must get, and whether it does.
+//!
+//! The oracle is a run of the request alone with unlimited memory: the next token is a function of the salt and the whole
+//! prefix, as a model's would be, and is computed here without any of the core's code.
+
+use super::Failure;
+use super::rng::mix;
+use super::workload::VOCABULARY;
+use crate::{
+    CacheSalt, CancelReason, CoreConfig, Effect, FinishReason, InvariantId, Refusal, RequestId, Submission, TokenId,
+    Usage,
+};
+
+/// What stands for the K/V of a token: like the real ones it depends on everything before. `before` is that of the token
+/// before it, or [`kv_of_nothing`].
+pub(crate) fn kv(before: u64, token: TokenId) -> u64 {
+    mix(before, u64::from(token) + 1)
+}
+
+pub(crate) fn kv_of_nothing(salt: CacheSalt) -> u64 {
+    mix(salt.0 as u64, (salt.0 >> 64) as u64 ^ 0x5a17)
+}
+
+/// What the model samples after a token with these K/V.
+pub(crate) fn next_token(kv: u64) -> TokenId {
+    (kv >> 7) as u32 % VOCABULARY
+}
+
+/// One request as its client sees it.
+pub(crate) struct Client {
+    pub(crate) submission: Submission,
+    /// Prompt and output of the run alone, and the K/V at each position.
+    pub(crate) tokens: Vec<TokenId>,
+    pub(crate) kvs: Vec<u64>,
+    /// How the run alone ends.
+    alone: FinishReason,
+    pub(crate) emitted: u32,
+    pub(crate) is_waiting: bool,
+    cancelled: Option<CancelReason>,
+    pub(crate) has_failed: bool,
+    pub(crate) is_finished: bool,
+    cached_tokens: Option<u32>,
+    pub(crate) preemptions: u32,
+}
+
+impl Client {
+    /// Runs the request alone. `refusal` is what must be answered at once, if anything must.
+    pub(crate) fn new(submission: Submission, refusal: Option<Refusal>) -> Self {
+        let mut tokens = submission.prompt.clone();
+        let mut before = kv_of_nothing(submission.salt);
+        let mut kvs: Vec<u64> = Vec::new();
+        let mut alone = refusal.map(FinishReason::Refused);
+        let mut new = 0;
+        for at in 0.. {
+            if alone.is_some() {
+                break;
+            }
+            before = kv(before, tokens[at]);
+            kvs.push(before);
+            if at + 1 == tokens.len() {
+                let token = next_token(before);
+                tokens.push(token);
+                new += 1;
+                if new >= submission.min_new_tokens && submission.stop_tokens.contains(&token) {
+                    alone = Some(FinishReason::Stop);
+                } else if new == submission.max_new_tokens {
+                    alone = Some(FinishReason::Length);
+                }
+            }
+        }
+        Client {
+            is_waiting: refusal.is_none(),
+            submission,
+            tokens,
+            kvs,
+            alone: alone.expect("the loop ends with a reason"),
+            emitted: 0,
+            cancelled: None,
+            has_failed: false,
+            is_finished: false,
+            cached_tokens: None,
+            preemptions: 0,
+        }
+    }
+
+    pub(crate) fn prompt_len(&self) -> u32 {
+        self.submission.prompt.len() as u32
+    }
+
+    /// Tokens that the core knows of this request.
+    pub(crate) fn known(&self) -> u32 {
+        self.prompt_len() + self.emitted
+    }
+
+    /// Takes a cancel that the core was just given.
+    pub(crate) fn cancel(&mut self, reason: CancelReason) {
+        if !self.is_finished {
+            self.cancelled.get_or_insert(reason);
+        }
+    }
+
+    /// Checks one effect about this request against the oracle.
+    pub(crate) fn take(&mut self, effect: &Effect, config: &CoreConfig) -> Result<(), Failure> {
+        let broken = |id: InvariantId| Err(Failure::new(id, format!("{effect:?}")));
+        let check =
+            |holds: bool, name: &str| if holds { Ok(()) } else { Err(Failure::new(name, format!("{effect:?}"))) };
+        if self.is_finished {
+            return broken(InvariantId::Out2);
+        }
+        match *effect {
+            Effect::Scheduled { cached_tokens, .. } => {
+                check(self.is_waiting, "schedule")?;
+                check(
+                    cached_tokens < self.known() && cached_tokens.is_multiple_of(config.block_size),
+                    "cached tokens",
+                )?;
+                check(config.prefix_caching || cached_tokens == 0, "cached tokens")?;
+                self.is_waiting = false;
+                self.cached_tokens.get_or_insert(cached_tokens);
+            }
+            Effect::Preempted { .. } => {
+                check(!self.is_waiting, "schedule")?;
+                self.is_waiting = true;
+                self.preemptions += 1;
+            }
+            Effect::Token { index, token, .. } => {
+                if index != self.emitted {
+                    return broken(InvariantId::Out1);
+                }
+                check(self.cancelled.is_none(), "cancel")?;
+                check(self.tokens.get(self.known() as usize) == Some(&token), "output")?;
+                self.emitted += 1;
+            }
+            Effect::Finish { reason, usage, .. } => {
+                check(reason == self.expected_reason(), "finish reason")?;
+                let is_whole = self.known() as usize == self.tokens.len();
+                check(is_whole || reason != self.alone || self.cancelled.is_some(), "output")?;
+                check(usage == self.expected_usage(), "usage")?;
+                self.is_finished = true;
+                self.is_waiting = false;
+            }
+        }
+        Ok(())
+    }
+
+    fn expected_reason(&self) -> FinishReason {
+        match self.cancelled {
+            Some(CancelReason::StopString) => FinishReason::Stop,
+            Some(reason) => FinishReason::Cancelled(reason),
+            None if self.has_failed => FinishReason::Error,
+            None => self.alone,
+        }
+    }
+
+    fn expected_usage(&self) -> Usage {
+        Usage {
+            prompt_tokens: self.prompt_len(),
+            cached_tokens: self.cached_tokens.unwrap_or(0),
+            completion_tokens: self.emitted,
+            preemptions: self.preemptions,
+        }
+    }
+}
+
+/// What must be answered at once to a submission, by the contract's own words.
+pub(crate) fn refusal(config: &CoreConfig, waiting: u32, submission: &Submission) -> Option<Refusal> {
+    let tokens = submission.prompt.len() as u64 + u64::from(submission.max_new_tokens);
+    let smallest = config.workers.iter().map(|worker| worker.num_blocks).min().unwrap_or(0);
+    let slots = u64::from(smallest) * u64::from(config.block_size);
+    if submission.prompt.is_empty() || submission.max_new_tokens == 0 {
+        Some(Refusal::Empty)
+    } else if tokens > u64::from(config.request_tokens_max) || tokens > slots + 1 {
+        Some(Refusal::TooLong)
+    } else if waiting >= config.waiting_max {
+        Some(Refusal::QueueFull)
+    } else {
+        None
+    }
+}
+
+/// The request that an effect is about.
+pub(crate) fn request_of(effect: &Effect) -> RequestId {
+    match *effect {
+        Effect::Scheduled { request, .. }
+        | Effect::Preempted { request }
+        | Effect::Token { request, .. }
+        | Effect::Finish { request, .. } => request,
+    }
+}

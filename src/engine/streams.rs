@@ -1,0 +1,114 @@
+//! The stream table: who waits for which request's tokens. Lookup O(1).
+
+use super::handle::Shared;
+use crate::request::{Request, TokenEvent, TokenLogprobs};
+use crate::telemetry::{RequestInfo, RequestTimeline, Telemetry};
+use crate::worker::{SequenceSampling, TokenCounts};
+use kvern_core::{CacheSalt, Effect, Micros, RequestId, Submission};
+use std::collections::HashMap;
+use std::sync::Arc;
+use tokio::sync::mpsc;
+
+pub(super) struct Streams {
+    table: HashMap<RequestId, Stream>,
+    /// What the worker must learn with the next step.
+    admitted: Vec<(RequestId, SequenceSampling)>,
+    forgotten: Vec<RequestId>,
+    shared: Arc<Shared>,
+    telemetry: Arc<Telemetry>,
+}
+
+struct Stream {
+    events: mpsc::Sender<TokenEvent>,
+    timeline: RequestTimeline,
+    /// Until the first step; then the worker has it.
+    sampling: Option<SequenceSampling>,
+    /// Of the token that the core is about to confirm.
+    logprobs: Option<Box<TokenLogprobs>>,
+}
+
+impl Streams {
+    pub(super) fn new(shared: Arc<Shared>, telemetry: Arc<Telemetry>) -> Self {
+        Streams { table: HashMap::new(), admitted: Vec::new(), forgotten: Vec::new(), shared, telemetry }
+    }
+
+    /// Opens a stream and gives the request's part that the core needs.
+    pub(super) fn open(&mut self, request: Request, events: mpsc::Sender<TokenEvent>, now: Micros) -> Submission {
+        let info = RequestInfo {
+            id: request.id,
+            external_id: request.external_id,
+            max_new_tokens: request.max_new_tokens,
+            n: request.n,
+        };
+        let timeline = RequestTimeline::new(info, request.prompt.len() as u32, now);
+        let counts = TokenCounts::new(&request.prompt, &request.sampling);
+        let submission = Submission {
+            request: request.id,
+            prompt: request.prompt,
+            max_new_tokens: request.max_new_tokens,
+            min_new_tokens: request.sampling.min_tokens,
+            stop_tokens: request.sampling.stop_tokens.clone(),
+            salt: CacheSalt(u128::from(request.tenant)),
+        };
+        let sampling = Some(SequenceSampling { params: Arc::new(request.sampling), counts });
+        self.table.insert(request.id, Stream { events, timeline, sampling, logprobs: None });
+        submission
+    }
+
+    pub(super) fn ids(&self) -> impl Iterator<Item = RequestId> {
+        self.table.keys().copied()
+    }
+
+    /// Requests whose client has gone.
+    pub(super) fn closed(&self) -> impl Iterator<Item = RequestId> {
+        self.table.iter().filter(|(_, s)| s.events.is_closed()).map(|(id, _)| *id)
+    }
+
+    /// Keeps the log-probabilities of a step until the core has confirmed its tokens.
+    pub(super) fn attach_logprobs(&mut self, logprobs: Vec<(RequestId, Box<TokenLogprobs>)>) {
+        for (id, logprobs) in logprobs {
+            if let Some(stream) = self.table.get_mut(&id) {
+                stream.logprobs = Some(logprobs);
+            }
+        }
+    }
+
+    /// What changed for the worker since the last step.
+    pub(super) fn take_sampling_changes(&mut self) -> (Vec<(RequestId, SequenceSampling)>, Vec<RequestId>) {
+        (std::mem::take(&mut self.admitted), std::mem::take(&mut self.forgotten))
+    }
+
+    /// Tells one stream; returns the request when its client reads too slowly.
+    pub(super) fn take(&mut self, effect: Effect, now: Micros) -> Option<RequestId> {
+        match effect {
+            Effect::Scheduled { request, cached_tokens } => {
+                let stream = self.table.get_mut(&request)?;
+                if let Some(sampling) = stream.sampling.take() {
+                    self.shared.leave_queue();
+                    self.admitted.push((request, sampling));
+                }
+                stream.timeline.on_scheduled(&self.telemetry, now, cached_tokens);
+                None
+            }
+            Effect::Preempted { .. } => None,
+            Effect::Token { request, token, .. } => {
+                let stream = self.table.get_mut(&request)?;
+                stream.timeline.on_token(&self.telemetry, now);
+                let event = TokenEvent::Token { token, logprobs: stream.logprobs.take() };
+                matches!(stream.events.try_send(event), Err(mpsc::error::TrySendError::Full(_))).then_some(request)
+            }
+            Effect::Finish { request, reason, usage } => {
+                let stream = self.table.remove(&request)?;
+                if stream.sampling.is_some() {
+                    self.shared.leave_queue();
+                } else {
+                    self.forgotten.push(request);
+                }
+                stream.timeline.on_finish(&self.telemetry, now, reason, usage);
+                // A full or closed channel says the same by its end: events stop without a `Finished`.
+                let _ = stream.events.try_send(TokenEvent::Finished { reason, usage });
+                None
+            }
+        }
+    }
+}

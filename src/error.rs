@@ -1,0 +1,227 @@
+//! What can go wrong between a client's bytes and the engine, and its one mapping to HTTP.
+//!
+//! Owner: the HTTP task that met the error. Each variant says whose fault it is and, by its status, whether a retry
+//! helps. Clients read OpenAI's `error.type` and `error.code` under vLLM's status codes. Internal causes are logged where
+//! they are made and never shown to the client.
+
+use crate::request::SubmitError;
+use axum::body::Body;
+use axum::http::{HeaderValue, Response, StatusCode, header};
+use serde::Serialize;
+use std::borrow::Cow;
+use std::time::Duration;
+use utoipa::ToSchema;
+
+/// An error of one request. The text of each variant is what the client reads as `error.message`.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ServeError {
+    /// The client's fault, in the parameter that `param` names, if it is one parameter's.
+    #[error("{message}")]
+    Invalid { message: String, param: Option<Cow<'static, str>>, code: Option<&'static str> },
+    #[error("no API key was given: expected the header `Authorization: Bearer KEY`")]
+    MissingKey,
+    #[error("the API key is not one of this server's")]
+    WrongKey,
+    #[error("the model `{asked}` does not exist: this server has {served}")]
+    ModelNotFound { asked: String, served: String },
+    #[error("there is no {method} {path}: see /openapi.json for what there is")]
+    RouteNotFound { method: String, path: String },
+    #[error("{path} does not take the method {method}")]
+    MethodNotAllowed { method: String, path: String },
+    #[error("the body is larger than the limit of {limit} bytes")]
+    BodyTooLarge { limit: usize },
+    #[error("the body did not arrive within {} s", .limit.as_secs_f32())]
+    BodyTimeout { limit: Duration },
+    #[error("expected the content type application/json, found {found}")]
+    WrongMediaType { found: String },
+    #[error("the queue is full: {waiting} requests wait, the limit is {limit}")]
+    QueueFull { waiting: u32, limit: u32 },
+    #[error("more requests wait than this server takes")]
+    Overloaded,
+    #[error("the prompt and the answer need more memory than this server has for one request")]
+    TooLongForCache,
+    #[error("the model is still loading")]
+    Loading,
+    #[error("the server is shutting down and takes no new requests")]
+    Draining,
+    #[error("the engine has stopped")]
+    EngineStopped,
+    #[error("the server shut down before the answer was complete")]
+    Shutdown,
+    #[error("the answer was given up because it was not read as fast as it was made")]
+    SlowReader,
+    #[error("the model failed on this request")]
+    GenerationFailed,
+    /// A broken promise of our own; the cause is in the log.
+    #[error("internal error")]
+    Internal,
+}
+
+/// `{"error": {...}}`, the body of every error.
+#[derive(Serialize, ToSchema)]
+pub struct ErrorBody<'a> {
+    pub error: ErrorDetail<'a>,
+}
+
+#[derive(Serialize, ToSchema)]
+pub struct ErrorDetail<'a> {
+    /// What was expected and what was found.
+    pub message: Cow<'a, str>,
+    /// OpenAI's kind of error, such as `invalid_request_error`.
+    pub r#type: &'static str,
+    /// The parameter at fault, such as `messages[0].content`.
+    pub param: Option<&'a str>,
+    /// A stable word for programs, such as `context_length_exceeded`.
+    pub code: Option<&'static str>,
+}
+
+/// A client that met a full queue or a server that loads or drains may try again after this many seconds.
+const RETRY_AFTER_S: u32 = 1;
+
+impl ServeError {
+    /// A parameter with a value that it cannot take.
+    pub fn invalid(param: impl Into<Cow<'static, str>>, message: impl Into<String>) -> Self {
+        ServeError::Invalid { message: message.into(), param: Some(param.into()), code: Some("invalid_value") }
+    }
+
+    /// A parameter that must be given.
+    pub fn missing(param: &'static str) -> Self {
+        let message = format!("`{param}`: expected a value, found none");
+        ServeError::Invalid { message, param: Some(param.into()), code: Some("missing_parameter") }
+    }
+
+    /// A parameter that this server knows and does not have.
+    pub fn unsupported(param: impl Into<Cow<'static, str>>, why: &str) -> Self {
+        let param = param.into();
+        let message = format!("`{param}` is not supported{why}");
+        ServeError::Invalid { message, param: Some(param), code: Some("unsupported_parameter") }
+    }
+
+    /// A body that is not the JSON that was expected.
+    pub fn malformed(message: impl Into<String>) -> Self {
+        ServeError::Invalid { message: message.into(), param: None, code: Some("invalid_json") }
+    }
+
+    #[must_use]
+    pub fn status(&self) -> StatusCode {
+        match self {
+            ServeError::Invalid { .. } | ServeError::TooLongForCache => StatusCode::BAD_REQUEST,
+            ServeError::MissingKey | ServeError::WrongKey => StatusCode::UNAUTHORIZED,
+            ServeError::ModelNotFound { .. } | ServeError::RouteNotFound { .. } => StatusCode::NOT_FOUND,
+            ServeError::MethodNotAllowed { .. } => StatusCode::METHOD_NOT_ALLOWED,
+            ServeError::BodyTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
+            ServeError::BodyTimeout { .. } => StatusCode::REQUEST_TIMEOUT,
+            ServeError::WrongMediaType { .. } => StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            ServeError::QueueFull { .. } | ServeError::Overloaded | ServeError::SlowReader => {
+                StatusCode::TOO_MANY_REQUESTS
+            }
+            ServeError::Loading | ServeError::Draining | ServeError::EngineStopped | ServeError::Shutdown => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
+            ServeError::GenerationFailed | ServeError::Internal => StatusCode::INTERNAL_SERVER_ERROR,
+        }
+    }
+
+    /// OpenAI's `error.type`.
+    fn kind(&self) -> &'static str {
+        match self.status() {
+            StatusCode::UNAUTHORIZED => "authentication_error",
+            StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",
+            status if status.is_server_error() => "server_error",
+            _ => "invalid_request_error",
+        }
+    }
+
+    /// `error.code`.
+    fn code(&self) -> Option<&'static str> {
+        match self {
+            ServeError::Invalid { code, .. } => *code,
+            ServeError::MissingKey | ServeError::WrongKey => Some("invalid_api_key"),
+            ServeError::ModelNotFound { .. } => Some("model_not_found"),
+            ServeError::RouteNotFound { .. } => Some("not_found"),
+            ServeError::MethodNotAllowed { .. } => Some("method_not_allowed"),
+            ServeError::BodyTooLarge { .. } => Some("body_too_large"),
+            ServeError::BodyTimeout { .. } => Some("body_timeout"),
+            ServeError::WrongMediaType { .. } => Some("unsupported_media_type"),
+            ServeError::QueueFull { .. } | ServeError::Overloaded => Some("queue_full"),
+            ServeError::TooLongForCache => Some("context_length_exceeded"),
+            ServeError::Loading => Some("model_loading"),
+            ServeError::Draining | ServeError::Shutdown => Some("shutting_down"),
+            ServeError::EngineStopped => Some("engine_stopped"),
+            ServeError::SlowReader => Some("slow_reader"),
+            ServeError::GenerationFailed | ServeError::Internal => Some("internal_error"),
+        }
+    }
+
+    fn param(&self) -> Option<&str> {
+        match self {
+            ServeError::Invalid { param, .. } => param.as_deref(),
+            ServeError::ModelNotFound { .. } => Some("model"),
+            _ => None,
+        }
+    }
+
+    /// The body that says this error, also the data of an error frame inside a stream.
+    #[must_use]
+    pub fn body(&self) -> ErrorBody<'_> {
+        ErrorBody {
+            error: ErrorDetail {
+                message: Cow::Owned(self.to_string()),
+                r#type: self.kind(),
+                param: self.param(),
+                code: self.code(),
+            },
+        }
+    }
+
+    /// Whether the same request may succeed a little later, on this replica or on another.
+    fn retryable(&self) -> bool {
+        matches!(
+            self,
+            ServeError::QueueFull { .. } | ServeError::Overloaded | ServeError::Loading | ServeError::Draining
+        )
+    }
+
+    /// The whole HTTP answer: the one mapping of errors to HTTP.
+    #[must_use]
+    pub fn into_http(self) -> Response<Body> {
+        let status = self.status();
+        if status.is_server_error() {
+            tracing::warn!(status = status.as_u16(), error = %self, "request failed");
+        } else {
+            tracing::debug!(status = status.as_u16(), error = %self, "request refused");
+        }
+        let body = serde_json::to_vec(&self.body()).expect("strings always serialize");
+        let mut response = Response::new(Body::from(body));
+        *response.status_mut() = status;
+        let headers = response.headers_mut();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        if self.retryable() {
+            headers.insert(header::RETRY_AFTER, HeaderValue::from(RETRY_AFTER_S));
+        }
+        if status == StatusCode::UNAUTHORIZED {
+            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+        // After these the connection still holds, or may still send, bytes that nobody will read.
+        if matches!(self, ServeError::BodyTooLarge { .. } | ServeError::BodyTimeout { .. } | ServeError::Draining) {
+            headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
+        response
+    }
+}
+
+impl axum::response::IntoResponse for ServeError {
+    fn into_response(self) -> Response<Body> {
+        self.into_http()
+    }
+}
+
+impl From<SubmitError> for ServeError {
+    fn from(error: SubmitError) -> Self {
+        match error {
+            SubmitError::QueueFull { waiting, limit } => ServeError::QueueFull { waiting, limit },
+            SubmitError::Draining => ServeError::Draining,
+            SubmitError::Stopped => ServeError::EngineStopped,
+        }
+    }
+}

@@ -1,0 +1,115 @@
+//! From a model's name to a running engine with its text side, as `serve` and `generate` both need it.
+
+use crate::admission::GenerationDefaults;
+use crate::config::Config;
+use crate::hub::{self, HubError};
+use crate::runtime::{self, Runtime, RuntimeOptions, StartError};
+use crate::text::{TextModel, TextModelError};
+use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
+use kvern_models::gguf::Gguf;
+use kvern_models::{LoadError, ModelConfig, ModelFiles};
+use std::sync::Arc;
+use std::time::Instant;
+
+#[derive(Debug, thiserror::Error)]
+pub enum LoadFailure {
+    #[error(transparent)]
+    Hub(#[from] HubError),
+    #[error(transparent)]
+    Files(#[from] LoadError),
+    #[error(transparent)]
+    Text(#[from] TextModelError),
+    #[error(transparent)]
+    Start(#[from] StartError),
+}
+
+/// A model that is ready to answer.
+pub struct Loaded {
+    pub runtime: Runtime,
+    pub text: Arc<TextModel>,
+    /// What clients call it; at least one.
+    pub names: Vec<String>,
+    /// Where it was loaded from.
+    pub root: String,
+    /// Equal for equal builds and weights.
+    pub fingerprint: String,
+}
+
+/// Resolves, loads and starts the model that `config` names; says on the log what came of it. `names` overrides what
+/// clients call it.
+pub fn load(config: &Config, names: &[String]) -> Result<Loaded, LoadFailure> {
+    let started = Instant::now();
+    let resolved = hub::locate(&config.model)?;
+    let files = ModelFiles::at(&resolved.path)?;
+    let text = Arc::new(match &files {
+        ModelFiles::Gguf(path) => TextModel::from_gguf(&Gguf::open(path)?)?,
+        ModelFiles::SafeTensors { dir } => TextModel::from_dir(dir)?,
+    });
+    let names = if names.is_empty() { vec![resolved.name.clone()] } else { names.to_vec() };
+    let options = RuntimeOptions {
+        engine: config.engine.clone(),
+        served_model_name: names[0].clone(),
+    };
+    let bar = progress_bar();
+    let runtime = runtime::start(&files, &options, &mut |progress| {
+        bar.set_length(progress.total_bytes);
+        bar.set_position(progress.done_bytes);
+    })?;
+    bar.finish_and_clear();
+    report(&runtime, &names[0], &resolved.path.display().to_string(), started);
+    let fingerprint = format!("kvern-{}-{:x}", env!("CARGO_PKG_VERSION"), runtime.account.weight_bytes);
+    Ok(Loaded { runtime, text, names, root: resolved.path.display().to_string(), fingerprint })
+}
+
+/// What requests get where they ask for nothing, from the model's generation_config.json.
+#[must_use]
+pub fn generation_defaults(config: &ModelConfig) -> GenerationDefaults {
+    let given = &config.generation;
+    let none = GenerationDefaults::default();
+    GenerationDefaults {
+        temperature: given.temperature.unwrap_or(none.temperature),
+        top_p: given.top_p.unwrap_or(none.top_p),
+        top_k: given.top_k.unwrap_or(none.top_k),
+        min_p: given.min_p.unwrap_or(none.min_p),
+        repetition_penalty: given.repetition_penalty.unwrap_or(none.repetition_penalty),
+        ..none
+    }
+}
+
+/// The effective configuration, one setting a line, for the log at start.
+pub fn announce(config: &Config) {
+    tracing::info!("configuration (value, origin):\n{}", config.describe().trim_end());
+    for note in &config.notes {
+        tracing::warn!("{note}");
+    }
+}
+
+fn report(runtime: &Runtime, name: &str, path: &str, started: Instant) {
+    let account = &runtime.account;
+    tracing::info!(
+        model = name,
+        path,
+        device = account.device,
+        weights = %HumanBytes(account.weight_bytes),
+        workspace = %HumanBytes(account.workspace_bytes),
+        seconds = started.elapsed().as_secs_f32(),
+        "model loaded"
+    );
+    tracing::info!(
+        memory = %HumanBytes(account.kv_bytes),
+        blocks = account.kv_blocks,
+        block_size = account.block_size,
+        tokens = u64::from(account.kv_blocks) * u64::from(account.block_size),
+        max_model_len = runtime.max_model_len,
+        full_length_sequences = u64::from(account.kv_blocks) * u64::from(account.block_size) / u64::from(runtime.max_model_len),
+        reason = account.kv_reason,
+        "KV cache"
+    );
+}
+
+/// Hidden where standard error is no terminal.
+fn progress_bar() -> ProgressBar {
+    let style = ProgressStyle::with_template("loading weights {wide_bar} {bytes}/{total_bytes} {bytes_per_sec}")
+        .expect("the template is valid");
+    ProgressBar::new(0).with_style(style)
+}

@@ -1,0 +1,283 @@
+//! From a model's files to a running engine: load, size the KV cache, warm up, start the worker and engine threads.
+//!
+//! The memory account is made before the KV cache is allocated, and after start nothing grows with load: workspace is
+//! sized by the step limits, the KV cache by [`kv_blocks`], queues by their bounds.
+
+use crate::config::{EngineConfig, KV_CACHE_SHARE_OF_AVAILABLE};
+use crate::engine::{EngineHandle, EngineLimits, EngineLoop};
+use crate::telemetry::{Telemetry, TelemetryInfo};
+use crate::worker::{Worker, WorkerParts};
+use kvern_core::{CoreConfig, Engine as Core, Role, WorkerSpec};
+use kvern_kernels::{Device, KernelError, KvCache, KvDType, KvShape};
+use kvern_models::{LoadError, LoadOptions, LoadProgress, LoadedModel, ModelConfig, ModelFiles, StepLimits};
+use std::sync::Arc;
+use std::sync::mpsc::sync_channel;
+use std::thread::JoinHandle;
+use tokio::sync::oneshot;
+
+/// What the engine is built with.
+#[derive(Clone, Debug)]
+pub struct RuntimeOptions {
+    pub engine: EngineConfig,
+    /// Label of the metrics.
+    pub served_model_name: String,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    #[error("max_model_len is {found}, more than the {limit} tokens that the model was made for")]
+    BeyondModel { found: u32, limit: u32 },
+    #[error(
+        "the KV cache gets {bytes} bytes, which hold {tokens} tokens; one sequence of max_model_len {model_len} needs \
+         {needed} bytes: lower --max-model-len or raise --kv-cache-memory-bytes"
+    )]
+    KvTooSmall { bytes: u64, tokens: u64, model_len: u32, needed: u64 },
+    #[error("could not start the {name} thread: {source}")]
+    Thread { name: &'static str, source: std::io::Error },
+    #[error("the warm-up step failed: {0}")]
+    WarmUp(KernelError),
+}
+
+/// A running engine and what the front end must know of its model.
+pub struct Runtime {
+    pub handle: EngineHandle,
+    pub config: ModelConfig,
+    pub max_model_len: u32,
+    pub account: MemoryAccount,
+    /// Resolves when the engine has ended, for whatever reason.
+    pub ended: oneshot::Receiver<()>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+/// Where the memory went, for the start-up banner.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemoryAccount {
+    pub device: String,
+    pub weight_bytes: u64,
+    pub workspace_bytes: u64,
+    pub kv_bytes: u64,
+    pub kv_blocks: u32,
+    pub block_size: u32,
+    /// Why the KV cache got what it got.
+    pub kv_reason: String,
+}
+
+impl Runtime {
+    /// Takes no new work, and waits until what runs has finished and the threads have ended.
+    pub fn join(self) {
+        let Runtime { handle, threads, .. } = self;
+        handle.drain();
+        for thread in threads {
+            // A panic was reported where it happened.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Loads `files` and starts the engine; `progress` hears of the bytes loaded.
+pub fn start(
+    files: &ModelFiles,
+    options: &RuntimeOptions,
+    progress: &mut dyn FnMut(LoadProgress),
+) -> Result<Runtime, StartError> {
+    let device = Device::cpu(options.engine.cpu)?;
+    let model_config = files.config()?;
+    let max_model_len = model_len(&model_config, options)?;
+    let limits = StepLimits {
+        tokens_max: options.engine.max_num_batched_tokens as usize,
+        sequences_max: options.engine.max_num_seqs as usize,
+        context_max: max_model_len as usize,
+    };
+    let load = LoadOptions { precision: options.engine.precision, limits };
+    let loaded = kvern_models::load(&device, files, &load, progress)?;
+    let shape = kv_shape(&loaded, options, max_model_len)?;
+    let account = MemoryAccount {
+        device: device.describe(),
+        weight_bytes: loaded.weight_bytes as u64,
+        workspace_bytes: loaded.workspace_bytes as u64,
+        kv_bytes: (shape.0.blocks * shape.0.block_bytes()) as u64,
+        kv_blocks: shape.0.blocks as u32,
+        block_size: options.engine.block_size,
+        kv_reason: shape.1,
+    };
+    let worker = warm_worker(device, loaded.model, shape.0, limits, &model_config)?;
+    let (handle, threads, ended) = spawn(worker, options, max_model_len, &account)?;
+    Ok(Runtime { handle, config: model_config, max_model_len, account, ended, threads })
+}
+
+fn model_len(config: &ModelConfig, options: &RuntimeOptions) -> Result<u32, StartError> {
+    let limit = config.max_position_embeddings as u32;
+    match options.engine.max_model_len {
+        Some(found) if found > limit => Err(StartError::BeyondModel { found, limit }),
+        asked => Ok(asked.unwrap_or(limit)),
+    }
+}
+
+/// Shape of the KV cache, and why it has its size.
+fn kv_shape(
+    loaded: &LoadedModel,
+    options: &RuntimeOptions,
+    max_model_len: u32,
+) -> Result<(KvShape, String), StartError> {
+    let mut shape = KvShape {
+        layers: loaded.config.num_hidden_layers,
+        blocks: 0,
+        block_size: options.engine.block_size as usize,
+        kv_heads: loaded.heads.kv_heads,
+        head_dim: loaded.heads.head_dim,
+        dtype: options.engine.kv_dtype,
+    };
+    let block_bytes = shape.block_bytes() as u64;
+    let sequence_blocks = u64::from(max_model_len.div_ceil(options.engine.block_size));
+    let useful = sequence_blocks * u64::from(options.engine.max_num_seqs);
+    let (blocks, reason) = kv_blocks(options.engine.kv_cache_memory_bytes, available_memory(), block_bytes, useful);
+    if blocks < sequence_blocks {
+        return Err(StartError::KvTooSmall {
+            bytes: blocks * block_bytes,
+            tokens: blocks * u64::from(options.engine.block_size),
+            model_len: max_model_len,
+            needed: sequence_blocks * block_bytes,
+        });
+    }
+    shape.blocks = blocks as usize;
+    Ok((shape, reason))
+}
+
+/// Blocks that the KV cache gets, and why: what was asked for, else a share of the free memory up to what all sequences
+/// at full length could use.
+fn kv_blocks(asked: Option<u64>, available: Option<u64>, block_bytes: u64, useful: u64) -> (u64, String) {
+    // Slots are 32-bit on every backend.
+    const BLOCKS_MAX: u64 = 1 << 24;
+    let (blocks, reason) = match (asked, available) {
+        (Some(bytes), _) => (bytes / block_bytes, "as configured".to_owned()),
+        (None, Some(free)) if share_of(free) / block_bytes < useful => {
+            (share_of(free) / block_bytes, format!("{:.0}% of the free memory", KV_CACHE_SHARE_OF_AVAILABLE * 100.0))
+        }
+        (None, _) => (useful, "all sequences at full length fit".to_owned()),
+    };
+    (blocks.min(BLOCKS_MAX), reason)
+}
+
+fn share_of(bytes: u64) -> u64 {
+    (bytes as f64 * KV_CACHE_SHARE_OF_AVAILABLE) as u64
+}
+
+/// Bytes that this process may still take: the free memory of the machine, or what its control group leaves.
+fn available_memory() -> Option<u64> {
+    let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = meminfo.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
+    let machine = line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)?;
+    let read = |name: &str| std::fs::read_to_string(format!("/sys/fs/cgroup/{name}")).ok()?.trim().parse::<u64>().ok();
+    let group = read("memory.max").zip(read("memory.current")).map(|(max, used)| max.saturating_sub(used));
+    Some(group.map_or(machine, |group| group.min(machine)))
+}
+
+/// A worker that has run each kind of step once, so that the first request finds pages and caches in place.
+fn warm_worker(
+    device: Device,
+    mut model: Box<dyn kvern_models::Model>,
+    shape: KvShape,
+    limits: StepLimits,
+    config: &ModelConfig,
+) -> Result<Worker, StartError> {
+    let mut kv = KvCache::new(&device, shape)?;
+    let tokens = limits.tokens_max.min(shape.block_size).min(limits.context_max) as u32;
+    for length in [tokens, 1] {
+        let positions: Vec<u32> = (0..length).collect();
+        let batch = kvern_models::ForwardBatch {
+            input_ids: &vec![0; length as usize],
+            positions: &positions,
+            slot_mapping: &positions,
+            cu_seqlens_q: &[0, length],
+            context_lens: &[length],
+            block_tables: &[0],
+            block_table_stride: 1,
+            sample_rows: &[length - 1],
+        };
+        model.forward(&batch, &mut kv).map_err(StartError::WarmUp)?;
+    }
+    let threads = device.threads();
+    Ok(Worker::new(WorkerParts {
+        device,
+        model,
+        kv,
+        limits,
+        block_size: shape.block_size as u32,
+        vocab_size: config.vocab_size,
+        threads,
+    }))
+}
+
+fn spawn(
+    worker: Worker,
+    options: &RuntimeOptions,
+    max_model_len: u32,
+    account: &MemoryAccount,
+) -> Result<(EngineHandle, Vec<JoinHandle<()>>, oneshot::Receiver<()>), StartError> {
+    let telemetry = Arc::new(Telemetry::new(&TelemetryInfo {
+        model_name: options.served_model_name.clone(),
+        max_model_len,
+        block_size: options.engine.block_size,
+        num_blocks: account.kv_blocks,
+        kv_cache_bytes: account.kv_bytes,
+        kv_dtype: match options.engine.kv_dtype {
+            KvDType::F32 => "f32",
+            KvDType::BF16 => "bf16",
+        },
+        prefix_caching: options.engine.prefix_caching,
+    }));
+    let core = Core::new(CoreConfig {
+        workers: vec![WorkerSpec { role: Role::Mixed, num_blocks: account.kv_blocks }],
+        block_size: options.engine.block_size,
+        step_tokens_max: options.engine.max_num_batched_tokens,
+        running_max: options.engine.max_num_seqs,
+        // The handle refuses first; preempted requests wait again and must find room.
+        waiting_max: options.engine.max_num_queued_reqs.saturating_add(options.engine.max_num_seqs),
+        request_tokens_max: max_model_len,
+        prefix_caching: options.engine.prefix_caching,
+        hash_bits: 128,
+    });
+    let limits = EngineLimits { waiting_max: options.engine.max_num_queued_reqs };
+    let (handle, inbox, shared) = EngineHandle::new(limits, Arc::clone(&telemetry));
+    let (ended, has_ended) = oneshot::channel();
+    let (steps, commands) = sync_channel(1);
+    let reporter = handle.reporter();
+    let engine = EngineLoop::new(core, inbox, steps, shared, telemetry);
+    let threads = vec![
+        thread("kvern-worker", move || crate::engine::serve_worker(worker, &commands, &reporter))?,
+        thread("kvern-engine", move || {
+            engine.run();
+            // Whoever waits for it is told by the drop as well, should the loop panic.
+            let _ = ended.send(());
+        })?,
+    ];
+    Ok((handle, threads, has_ended))
+}
+
+fn thread(name: &'static str, run: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, StartError> {
+    std::thread::Builder::new()
+        .name(name.to_owned())
+        .spawn(run)
+        .map_err(|source| StartError::Thread { name, source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kv_cache_gets_what_was_asked_or_what_is_useful() {
+        let check = |asked, available, useful, want: u64| {
+            assert_eq!(kv_blocks(asked, available, 1000, useful).0, want, "{asked:?} {available:?} {useful}");
+        };
+        check(Some(5_999), Some(1 << 40), 2, 5);
+        check(None, Some(100_000), 1 << 20, 50);
+        check(None, Some(100_000), 7, 7);
+        check(None, None, 7, 7);
+        check(Some(u64::MAX), None, 7, 1 << 24);
+    }
+}

@@ -1,0 +1,158 @@
+//! Batching is invisible: what a request says does not depend on what else runs, on the prefix cache, or on preemption.
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use kvern::runtime::Runtime;
+use kvern_core::{CancelReason, FinishReason};
+use std::time::{Duration, Instant};
+use support::{Answer, Ask, collect, greedy, metric, options, prompt, start, submit};
+
+/// 32 requests of mixed lengths, seeds and parameters; some share a prefix.
+fn asks() -> Vec<Ask> {
+    let stem = prompt(1000, 90);
+    (0..32u64)
+        .map(|i| {
+            let own = prompt(i, 3 + (i as usize * 29) % 120);
+            let prompt = if i % 4 == 0 { [&stem[..60 + i as usize], &own].concat() } else { own };
+            let mut sampling = greedy();
+            sampling.seed = i * 31;
+            sampling.temperature = [0.0, 0.8, 1.0, 1.3][i as usize % 4];
+            sampling.top_p = [1.0, 0.9][i as usize / 4 % 2];
+            sampling.top_k = [0, 0, 40][i as usize % 3];
+            sampling.repetition_penalty = [1.0, 1.15][i as usize / 2 % 2];
+            sampling.frequency_penalty = [0.0, 0.0, 0.4][i as usize % 3];
+            Ask { prompt, sampling, max_new_tokens: 8 + (i as u32 * 7) % 25 }
+        })
+        .collect()
+}
+
+fn together(runtime: &Runtime, asks: &[Ask]) -> Vec<Answer> {
+    let streams: Vec<_> = asks.iter().map(|a| submit(&runtime.handle, a)).collect();
+    streams.into_iter().map(collect).collect()
+}
+
+fn tokens(answers: &[Answer]) -> Vec<&[u32]> {
+    answers.iter().map(|a| a.tokens.as_slice()).collect()
+}
+
+#[test]
+fn a_batch_says_what_each_says_alone() {
+    let asks = asks();
+    let uncached = start(&support::RuntimeOptions { prefix_caching: false, ..options() });
+    let alone: Vec<Answer> = asks.iter().map(|a| collect(submit(&uncached.handle, a))).collect();
+    for (ask, answer) in asks.iter().zip(&alone) {
+        assert_eq!(answer.tokens.len() as u32, ask.max_new_tokens);
+        assert_eq!(answer.usage.cached_tokens, 0);
+    }
+    assert_eq!(tokens(&together(&uncached, &asks)), tokens(&alone), "prefix cache off");
+    uncached.join();
+
+    let cached = start(&options());
+    assert_eq!(tokens(&together(&cached, &asks)), tokens(&alone), "prefix cache on, cold");
+    let warm = together(&cached, &asks);
+    assert_eq!(tokens(&warm), tokens(&alone), "prefix cache on, warm");
+    assert!(warm.iter().filter(|a| a.usage.cached_tokens > 0).count() > 20, "the second run hits the cache");
+    cached.join();
+
+    // 20 blocks of 16 hold 320 tokens; the longest request needs 215.
+    let block = 2 * 30 * 16 * 3 * 64 * 2;
+    let tight =
+        start(&support::RuntimeOptions { kv_cache_bytes: Some(20 * block), max_model_len: Some(320), ..options() });
+    assert_eq!(tight.account.kv_blocks, 20);
+    let preempted = together(&tight, &asks);
+    assert_eq!(tokens(&preempted), tokens(&alone), "under preemption");
+    assert!(metric(&tight.handle, "vllm:num_preemptions_total") > 0.0, "memory was meant to be too tight");
+    tight.join();
+}
+
+#[test]
+fn a_shared_prefix_is_computed_once() {
+    let runtime = start(&options());
+    let stem = prompt(5, 1000);
+    let ask = |tail: u64| Ask { prompt: [stem.clone(), prompt(tail, 20)].concat(), sampling: greedy(), max_new_tokens: 1 };
+    let time = |a: &Ask| {
+        let started = Instant::now();
+        (collect(submit(&runtime.handle, a)), started.elapsed())
+    };
+    let (cold, cold_time) = time(&ask(1));
+    let (warm, warm_time) = time(&ask(2));
+    println!("TTFT of 1,020 tokens: {cold_time:?} cold, {warm_time:?} with {} cached", warm.usage.cached_tokens);
+    assert_eq!((cold.usage.cached_tokens, warm.usage.cached_tokens), (0, 992), "62 whole blocks of 16 are shared");
+    assert!(warm_time * 5 < cold_time, "28 of 1,020 tokens were computed, yet the time fell only to {warm_time:?}");
+    runtime.join();
+}
+
+#[test]
+fn a_client_that_goes_away_frees_its_blocks() {
+    let runtime = start(&options());
+    let long = Ask { prompt: prompt(1, 700), sampling: greedy(), max_new_tokens: 1000 };
+    // One leaves while it prefills, one while it decodes.
+    let prefilling = submit(&runtime.handle, &long);
+    drop(prefilling);
+    let mut decoding = submit(&runtime.handle, &Ask { prompt: prompt(2, 20), ..long.clone() });
+    assert!(decoding.blocking_recv().is_some());
+    drop(decoding);
+    let short = Ask { prompt: prompt(3, 5), sampling: greedy(), max_new_tokens: 3 };
+    assert_eq!(collect(submit(&runtime.handle, &short)).reason, FinishReason::Length);
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while metric(&runtime.handle, "vllm:num_requests_running") + metric(&runtime.handle, "vllm:kv_cache_usage_perc") > 0.0 {
+        assert!(Instant::now() < deadline, "blocks are still held");
+        std::thread::yield_now();
+    }
+    let aborted = metric(&runtime.handle, "vllm:request_success_total{engine=\"0\",finished_reason=\"abort\"");
+    assert_eq!(aborted, 2.0);
+    runtime.join();
+}
+
+#[test]
+fn a_slow_reader_is_cancelled_with_bounded_memory() {
+    let runtime = start(&options());
+    let mut events = submit(&runtime.handle, &Ask { prompt: prompt(1, 4), sampling: greedy(), max_new_tokens: 1500 });
+    // Nothing is read until the engine has given up: another request then has the engine to itself.
+    let deadline = Instant::now() + Duration::from_secs(120);
+    while metric(&runtime.handle, "vllm:request_success_total{engine=\"0\",finished_reason=\"abort\"") == 0.0 {
+        assert!(Instant::now() < deadline, "the slow reader was never cancelled");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let mut held = 0;
+    while events.blocking_recv().is_some() {
+        held += 1;
+    }
+    assert_eq!(held, 1024, "as many events as the channel holds");
+    runtime.join();
+}
+
+#[test]
+fn draining_finishes_what_runs_and_takes_nothing_new() {
+    use kvern::request::{Engine, SubmitError};
+    let runtime = start(&options());
+    let ask = Ask { prompt: prompt(1, 30), sampling: greedy(), max_new_tokens: 30 };
+    let running = submit(&runtime.handle, &ask);
+    runtime.handle.drain();
+    let refused = runtime.handle.submit(kvern::request::Request {
+        id: runtime.handle.next_id(),
+        external_id: "late".into(),
+        prompt: ask.prompt.clone(),
+        sampling: ask.sampling.clone(),
+        max_new_tokens: 1,
+        tenant: 0,
+    });
+    assert_eq!(refused.unwrap_err(), SubmitError::Draining);
+    assert_eq!(collect(running).tokens.len(), 30);
+    runtime.join();
+}
+
+#[test]
+fn aborting_tells_every_stream() {
+    let runtime = start(&options());
+    let asks: Vec<_> =
+        (0..4).map(|i| Ask { prompt: prompt(i, 40), sampling: greedy(), max_new_tokens: 1900 }).collect();
+    let streams: Vec<_> = asks.iter().map(|a| submit(&runtime.handle, a)).collect();
+    runtime.handle.drain();
+    runtime.handle.abort();
+    for stream in streams {
+        assert_eq!(collect(stream).reason, FinishReason::Cancelled(CancelReason::Shutdown));
+    }
+    runtime.join();
+}

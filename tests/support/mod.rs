@@ -1,0 +1,116 @@
+//! A running engine over the default model, and requests on it, for the server tests.
+#![allow(clippy::unwrap_used, dead_code)]
+
+use kvern::request::{Engine, Request, SamplingParams, TokenEvent, TokenRx};
+use kvern::runtime::{self, Runtime};
+pub use kvern::runtime::RuntimeOptions;
+use kvern_core::{FinishReason, TokenId, Usage};
+use kvern_kernels::{CpuOptions, KvDType, Precision};
+use kvern_models::ModelFiles;
+use std::path::PathBuf;
+
+/// The default model's file; a test that needs it fails without it.
+pub fn model_path() -> PathBuf {
+    let default = || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("models-cache/SmolLM2-135M-Instruct.Q4_1.gguf");
+    let path = std::env::var_os("KVERN_TEST_MODEL").map_or_else(default, PathBuf::from);
+    assert!(path.exists(), "{} is missing: run `make model`", path.display());
+    path
+}
+
+pub fn options() -> RuntimeOptions {
+    RuntimeOptions {
+        cpu: CpuOptions::default(),
+        precision: Precision::AsStored,
+        kv_dtype: KvDType::BF16,
+        max_model_len: Some(2048),
+        max_num_seqs: 32,
+        max_num_batched_tokens: 256,
+        block_size: 16,
+        kv_cache_bytes: None,
+        prefix_caching: true,
+        max_queued_requests: 256,
+        served_model_name: "test".to_owned(),
+        log_prompts: false,
+    }
+}
+
+pub fn start(options: &RuntimeOptions) -> Runtime {
+    let files = ModelFiles::at(&model_path()).unwrap();
+    runtime::start(&files, options, &mut |_| {}).unwrap()
+}
+
+/// Greedy, without stop tokens.
+pub fn greedy() -> SamplingParams {
+    SamplingParams {
+        temperature: 0.0,
+        top_p: 1.0,
+        top_k: 0,
+        min_p: 0.0,
+        presence_penalty: 0.0,
+        frequency_penalty: 0.0,
+        repetition_penalty: 1.0,
+        seed: 0,
+        stop_tokens: vec![],
+        min_tokens: 0,
+        logit_bias: vec![],
+        logprobs: None,
+    }
+}
+
+/// What a request is made of.
+#[derive(Clone)]
+pub struct Ask {
+    pub prompt: Vec<TokenId>,
+    pub sampling: SamplingParams,
+    pub max_new_tokens: u32,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Answer {
+    pub tokens: Vec<TokenId>,
+    pub reason: FinishReason,
+    pub usage: Usage,
+}
+
+pub fn submit(engine: &impl Engine, ask: &Ask) -> TokenRx {
+    let id = engine.next_id();
+    let request = Request {
+        id,
+        external_id: format!("test-{}", id.0).into(),
+        prompt: ask.prompt.clone(),
+        sampling: ask.sampling.clone(),
+        max_new_tokens: ask.max_new_tokens,
+        tenant: 0,
+    };
+    engine.submit(request).unwrap()
+}
+
+/// Reads a stream to its end; must not be called on an async thread.
+pub fn collect(mut events: TokenRx) -> Answer {
+    let mut tokens = Vec::new();
+    loop {
+        match events.blocking_recv().expect("the stream ends with Finished") {
+            TokenEvent::Token { token, .. } => tokens.push(token),
+            TokenEvent::Finished { reason, usage } => return Answer { tokens, reason, usage },
+        }
+    }
+}
+
+/// Token ids that look like text to the model's tokenizer but need none: deterministic and varied.
+pub fn prompt(seed: u64, length: usize) -> Vec<TokenId> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state % 20_000) as TokenId + 300
+    };
+    (0..length).map(|_| next()).collect()
+}
+
+/// The value of a metric's first sample whose line starts with `name`.
+pub fn metric(engine: &impl Engine, name: &str) -> f64 {
+    let text = engine.metrics_text();
+    let line = text.lines().find(|l| l.starts_with(name)).unwrap_or_else(|| panic!("no metric {name} in {text}"));
+    line.rsplit(' ').next().unwrap().parse().unwrap()
+}
