@@ -31,7 +31,7 @@ fn file(text: &str) -> tempfile::NamedTempFile {
 
 #[test]
 fn defaults() {
-    let config = resolve(&["serve"], &[("HOME", "/home/me")]).unwrap();
+    let config = resolve(&["serve"], &[("HOME", "/h")]).unwrap();
     let server = server(&config);
     assert_eq!(server.address, "0.0.0.0:8000".parse().unwrap());
     assert_eq!((server.served_model_names.len(), server.api_keys.len()), (0, 0));
@@ -42,7 +42,7 @@ fn defaults() {
     assert!(engine.prefix_caching && engine.cpu.threads.is_none() && engine.cpu.isa.is_none());
     assert_eq!((engine.precision, engine.kv_dtype), (Precision::AsStored, KvDType::BF16));
     assert_eq!(config.model.name, None);
-    assert_eq!(config.model.hub.cache_dir, PathBuf::from("/home/me/.cache/huggingface/hub"));
+    assert_eq!(config.model.hub.cache_dir, PathBuf::from("/h/.cache/huggingface/hub"));
     assert_eq!((config.model.hub.endpoint.as_str(), config.model.hub.offline), ("https://huggingface.co", false));
     assert_eq!(config.log, LogConfig { format: LogFormat::Text, level: "info".into(), prompts: false });
     assert!(config.settings.iter().all(|setting| setting.origin == Origin::Default));

@@ -1,0 +1,45 @@
+# Every command of the project is one target; `make help` lists them.
+CARGO ?= cargo
+PYTHON ?= python3
+# For `make serve`: a model other than the default, and further flags, as in `make serve ARGS="--port 9000"`.
+MODEL ?=
+ARGS ?=
+SEEDS ?= 100000
+
+.DEFAULT_GOAL := help
+.PHONY: help serve model test unit clients sim lint bench openapi doc
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+serve: model ## Serve the default model (or MODEL=...) on port 8000
+	$(CARGO) run --release -- serve $(MODEL) $(ARGS)
+
+model: ## Fetch the default model, check its sha256; does nothing when it is there
+	$(PYTHON) scripts/fetch_model.py
+
+test: unit clients ## Run all tests
+
+unit: model ## Run the Rust tests
+	$(CARGO) test --workspace
+
+clients: model ## Run openai-python and openai-node, as published, against a running server
+	scripts/run_clients.sh
+
+sim: ## Run the scheduler's simulator in a release build, SEEDS=100000 of them
+	KVERN_SIM_SEEDS=$(SEEDS) $(CARGO) test --release -p kvern-core --lib sim
+
+lint: ## Check the formatting, clippy, the docs and the scripts; warnings are errors
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --document-private-items
+	$(PYTHON) -m compileall -q scripts tests
+
+bench: model ## Run the benchmarks, each beside its peer in the same run
+	$(CARGO) bench --workspace --benches
+
+openapi: ## Write docs/openapi.json anew from the code
+	KVERN_WRITE_OPENAPI=1 $(CARGO) test --test http openapi
+
+doc: ## Build the API documentation and open it
+	$(CARGO) doc --workspace --no-deps --open
