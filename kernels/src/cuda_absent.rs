@@ -19,6 +19,10 @@ pub(crate) fn describe(gpu: &CudaDevice) -> String {
     match gpu.never {}
 }
 
+pub(crate) fn threads(gpu: &CudaDevice) -> usize {
+    match gpu.never {}
+}
+
 pub(crate) fn parallel_for(gpu: &CudaDevice, _tasks: usize, _work: &(dyn Fn(usize) + Sync)) {
     match gpu.never {}
 }

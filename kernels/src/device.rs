@@ -59,6 +59,15 @@ impl Device {
         }
     }
 
+    /// Host threads of [`Device::parallel_for`], the caller's included.
+    #[must_use]
+    pub fn threads(&self) -> usize {
+        match &self.backend {
+            Backend::Cpu(cpu) => cpu.pool.threads(),
+            Backend::Cuda(gpu) => cuda::threads(gpu),
+        }
+    }
+
     /// Runs `work(i)` for `i in 0..tasks` on the device's host threads; returns when all are done. For host-side work
     /// that belongs to a step (sampling). `work` must not call an op. A panic in `work` becomes this call's.
     pub fn parallel_for(&self, tasks: usize, work: &(dyn Fn(usize) + Sync)) {
