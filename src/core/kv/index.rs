@@ -38,7 +38,7 @@ impl PrefixIndex {
     }
 
     /// The first block near `hash` that `is_it` accepts.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn find(&self, hash: BlockHash, mut is_it: impl FnMut(BlockId) -> bool) -> Option<BlockId> {
         let mut cell = self.home(hash);
         while self.cells[cell] != EMPTY {
