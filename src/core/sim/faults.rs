@@ -23,7 +23,7 @@ const FAULTS: [(Fault, &str); 23] = [
     (Fault::EmptySlice, "SCH-4"),
     (Fault::NeverAdmit, "SCH-5"),
     (Fault::AdmitYoungest, "admission order"),
-    (Fault::PreemptOldest, "preemption order"),
+    (Fault::PreemptOldest, "SCH-5"),
     (Fault::RepeatOutput, "sample mark"),
     (Fault::DropToken, "output"),
     (Fault::FinishTwice, "OUT-2"),
