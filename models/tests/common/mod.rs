@@ -2,6 +2,7 @@
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
 
 pub mod gguf_writer;
+pub mod repository;
 
 use std::path::PathBuf;
 
