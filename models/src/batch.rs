@@ -150,7 +150,10 @@ mod tests {
             (ForwardBatch { slot_mapping: &[20, 21, 23, 32], ..GOOD }, "slot_mapping: expected 22 in row 2, found 23"),
             (ForwardBatch { cu_seqlens_q: &[0, 4], ..GOOD }, "cu_seqlens_q: expected 3 to 3 entries, found 2"),
             (ForwardBatch { cu_seqlens_q: &[0, 3, 5], ..GOOD }, "cu_seqlens_q: expected 0 to 4, found 0 to 5"),
-            (ForwardBatch { cu_seqlens_q: &[0, 9, 4], ..GOOD }, "cu_seqlens_q: expected ascending up to 4, found 0, then 9"),
+            (
+                ForwardBatch { cu_seqlens_q: &[0, 9, 4], ..GOOD },
+                "cu_seqlens_q: expected ascending up to 4, found 0, then 9",
+            ),
             (ForwardBatch { cu_seqlens_q: &[0, 4, 4], ..GOOD }, "context_lens: expected 4 to 8 tokens, found 3"),
             (ForwardBatch { context_lens: &[], ..GOOD }, "context_lens: expected 1 to 2 entries, found 0"),
             (ForwardBatch { context_lens: &[2, 5], ..GOOD }, "context_lens: expected 3 to 8 tokens, found 2"),

@@ -6,6 +6,7 @@ use kvern_kernels::{Device, Precision, Tensor, Weight};
 use crate::config::ModelConfig;
 use crate::error::LoadError;
 use crate::weights::Weights;
+use crate::{LoadProgress, Progress};
 
 /// Lent to an architecture while it loads.
 pub(crate) struct Builder<'a> {
@@ -13,9 +14,29 @@ pub(crate) struct Builder<'a> {
     config: &'a ModelConfig,
     weights: Weights<'a>,
     precision: Precision,
+    progress: Progress<'a>,
+    total_bytes: u64,
 }
 
 impl<'a> Builder<'a> {
+    pub(crate) fn new(
+        device: &'a Device,
+        config: &'a ModelConfig,
+        weights: Weights<'a>,
+        precision: Precision,
+        progress: Progress<'a>,
+    ) -> Self {
+        let total_bytes = weights.remaining_bytes();
+        Builder { device, config, weights, precision, progress, total_bytes }
+    }
+
+    /// Ends the loading: a tensor that no block took is an error.
+    pub(crate) fn finish(self) -> Result<(), LoadError> {
+        self.weights.finish()?;
+        (self.progress)(LoadProgress { done_bytes: self.total_bytes, total_bytes: self.total_bytes });
+        Ok(())
+    }
+
     pub(crate) fn config(&self) -> &'a ModelConfig {
         self.config
     }
@@ -28,7 +49,11 @@ impl<'a> Builder<'a> {
             .zip(parts)
             .map(|(name, &(_, rows))| self.weights.matrix(name, rows, cols))
             .collect::<Result<Vec<_>, _>>()?;
-        Ok(Weight::pack(self.device, &views, self.precision)?)
+        let weight = Weight::pack(self.device, &views, self.precision)?;
+        // Taken again per packed weight, in O(tensors): once or twice a layer of work that is far larger.
+        let done_bytes = self.total_bytes - self.weights.remaining_bytes();
+        (self.progress)(LoadProgress { done_bytes, total_bytes: self.total_bytes });
+        Ok(weight)
     }
 
     /// The vectors `<name>.bias`, each `[rows]`, end to end.

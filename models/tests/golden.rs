@@ -10,9 +10,9 @@ mod paged;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use paged::{BLOCK_SIZE, Slice, blocks_of, scattered, step};
 use kvern_kernels::{CpuOptions, Device, KvCache, KvDType, Precision};
 use kvern_models::{LoadOptions, LoadedModel, ModelFiles, StepLimits, load};
+use paged::{BLOCK_SIZE, Slice, blocks_of, scattered, step};
 use safetensors::SafeTensors;
 use serde_json::Value;
 

@@ -10,13 +10,8 @@ pub(crate) fn build(builder: &mut Builder<'_>) -> Result<DecoderParts, LoadError
     let config = builder.config();
     DecoderParts::load(builder, |builder, layer| {
         let prefix = format!("model.layers.{layer}");
-        let spec = AttentionSpec {
-            layer,
-            bias: true,
-            output_bias: false,
-            head_norm: false,
-            window: config.window(layer),
-        };
+        let spec =
+            AttentionSpec { layer, bias: true, output_bias: false, head_norm: false, window: config.window(layer) };
         Ok(DecoderLayer {
             input_norm: RmsNorm::load(builder, &format!("{prefix}.input_layernorm"))?,
             attention: Attention::load(builder, &format!("{prefix}.self_attn"), spec)?,

@@ -55,7 +55,8 @@ impl Attention {
         let config = builder.config();
         let heads = config.heads;
         let (q, kv) = (heads.heads * heads.head_dim, heads.kv_heads * heads.head_dim);
-        let qkv = [("q_proj", q), ("k_proj", kv), ("v_proj", kv)].map(|(name, rows)| (format!("{prefix}.{name}"), rows));
+        let qkv =
+            [("q_proj", q), ("k_proj", kv), ("v_proj", kv)].map(|(name, rows)| (format!("{prefix}.{name}"), rows));
         let output = [(format!("{prefix}.o_proj"), config.hidden_size)];
         let norm = if spec.head_norm {
             Some(HeadNorm {

@@ -3,9 +3,7 @@
 //! Owner of a model's weights and workspace. A step costs one pass over the weights; the head runs on sampled rows alone,
 //! and so does the last layer after its attention.
 
-use kvern_kernels::{
-    AttentionPlan, Device, HeadLayout, KernelError, KvCache, RopeTable, SequenceBatch, Tensor, ops,
-};
+use kvern_kernels::{AttentionPlan, Device, HeadLayout, KernelError, KvCache, RopeTable, SequenceBatch, Tensor, ops};
 
 use super::attention::Step;
 use super::workspace::{Activations, Widths, Workspace};

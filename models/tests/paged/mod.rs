@@ -5,19 +5,19 @@
 use kvern_kernels::{KvCache, Tensor};
 use kvern_models::{ForwardBatch, Model};
 
-pub const BLOCK_SIZE: usize = 16;
+pub(crate) const BLOCK_SIZE: usize = 16;
 
 /// The tokens `start..start + tokens.len()` of a sequence whose earlier ones are in the cache.
 #[derive(Clone, Copy)]
-pub struct Slice<'a> {
-    pub start: usize,
-    pub tokens: &'a [u32],
+pub(crate) struct Slice<'a> {
+    pub(crate) start: usize,
+    pub(crate) tokens: &'a [u32],
     /// Block ids, at least enough for the slice's end.
-    pub table: &'a [u32],
+    pub(crate) table: &'a [u32],
 }
 
 /// `count` distinct block ids of `0..blocks`, in an order that depends on `seed`.
-pub fn scattered(seed: u64, count: usize, blocks: usize) -> Vec<u32> {
+pub(crate) fn scattered(seed: u64, count: usize, blocks: usize) -> Vec<u32> {
     assert!(count <= blocks, "{count} blocks of {blocks}");
     let mut ids: Vec<u32> = (0..blocks as u32).collect();
     let mut state = seed.wrapping_mul(2).wrapping_add(1);
@@ -31,12 +31,12 @@ pub fn scattered(seed: u64, count: usize, blocks: usize) -> Vec<u32> {
 }
 
 /// Blocks that `tokens` tokens take.
-pub fn blocks_of(tokens: usize) -> usize {
+pub(crate) fn blocks_of(tokens: usize) -> usize {
     tokens.div_ceil(BLOCK_SIZE)
 }
 
 /// Runs one step over `slices` and returns the logits of `sample_rows` of the batch, `[S, vocab]`.
-pub fn step<'m>(
+pub(crate) fn step<'m>(
     model: &'m mut dyn Model,
     kv: &mut KvCache,
     slices: &[Slice<'_>],

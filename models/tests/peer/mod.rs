@@ -1,6 +1,6 @@
 //! The oracle and the peer: candle-transformers' quantized llama.
 
-#![allow(clippy::unwrap_used)]
+#![allow(dead_code, clippy::unwrap_used)]
 
 use std::io::{Cursor, Read, Seek};
 use std::path::Path;
@@ -10,25 +10,25 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 use candle_transformers::models::quantized_llama::ModelWeights;
 
-pub struct Peer(ModelWeights);
+pub(crate) struct Peer(ModelWeights);
 
 impl Peer {
     /// Loads a llama GGUF. With F32 tensors all its arithmetic is F32: `QMatMul` then multiplies plain tensors.
-    pub fn open(gguf: &mut (impl Read + Seek)) -> Peer {
+    pub(crate) fn open(gguf: &mut (impl Read + Seek)) -> Peer {
         let content = Content::read(gguf).unwrap();
         Peer(ModelWeights::from_gguf(content, gguf, &Device::Cpu).unwrap())
     }
 
     /// Last logits of each of `streams` sequences, `[streams, vocab]`, after `tokens [streams, n]` at `start`. Starting
     /// at 0 forgets what came before.
-    pub fn forward(&mut self, tokens: &[u32], streams: usize, start: usize) -> Vec<f32> {
+    pub(crate) fn forward(&mut self, tokens: &[u32], streams: usize, start: usize) -> Vec<f32> {
         let input = Tensor::from_slice(tokens, (streams, tokens.len() / streams), &Device::Cpu).unwrap();
         self.0.forward(&input, start).unwrap().flatten_all().unwrap().to_vec1().unwrap()
     }
 }
 
 /// The GGUF at `path` with its matrices dequantized and quantized to `dtype`; vectors stay F32.
-pub fn requantized(path: &Path, dtype: GgmlDType) -> Cursor<Vec<u8>> {
+pub(crate) fn requantized(path: &Path, dtype: GgmlDType) -> Cursor<Vec<u8>> {
     let mut file = std::io::BufReader::new(std::fs::File::open(path).unwrap());
     let content = Content::read(&mut file).unwrap();
     let mut names: Vec<&String> = content.tensor_infos.keys().collect();
