@@ -16,6 +16,8 @@ mod template_environment;
 mod template_json;
 mod template_methods;
 mod text_model;
+#[cfg(test)]
+mod text_model_tests;
 mod token_table;
 mod tokenizer;
 #[cfg(test)]

@@ -65,7 +65,15 @@ const PLAIN: PreTokenizer = PreTokenizer { names: &[], expressions: &[], ignore_
 const ALL: &[PreTokenizer] = &[
     PreTokenizer {
         names: &[
-            "llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano",
+            "llama-bpe",
+            "llama3",
+            "llama-v3",
+            "falcon3",
+            "falcon-h1",
+            "pixtral",
+            "midm-2.0",
+            "lfm2",
+            "jina-v5-nano",
         ],
         expressions: &[LLAMA3],
         ignore_merges: true,
@@ -75,33 +83,45 @@ const ALL: &[PreTokenizer] = &[
     PreTokenizer { names: &["glm4", "glm5"], expressions: &[LLAMA3], ignore_merges: true, ..PLAIN },
     PreTokenizer {
         names: &[
-            "qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2", "megrez", "stablelm2", "hunyuan", "solar-open", "grok-2",
+            "qwen2",
+            "deepseek-r1-qwen",
+            "kormo",
+            "f2llmv2",
+            "megrez",
+            "stablelm2",
+            "hunyuan",
+            "solar-open",
+            "grok-2",
         ],
         expressions: &[QWEN2],
         ..PLAIN
     },
     PreTokenizer { names: &["qwen35"], expressions: &[QWEN35], ..PLAIN },
     PreTokenizer {
-        names: &[
-            "smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2",
-        ],
+        names: &["smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"],
         expressions: &[r"\p{N}", GPT2],
         ..PLAIN
     },
     PreTokenizer {
         names: &[
-            "gpt-2", "phi-2", "gigachat", "a.x-4.0", "mellum", "modern-bert", "exaone4", "mpt", "olmo", "jais",
-            "trillion", "granite-docling",
+            "gpt-2",
+            "phi-2",
+            "gigachat",
+            "a.x-4.0",
+            "mellum",
+            "modern-bert",
+            "exaone4",
+            "mpt",
+            "olmo",
+            "jais",
+            "trillion",
+            "granite-docling",
         ],
         expressions: &[GPT2],
         ..PLAIN
     },
     PreTokenizer { names: &["tekken"], expressions: &[TEKKEN], ignore_merges: true, add_bos: true },
-    PreTokenizer {
-        names: &["gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2"],
-        expressions: &[GPT4O],
-        ..PLAIN
-    },
+    PreTokenizer { names: &["gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2"], expressions: &[GPT4O], ..PLAIN },
     PreTokenizer { names: &["deepseek-v3", "hunyuan-dense", "joyai-llm"], expressions: &DEEPSEEK_V3, ..PLAIN },
     PreTokenizer { names: &["falcon"], expressions: &[r"[\p{P}\$\+<=>\^~\|`]+", GPT2, "[0-9][0-9][0-9]"], ..PLAIN },
     PreTokenizer {

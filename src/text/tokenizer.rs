@@ -100,7 +100,7 @@ impl Tokenizer {
 
     fn decode_whole(&self, tokens: &[TokenId], skip_special_tokens: bool) -> String {
         // Some of the crate's decoders cannot do without any token.
-        let shown = |token| self.parts.inner.id_to_token(token).is_some() && !(skip_special_tokens && self.is_special(token));
+        let shown = |token| self.has_text(token) && !(skip_special_tokens && self.is_special(token));
         let tokens: Vec<TokenId> = tokens.iter().copied().filter(|&token| shown(token)).collect();
         if tokens.is_empty() {
             return String::new();
@@ -163,6 +163,12 @@ impl Tokenizer {
         }
     }
 
+    /// Whether the vocabulary has a token of this id.
+    pub(super) fn has_text(&self, token: TokenId) -> bool {
+        self.parts.inner.id_to_token(token).is_some()
+    }
+
+    /// Whether the id is inside the vocabulary, holes included.
     pub(super) fn knows(&self, token: TokenId) -> bool {
         (token as usize) < self.vocab_size()
     }

@@ -33,15 +33,25 @@ fn from_gguf(path: &Path) -> Tokenizer {
 
 /// The default model's file; `make model` brings it.
 pub(super) fn default_model() -> PathBuf {
-    let path = std::env::var_os("KVERN_TEST_MODEL").map(PathBuf::from).unwrap_or_else(|| {
-        Path::new(env!("CARGO_MANIFEST_DIR")).join("models-cache/SmolLM2-135M-Instruct.Q4_1.gguf")
-    });
+    let path = std::env::var_os("KVERN_TEST_MODEL")
+        .map(PathBuf::from)
+        .unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("models-cache/SmolLM2-135M-Instruct.Q4_1.gguf"));
     assert!(path.exists(), "{} is missing: run `make model`", path.display());
     path
 }
 
 const GGUF_NAMES: [&str; 12] = [
-    "llama-bpe", "qwen2", "qwen35", "smollm", "gpt-2", "tekken", "gpt-4o", "deepseek-v3", "falcon", "default", "dbrx",
+    "llama-bpe",
+    "qwen2",
+    "qwen35",
+    "smollm",
+    "gpt-2",
+    "tekken",
+    "gpt-4o",
+    "deepseek-v3",
+    "falcon",
+    "default",
+    "dbrx",
     "glm4",
 ];
 const JSON_KINDS: [&str; 5] = ["byte_level", "spm", "metaspace", "wordpiece", "suffix"];
@@ -148,23 +158,59 @@ fn a_cut_character_leaves_at_the_end() {
     assert_eq!(tokenizer.decode(cut, true), "a\u{fffd}");
 }
 
-/// Ten times the text may take about ten times as long; quadratic work would take a hundred times.
+/// Ten times the text may take about ten times as long; quadratic work would take a hundred times. In between is room
+/// for a busy machine.
 #[test]
 fn hostile_texts_are_linear() {
-    let tokenizer = Arc::new(from_gguf(&default_model()));
-    for unit in ["a", " ", "\n", "\t ", "😀", "<", "<|im_start|>", "1", "'", "a ", "\u{301}", "\u{0}", "é", " \n"] {
-        let time = |bytes: usize| {
-            let text = unit.repeat(bytes / unit.len());
-            let start = Instant::now();
-            let ids = tokenizer.encode(&text, false).unwrap();
-            let spent = start.elapsed();
-            assert_eq!(tokenizer.decode(&ids, false), text);
-            spent
-        };
-        let small = time(100_000);
-        let large = time(1_000_000);
-        let bound = small * 40 + Duration::from_millis(400);
-        assert!(large < bound, "{unit:?}: {small:?} for 100 kB, {large:?} for 1 MB");
+    let units = [
+        "a",
+        "A",
+        " ",
+        "\n",
+        "\t ",
+        "😀",
+        "<",
+        "<|im_start|>",
+        "1",
+        "'",
+        "a ",
+        "aA",
+        "\u{301}",
+        "\u{0}",
+        "é",
+        " \n",
+        "!",
+        "\u{3000}",
+    ];
+    let tokenizers =
+        ["qwen2", "tekken"].map(|name| from_gguf(&data(&format!("gguf/{name}.gguf"))));
+    for tokenizer in tokenizers {
+        for unit in units {
+            let time = |bytes: usize| {
+                let text = unit.repeat(bytes / unit.len());
+                let start = Instant::now();
+                let ids = tokenizer.encode(&text, false).unwrap();
+                let spent = start.elapsed();
+                assert_eq!(tokenizer.decode(&ids, false), text);
+                spent
+            };
+            let small = time(20_000);
+            let large = time(200_000);
+            let bound = small * 40 + Duration::from_millis(400);
+            assert!(large < bound, "{unit:?}: {small:?} for 20 kB, {large:?} for 200 kB");
+        }
+    }
+}
+
+#[test]
+fn a_megabyte_of_one_character_is_no_trouble() {
+    let tokenizer = from_gguf(&default_model());
+    for unit in ["a", " ", "\n", "😀"] {
+        let text = unit.repeat(1_000_000 / unit.len());
+        let start = Instant::now();
+        let ids = tokenizer.encode(&text, false).unwrap();
+        assert!(start.elapsed() < Duration::from_secs(20), "{unit:?} took {:?}", start.elapsed());
+        assert_eq!(tokenizer.decode(&ids, false), text);
     }
 }
 
