@@ -1,6 +1,12 @@
 //! Architectures and weights: a model is composed of shared blocks over [`kvern_kernels`]; weights of GGUF and safetensors
 //! arrive under one naming before any model code sees them.
 
+mod error;
+pub mod gguf;
+mod map;
+
+pub use error::LoadError;
+
 use kvern_kernels::{Device, KernelError, KvCache, Precision, Tensor};
 
 /// The input of one forward pass; borrowed for one step. T tokens of B sequences, S of whose rows are sampled.

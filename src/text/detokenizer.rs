@@ -134,24 +134,27 @@ struct Window {
 
 impl Window {
     fn push(&mut self, tokenizer: &Tokenizer, token: TokenId, out: &mut String) {
+        if !tokenizer.has_text(token) {
+            return;
+        }
         self.tokens.push(token);
         let text = tokenizer.decode(&self.tokens, false);
-        let waits = text.ends_with(char::REPLACEMENT_CHARACTER) && self.tokens.len() - self.emitted < WINDOW_TOKENS_MAX;
-        if !waits {
-            self.emit(tokenizer, &text, out);
+        let before = tokenizer.decode(&self.tokens[..self.emitted], false);
+        // A token without text of its own stays in the window: it may separate its neighbours.
+        let grew = text.len() > before.len() && !text.ends_with(char::REPLACEMENT_CHARACTER);
+        if grew || self.tokens.len() - self.emitted >= WINDOW_TOKENS_MAX {
+            self.emit(&before, &text, out);
         }
     }
 
     fn finish(&mut self, tokenizer: &Tokenizer, out: &mut String) {
         let text = tokenizer.decode(&self.tokens, false);
-        self.emit(tokenizer, &text, out);
+        let before = tokenizer.decode(&self.tokens[..self.emitted], false);
+        self.emit(&before, &text, out);
     }
 
-    fn emit(&mut self, tokenizer: &Tokenizer, text: &str, out: &mut String) {
-        let before = tokenizer.decode(&self.tokens[..self.emitted], false);
-        if let Some(new) = text.strip_prefix(before.as_str()) {
-            out.push_str(new);
-        }
+    fn emit(&mut self, before: &str, text: &str, out: &mut String) {
+        out.push_str(text.strip_prefix(before).unwrap_or_default());
         self.tokens.drain(..self.emitted);
         self.emitted = self.tokens.len();
     }

@@ -5,15 +5,23 @@
 
 mod byte_level;
 mod chat_template;
+#[cfg(test)]
+mod chat_template_tests;
 mod detokenizer;
+mod gguf_tokenizer;
 mod json_tokenizer;
+mod pre_tokenizers;
 mod stop;
 mod template_environment;
 mod template_json;
 mod template_methods;
 mod text_model;
+#[cfg(test)]
+mod text_model_tests;
 mod token_table;
 mod tokenizer;
+#[cfg(test)]
+mod tokenizer_tests;
 
 pub use chat_template::{ChatTemplate, RenderInput, TemplateError};
 pub use detokenizer::IncrementalDetokenizer;

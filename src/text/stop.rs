@@ -99,7 +99,7 @@ impl StopMatcher {
         }
         self.compact();
         self.state = ROOT;
-        self.step(self.buffer.len()).text
+        self.step(self.buffer.len() - self.start).text
     }
 
     /// The stop string that was found, if any.

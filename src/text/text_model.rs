@@ -1,9 +1,11 @@
 //! All that the server must know of a model's text, from the files that the model came in.
 
 use super::chat_template::{ChatTemplate, TemplateError};
+use super::gguf_tokenizer;
 use super::json_tokenizer::{read_config, special_token};
 use super::tokenizer::{Tokenizer, TokenizerError};
 use kvern_core::TokenId;
+use kvern_models::gguf::Gguf;
 use serde_json::{Map, Value};
 use std::path::Path;
 use std::sync::Arc;
@@ -11,6 +13,17 @@ use std::sync::Arc;
 /// Special tokens that templates know by name.
 const SPECIAL_TOKENS: [&str; 7] =
     ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
+
+/// The same in GGUF metadata, after `tokenizer.ggml.`.
+const GGUF_SPECIAL_TOKENS: [(&str, &str); 7] = [
+    ("bos_token", "bos_token_id"),
+    ("eos_token", "eos_token_id"),
+    ("unk_token", "unknown_token_id"),
+    ("sep_token", "seperator_token_id"),
+    ("pad_token", "padding_token_id"),
+    ("cls_token", "cls_token_id"),
+    ("mask_token", "mask_token_id"),
+];
 
 /// A model's tokenizer, its chat template and the tokens that end its answers.
 #[derive(Debug)]
@@ -45,6 +58,29 @@ impl TextModel {
         let special_tokens: Map<String, Value> = SPECIAL_TOKENS
             .iter()
             .filter_map(|key| Some((key.to_string(), special_token(&config, key)?.into())))
+            .collect();
+        Self::new(tokenizer, &sources, special_tokens, stop_tokens)
+    }
+
+    /// Takes everything from the metadata of a GGUF file.
+    pub fn from_gguf(gguf: &Gguf) -> Result<Self, TextModelError> {
+        let tokenizer = Tokenizer::from_gguf(gguf)?;
+        let stop_tokens = gguf_tokenizer::stop_tokens(gguf, |token| tokenizer.token_id(token));
+        const TEMPLATE: &str = "tokenizer.chat_template";
+        let sources: Vec<(String, String)> = gguf
+            .keys()
+            .filter_map(|key| {
+                let name = key.strip_prefix(TEMPLATE)?;
+                let name = if name.is_empty() { "default" } else { name.strip_prefix('.')? };
+                Some((name.to_string(), gguf.metadata(key)?.as_str()?.to_string()))
+            })
+            .collect();
+        let special_tokens: Map<String, Value> = GGUF_SPECIAL_TOKENS
+            .iter()
+            .filter_map(|(name, key)| {
+                let id = gguf_tokenizer::id(gguf, key)?;
+                Some((name.to_string(), tokenizer.token_text(id).into()))
+            })
             .collect();
         Self::new(tokenizer, &sources, special_tokens, stop_tokens)
     }

@@ -6,6 +6,7 @@
 use super::detokenizer::ByteStream;
 use super::token_table::TokenTable;
 use kvern_core::TokenId;
+use kvern_models::gguf::Gguf;
 use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 
@@ -59,6 +60,11 @@ impl Tokenizer {
         super::json_tokenizer::load(path).map(|parts| Self { parts: Box::new(parts) })
     }
 
+    /// Builds the tokenizer that a GGUF file's metadata describe.
+    pub fn from_gguf(gguf: &Gguf) -> Result<Self, TokenizerError> {
+        super::gguf_tokenizer::load(gguf).map(|parts| Self { parts: Box::new(parts) })
+    }
+
     /// The tokens of `text`, in which special tokens count as such (a rendered chat template holds them). `add_special`
     /// adds what the model wants around a text, such as its BOS; a rendered template has its own.
     ///
@@ -87,12 +93,22 @@ impl Tokenizer {
                 }
                 stream.finish(&mut text);
             }
-            Decoding::Whole => match self.parts.inner.decode(tokens, skip_special_tokens) {
-                Ok(decoded) => text = decoded,
-                Err(error) => tracing::warn!(%error, "a token sequence cannot be decoded"),
-            },
+            Decoding::Whole => text = self.decode_whole(tokens, skip_special_tokens),
         }
         text
+    }
+
+    fn decode_whole(&self, tokens: &[TokenId], skip_special_tokens: bool) -> String {
+        // Some of the crate's decoders cannot do without any token.
+        let shown = |token| self.has_text(token) && !(skip_special_tokens && self.is_special(token));
+        let tokens: Vec<TokenId> = tokens.iter().copied().filter(|&token| shown(token)).collect();
+        if tokens.is_empty() {
+            return String::new();
+        }
+        self.parts.inner.decode(&tokens, false).unwrap_or_else(|error| {
+            tracing::warn!(%error, "a token sequence cannot be decoded");
+            String::new()
+        })
     }
 
     /// The bytes that a token adds inside a text, maybe a part of a character; empty for an unknown id.
@@ -147,6 +163,12 @@ impl Tokenizer {
         }
     }
 
+    /// Whether the vocabulary has a token of this id.
+    pub(super) fn has_text(&self, token: TokenId) -> bool {
+        self.parts.inner.id_to_token(token).is_some()
+    }
+
+    /// Whether the id is inside the vocabulary, holes included.
     pub(super) fn knows(&self, token: TokenId) -> bool {
         (token as usize) < self.vocab_size()
     }
