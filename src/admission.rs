@@ -22,7 +22,8 @@ use crate::text::StopMatcher;
 use kvern_core::TokenId;
 use std::sync::Arc;
 
-/// What a request that names no value gets: the model's `generation_config.json` over vLLM's defaults.
+/// What a request that names no value gets: the model's `generation_config.json` over vLLM's defaults. Each value must be
+/// in the range that a request's would have to be in.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GenerationDefaults {
     pub temperature: f32,

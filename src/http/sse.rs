@@ -47,6 +47,39 @@ impl EventBuffer {
     }
 }
 
+/// An event of which only one string changes from token to token: the rest of its JSON is made once, by the wire type's
+/// own serialization.
+pub(crate) struct PreparedEvent {
+    before: Vec<u8>,
+    after: Vec<u8>,
+}
+
+impl PreparedEvent {
+    /// `sample` is the event with an empty string under `key`. A key's quotes never appear bare inside a JSON string, so
+    /// the place is found by its bytes.
+    ///
+    /// # Panics
+    /// When `sample` has no such key.
+    pub(crate) fn new(sample: &impl Serialize, key: &str) -> Self {
+        let mut buffer = EventBuffer(BytesMut::new());
+        buffer.event(sample);
+        let place = format!("\"{key}\":\"\"");
+        let at = buffer.0.windows(place.len()).rposition(|bytes| bytes == place.as_bytes());
+        let at = at.expect("the sample holds the key with an empty string");
+        let quotes = at + place.len() - 2;
+        PreparedEvent { before: buffer.0[..quotes].to_vec(), after: buffer.0[quotes + 2..].to_vec() }
+    }
+}
+
+impl EventBuffer {
+    /// The prepared event with this text.
+    pub(crate) fn prepared(&mut self, event: &PreparedEvent, text: &str) {
+        self.0.put_slice(&event.before);
+        serde_json::to_writer((&mut self.0).writer(), text).expect("strings serialize, and memory takes them");
+        self.0.put_slice(&event.after);
+    }
+}
+
 /// The body of a streamed answer.
 pub(crate) struct AnswerStream<E> {
     events: E,
@@ -142,5 +175,24 @@ impl<E: Events> HttpBody for AnswerStream<E> {
 
     fn is_end_stream(&self) -> bool {
         self.generation.is_none() && self.buffer.0.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn a_prepared_event_equals_the_whole_one() {
+        let event =
+            |text: &str| json!({"id": "\"content\":\"\"", "delta": {"content": text}, "after": ["content", ""]});
+        let prepared = PreparedEvent::new(&event(""), "content");
+        for text in ["", "a", "\"", "\u{1}\n\\", "é✓\u{2028}"] {
+            let (mut whole, mut quick) = (EventBuffer(BytesMut::new()), EventBuffer(BytesMut::new()));
+            whole.event(&event(text));
+            quick.prepared(&prepared, text);
+            assert_eq!(quick.0, whole.0, "{text:?}");
+        }
     }
 }

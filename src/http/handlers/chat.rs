@@ -5,7 +5,7 @@ use crate::admission::{self, Endpoint, StreamUsage};
 use crate::error::ServeError;
 use crate::http::edge::RequestName;
 use crate::http::generation::{Choice, Generation};
-use crate::http::sse::{AnswerStream, EventBuffer, Events};
+use crate::http::sse::{AnswerStream, EventBuffer, Events, PreparedEvent};
 use crate::http::types::chat::{
     AssistantMessage, ChatChoice, ChatChunk, ChatLogprobs, ChatRequest, ChatResponse, ChunkChoice, Delta,
 };
@@ -38,7 +38,7 @@ pub(crate) async fn chat(
     match stream {
         None => whole(heading, &model, generation, logprobs).await,
         Some(usage) => {
-            let events = ChatEvents { heading, model, logprobs, usage };
+            let events = ChatEvents { heading, model, logprobs, usage, prepared: Vec::new() };
             Ok(AnswerStream::respond(generation, events, usage, state.limits.keep_alive))
         }
     }
@@ -84,11 +84,13 @@ struct ChatEvents {
     model: Arc<ServedModel>,
     logprobs: bool,
     usage: StreamUsage,
+    /// For each choice the event that carries text and nothing else.
+    prepared: Vec<PreparedEvent>,
 }
 
 impl ChatEvents {
-    fn send(&self, choices: Vec<ChunkChoice<'_>>, usage: Option<Usage>, out: &mut EventBuffer) {
-        out.event(&ChatChunk {
+    fn chunk<'a>(&'a self, choices: Vec<ChunkChoice<'a>>, usage: Option<Usage>) -> ChatChunk<'a> {
+        ChatChunk {
             id: &self.heading.id,
             object: "chat.completion.chunk",
             created: self.heading.created,
@@ -96,7 +98,11 @@ impl ChatEvents {
             choices,
             system_fingerprint: &self.heading.fingerprint,
             usage: (self.usage != StreamUsage::Never).then_some(usage),
-        });
+        }
+    }
+
+    fn send(&self, choices: Vec<ChunkChoice<'_>>, usage: Option<Usage>, out: &mut EventBuffer) {
+        out.event(&self.chunk(choices, usage));
     }
 
     /// A choice's usage so far, in streams that carry it everywhere.
@@ -107,32 +113,33 @@ impl ChatEvents {
 
 impl Events for ChatEvents {
     fn open(&mut self, choice: &mut Choice, out: &mut EventBuffer) {
-        let delta = Delta { role: Some("assistant"), content: Some("") };
-        let opening =
-            ChunkChoice { index: choice.index, delta, logprobs: None, finish_reason: None, stop_reason: None };
-        self.send(vec![opening], self.running_usage(choice), out);
+        let delta = |role| Delta { role, content: Some("") };
+        self.send(vec![saying(choice.index, delta(Some("assistant")))], self.running_usage(choice), out);
+        let sample = self.chunk(vec![saying(choice.index, delta(None))], None);
+        let prepared = PreparedEvent::new(&sample, "content");
+        self.prepared.push(prepared);
     }
 
     fn progress(&mut self, choice: &mut Choice, out: &mut EventBuffer) {
         let usage = self.running_usage(choice);
-        if !choice.text.is_empty() || !choice.logprobs.is_empty() {
-            let logprobs = self.logprobs.then(|| {
-                let mut content = ChatLogprobs::default();
-                choice.logprobs.take_chat(&self.model.text.tokenizer, &mut content);
-                content
-            });
+        if self.logprobs && !choice.logprobs.is_empty() {
+            let mut content = ChatLogprobs::default();
+            choice.logprobs.take_chat(&self.model.text.tokenizer, &mut content);
             let delta = Delta { role: None, content: Some(&choice.text) };
-            let said = ChunkChoice { index: choice.index, delta, logprobs, finish_reason: None, stop_reason: None };
+            let said = ChunkChoice { logprobs: Some(content), ..saying(choice.index, delta) };
             self.send(vec![said], usage, out);
-            choice.text.clear();
+        } else if usage.is_some() && !choice.text.is_empty() {
+            let delta = Delta { role: None, content: Some(&choice.text) };
+            self.send(vec![saying(choice.index, delta)], usage, out);
+        } else if !choice.text.is_empty() {
+            out.prepared(&self.prepared[choice.index as usize], &choice.text);
         }
+        choice.text.clear();
         if let Some(finish) = choice.finish.take() {
             let last = ChunkChoice {
-                index: choice.index,
-                delta: Delta::default(),
-                logprobs: None,
                 finish_reason: Some(finish.reason),
                 stop_reason: finish.stop,
+                ..saying(choice.index, Delta::default())
             };
             self.send(vec![last], usage, out);
         }
@@ -141,4 +148,9 @@ impl Events for ChatEvents {
     fn usage(&mut self, usage: Usage, out: &mut EventBuffer) {
         self.send(Vec::new(), Some(usage), out);
     }
+}
+
+/// A choice's chunk with nothing but its delta.
+fn saying(index: u32, delta: Delta<'_>) -> ChunkChoice<'_> {
+    ChunkChoice { index, delta, logprobs: None, finish_reason: None, stop_reason: None }
 }

@@ -5,7 +5,7 @@ use crate::admission::{self, Endpoint, StreamUsage};
 use crate::error::ServeError;
 use crate::http::edge::RequestName;
 use crate::http::generation::{Choice, Finish, Generation};
-use crate::http::sse::{AnswerStream, EventBuffer, Events};
+use crate::http::sse::{AnswerStream, EventBuffer, Events, PreparedEvent};
 use crate::http::types::common::Usage;
 use crate::http::types::completion::{CompletionChoice, CompletionLogprobs, CompletionRequest, CompletionResponse};
 use crate::http::{AppState, ServedModel};
@@ -36,7 +36,7 @@ pub(crate) async fn completions(
     match stream {
         None => whole(heading, &model, generation, logprobs).await,
         Some(usage) => {
-            let events = CompletionEvents { heading, model, logprobs, usage };
+            let events = CompletionEvents { heading, model, logprobs, usage, prepared: Vec::new() };
             Ok(AnswerStream::respond(generation, events, usage, state.limits.keep_alive))
         }
     }
@@ -90,18 +90,23 @@ struct CompletionEvents {
     model: Arc<ServedModel>,
     logprobs: bool,
     usage: StreamUsage,
+    /// For each choice the event that carries text and nothing else.
+    prepared: Vec<PreparedEvent>,
 }
 
 impl CompletionEvents {
-    fn send(&self, choices: Vec<CompletionChoice<'_>>, usage: Option<Usage>, out: &mut EventBuffer) {
-        let usage = (self.usage != StreamUsage::Never).then_some(usage);
-        out.event(&response(&self.heading, choices, usage));
+    fn chunk<'a>(&'a self, choices: Vec<CompletionChoice<'a>>, usage: Option<Usage>) -> CompletionResponse<'a> {
+        response(&self.heading, choices, (self.usage != StreamUsage::Never).then_some(usage))
     }
 }
 
 impl Events for CompletionEvents {
     /// Says the prompt, if it is to be echoed.
     fn open(&mut self, choice: &mut Choice, out: &mut EventBuffer) {
+        let index = choice.index;
+        let empty = CompletionChoice { index, text: "", logprobs: None, finish_reason: None, stop_reason: None };
+        let prepared = PreparedEvent::new(&self.chunk(vec![empty], None), "text");
+        self.prepared.push(prepared);
         if !choice.text.is_empty() {
             self.progress(choice, out);
         }
@@ -114,16 +119,21 @@ impl Events for CompletionEvents {
             choice.logprobs.take_completion(&self.model.text.tokenizer, &mut lists);
             lists
         });
-        let (finish_reason, stop_reason) = match choice.finish.take() {
-            Some(Finish { reason, stop }) => (Some(reason), stop),
-            None => (None, None),
-        };
-        let said = CompletionChoice { index: choice.index, text: &choice.text, logprobs, finish_reason, stop_reason };
-        self.send(vec![said], usage, out);
+        if usage.is_none() && logprobs.is_none() && choice.finish.is_none() {
+            out.prepared(&self.prepared[choice.index as usize], &choice.text);
+        } else {
+            let (finish_reason, stop_reason) = match choice.finish.take() {
+                Some(Finish { reason, stop }) => (Some(reason), stop),
+                None => (None, None),
+            };
+            let said =
+                CompletionChoice { index: choice.index, text: &choice.text, logprobs, finish_reason, stop_reason };
+            out.event(&self.chunk(vec![said], usage));
+        }
         choice.text.clear();
     }
 
     fn usage(&mut self, usage: Usage, out: &mut EventBuffer) {
-        self.send(Vec::new(), Some(usage), out);
+        out.event(&self.chunk(Vec::new(), Some(usage)));
     }
 }
