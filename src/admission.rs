@@ -178,9 +178,13 @@ impl Budget<'_> {
     fn answer(&self, prompt: usize, asked: Option<u32>, default: Option<u32>) -> Result<u32, ServeError> {
         let context = self.model.context_tokens_max;
         if prompt == 0 {
-            return Err(ServeError::invalid(self.prompt, format!("`{}`: expected at least one token, found none", self.prompt)));
+            return Err(ServeError::invalid(
+                self.prompt,
+                format!("`{}`: expected at least one token, found none", self.prompt),
+            ));
         }
-        let Some(room) = u32::try_from(prompt).ok().and_then(|prompt| context.checked_sub(prompt)).filter(|&room| room > 0)
+        let Some(room) =
+            u32::try_from(prompt).ok().and_then(|prompt| context.checked_sub(prompt)).filter(|&room| room > 0)
         else {
             return Err(prompt::too_long(self.prompt, context, prompt, ""));
         };

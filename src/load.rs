@@ -40,7 +40,7 @@ pub struct Loaded {
 pub fn load(config: &Config, names: &[String]) -> Result<Loaded, LoadFailure> {
     let started = Instant::now();
     let resolved = hub::locate(&config.model)?;
-    let files = ModelFiles::at(&resolved.path)?;
+    let files = ModelFiles::open(&resolved.path)?;
     let text = Arc::new(match &files {
         ModelFiles::Gguf(path) => TextModel::from_gguf(&Gguf::open(path)?)?,
         ModelFiles::SafeTensors { dir } => TextModel::from_dir(dir)?,

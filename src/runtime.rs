@@ -9,7 +9,7 @@ use crate::telemetry::{Telemetry, TelemetryInfo};
 use crate::worker::{Worker, WorkerParts};
 use kvern_core::{CoreConfig, Engine as Core, Role, WorkerSpec};
 use kvern_kernels::{Device, KernelError, KvCache, KvDType, KvShape};
-use kvern_models::{LoadError, LoadOptions, LoadProgress, LoadedModel, ModelConfig, ModelFiles, StepLimits};
+use kvern_models::{Checkpoint, LoadError, LoadOptions, LoadProgress, LoadedModel, ModelConfig, ModelFiles, StepLimits};
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 use std::thread::JoinHandle;
@@ -85,7 +85,7 @@ pub fn start(
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Runtime, StartError> {
     let device = Device::cpu(options.engine.cpu)?;
-    let model_config = files.config()?;
+    let model_config = ModelConfig::read(&Checkpoint::open(files)?)?;
     let max_model_len = model_len(&model_config, options)?;
     let limits = StepLimits {
         tokens_max: options.engine.max_num_batched_tokens as usize,
@@ -94,17 +94,17 @@ pub fn start(
     };
     let load = LoadOptions { precision: options.engine.precision, limits };
     let loaded = kvern_models::load(&device, files, &load, progress)?;
-    let shape = kv_shape(&loaded, options, max_model_len)?;
+    let (shape, kv_reason) = kv_shape(&loaded, options, max_model_len)?;
     let account = MemoryAccount {
         device: device.describe(),
         weight_bytes: loaded.weight_bytes as u64,
         workspace_bytes: loaded.workspace_bytes as u64,
-        kv_bytes: (shape.0.blocks * shape.0.block_bytes()) as u64,
-        kv_blocks: shape.0.blocks as u32,
+        kv_bytes: (shape.blocks * shape.block_bytes()) as u64,
+        kv_blocks: shape.blocks as u32,
         block_size: options.engine.block_size,
-        kv_reason: shape.1,
+        kv_reason,
     };
-    let worker = warm_worker(device, loaded.model, shape.0, limits, &model_config)?;
+    let worker = warm_worker(device, loaded.model, shape, limits, &model_config)?;
     let (handle, threads, ended) = spawn(worker, options, max_model_len, &account)?;
     Ok(Runtime { handle, config: model_config, max_model_len, account, ended, threads })
 }
@@ -123,14 +123,7 @@ fn kv_shape(
     options: &RuntimeOptions,
     max_model_len: u32,
 ) -> Result<(KvShape, String), StartError> {
-    let mut shape = KvShape {
-        layers: loaded.config.num_hidden_layers,
-        blocks: 0,
-        block_size: options.engine.block_size as usize,
-        kv_heads: loaded.heads.kv_heads,
-        head_dim: loaded.heads.head_dim,
-        dtype: options.engine.kv_dtype,
-    };
+    let mut shape = loaded.kv_shape(0, options.engine.block_size as usize, options.engine.kv_dtype);
     let block_bytes = shape.block_bytes() as u64;
     let sequence_blocks = u64::from(max_model_len.div_ceil(options.engine.block_size));
     let useful = sequence_blocks * u64::from(options.engine.max_num_seqs);

@@ -6,7 +6,9 @@ mod support;
 use kvern::runtime::Runtime;
 use kvern_core::{CancelReason, FinishReason};
 use std::time::{Duration, Instant};
-use support::{Answer, Ask, collect, greedy, metric, options, prompt, start, submit};
+use support::{Answer, Ask, EngineConfig, RuntimeOptions, collect, engine, greedy, metric, options, prompt, start, submit};
+
+const ABORTED: &str = "vllm:request_success_total{engine=\"0\",finished_reason=\"abort\"";
 
 /// 32 requests of mixed lengths, seeds and parameters; some share a prefix.
 fn asks() -> Vec<Ask> {
@@ -27,6 +29,10 @@ fn asks() -> Vec<Ask> {
         .collect()
 }
 
+fn with(engine: EngineConfig) -> RuntimeOptions {
+    RuntimeOptions { engine, ..options() }
+}
+
 fn together(runtime: &Runtime, asks: &[Ask]) -> Vec<Answer> {
     let streams: Vec<_> = asks.iter().map(|a| submit(&runtime.handle, a)).collect();
     streams.into_iter().map(collect).collect()
@@ -39,7 +45,7 @@ fn tokens(answers: &[Answer]) -> Vec<&[u32]> {
 #[test]
 fn a_batch_says_what_each_says_alone() {
     let asks = asks();
-    let uncached = start(&support::RuntimeOptions { prefix_caching: false, ..options() });
+    let uncached = start(&with(EngineConfig { prefix_caching: false, ..engine() }));
     let alone: Vec<Answer> = asks.iter().map(|a| collect(submit(&uncached.handle, a))).collect();
     for (ask, answer) in asks.iter().zip(&alone) {
         assert_eq!(answer.tokens.len() as u32, ask.max_new_tokens);
@@ -57,8 +63,8 @@ fn a_batch_says_what_each_says_alone() {
 
     // 20 blocks of 16 hold 320 tokens; the longest request needs 215.
     let block = 2 * 30 * 16 * 3 * 64 * 2;
-    let tight =
-        start(&support::RuntimeOptions { kv_cache_bytes: Some(20 * block), max_model_len: Some(320), ..options() });
+    let memory = EngineConfig { kv_cache_memory_bytes: Some(20 * block), max_model_len: Some(320), ..engine() };
+    let tight = start(&with(memory));
     assert_eq!(tight.account.kv_blocks, 20);
     let preempted = together(&tight, &asks);
     assert_eq!(tokens(&preempted), tokens(&alone), "under preemption");
@@ -100,8 +106,7 @@ fn a_client_that_goes_away_frees_its_blocks() {
         assert!(Instant::now() < deadline, "blocks are still held");
         std::thread::yield_now();
     }
-    let aborted = metric(&runtime.handle, "vllm:request_success_total{engine=\"0\",finished_reason=\"abort\"");
-    assert_eq!(aborted, 2.0);
+    assert_eq!(metric(&runtime.handle, ABORTED), 2.0);
     runtime.join();
 }
 
@@ -109,12 +114,11 @@ fn a_client_that_goes_away_frees_its_blocks() {
 fn a_slow_reader_is_cancelled_with_bounded_memory() {
     let runtime = start(&options());
     let mut events = submit(&runtime.handle, &Ask { prompt: prompt(1, 4), sampling: greedy(), max_new_tokens: 1500 });
-    // Nothing is read until the engine has given up: another request then has the engine to itself.
-    let deadline = Instant::now() + Duration::from_secs(120);
-    while metric(&runtime.handle, "vllm:request_success_total{engine=\"0\",finished_reason=\"abort\"") == 0.0 {
-        assert!(Instant::now() < deadline, "the slow reader was never cancelled");
-        std::thread::sleep(Duration::from_millis(20));
-    }
+    // Nothing is read until the engine has given up. A steady reader passes the time: 1,200 tokens take longer than the
+    // slow one's 1,024, as both get one a step.
+    let steady = Ask { prompt: prompt(2, 4), sampling: greedy(), max_new_tokens: 1200 };
+    assert_eq!(collect(submit(&runtime.handle, &steady)).tokens.len(), 1200);
+    assert_eq!(metric(&runtime.handle, ABORTED), 1.0, "the slow reader was never cancelled");
     let mut held = 0;
     while events.blocking_recv().is_some() {
         held += 1;
@@ -136,6 +140,7 @@ fn draining_finishes_what_runs_and_takes_nothing_new() {
         prompt: ask.prompt.clone(),
         sampling: ask.sampling.clone(),
         max_new_tokens: 1,
+        n: 1,
         tenant: 0,
     });
     assert_eq!(refused.unwrap_err(), SubmitError::Draining);

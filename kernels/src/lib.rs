@@ -2,9 +2,39 @@
 //!
 //! A tensor is a shape, a dtype and a buffer on a [`Device`]. Ops write into tensors that were allocated at start; no op
 //! allocates. Every op is deterministic and batch-invariant: a row of a result depends on nothing but its own inputs,
-//! bit for bit, whatever other rows are in the call.
+//! bit for bit, whatever other rows are in the call, however many threads run and whatever their instruction set.
+//!
+//! ```text
+//! ops.rs         the ops: shape checks, then `match device { Cpu, Cuda }`
+//! reference.rs   what each op computes, as plain loops: the specification
+//! format.rs      stored weight formats and their values
+//! cpu/           the CPU backend, one file per op
+//! cuda_absent.rs the CUDA backend's signatures in a build without it
+//! ```
 
+#[cfg(feature = "cuda")]
+compile_error!("the CUDA backend is not there yet: build without the feature `cuda`");
+
+mod attention_plan;
+mod buffer;
+mod cpu;
+#[path = "cuda_absent.rs"]
+mod cuda;
+mod device;
+mod error;
+mod format;
+mod kv_cache;
 pub mod ops;
+pub mod reference;
+mod rope_table;
 mod tensor;
+mod weight;
 
-pub use tensor::*;
+pub use attention_plan::{AttentionPlan, HeadLayout, SequenceBatch};
+pub use device::{CpuIsa, CpuOptions, Device};
+pub use error::{KernelError, Result};
+pub use format::{Format, dequantize};
+pub use kv_cache::{KvCache, KvDType, KvShape};
+pub use rope_table::RopeTable;
+pub use tensor::Tensor;
+pub use weight::{MatrixView, Precision, RowOrder, Weight};

@@ -1,38 +1,107 @@
-//! One function per op, the same on every backend.
+//! One function per op, the same on every backend. Shapes and indices are checked here; backends trust them.
+//!
+//! An op sets the live rows of its output. A mismatch is [`KernelError::Shape`] and leaves every tensor as it was, up to
+//! the output's number of rows.
 
-use crate::{AttentionPlan, Device, HeadLayout, KvCache, Result, RopeTable, Tensor, Weight};
+use crate::device::Backend;
+use crate::{AttentionPlan, Device, HeadLayout, KernelError, KvCache, Result, RopeTable, Tensor, Weight, cpu, cuda};
+
+/// `Ok` if the found number is the expected one.
+fn expect(op: &'static str, what: &str, expected: usize, found: usize) -> Result<()> {
+    if expected == found { Ok(()) } else { Err(KernelError::shape(op, format!("{expected} {what}"), found)) }
+}
+
+/// `Ok` if all of the indices are below `end`.
+fn expect_below(op: &'static str, what: &str, indices: &[u32], end: usize) -> Result<()> {
+    match indices.iter().find(|&&index| index as usize >= end) {
+        Some(index) => Err(KernelError::shape(op, format!("{what} below {end}"), index)),
+        None => Ok(()),
+    }
+}
 
 /// `out[t] = table[ids[t]]`, widened to F32. `out` gets `ids.len()` rows. An id out of range is an error.
-pub fn embed(_device: &Device, _table: &Weight, _ids: &[u32], _out: &mut Tensor) -> Result<()> {
-    todo!()
+pub fn embed(device: &Device, table: &Weight, ids: &[u32], out: &mut Tensor) -> Result<()> {
+    expect("embed", "output columns", table.cols(), out.cols())?;
+    expect_below("embed", "ids", ids, table.rows())?;
+    out.resize("embed", ids.len())?;
+    match &device.backend {
+        Backend::Cpu(cpu) => {
+            cpu::embed(cpu, table, ids, out.host_mut());
+            Ok(())
+        }
+        Backend::Cuda(gpu) => cuda::embed(gpu, table, ids, out),
+    }
+}
+
+/// The shapes of a norm: one weight per column, and outputs like inputs.
+fn check_norm(op: &'static str, x: &Tensor, weight: &Tensor, out: &mut Tensor) -> Result<()> {
+    expect(op, "norm weights", x.cols(), weight.host().len())?;
+    expect(op, "output columns", x.cols(), out.cols())?;
+    out.resize(op, x.rows())
 }
 
 /// `out = x / sqrt(mean(x^2) + eps) * weight` per row; `weight` is `[1, cols]`.
-pub fn rms_norm(_device: &Device, _x: &Tensor, _weight: &Tensor, _eps: f32, _out: &mut Tensor) -> Result<()> {
-    todo!()
+pub fn rms_norm(device: &Device, x: &Tensor, weight: &Tensor, eps: f32, out: &mut Tensor) -> Result<()> {
+    check_norm("rms_norm", x, weight, out)?;
+    match &device.backend {
+        Backend::Cpu(cpu) => {
+            cpu::rms_norm(cpu, x.host(), weight.host(), eps, out.host_mut());
+            Ok(())
+        }
+        Backend::Cuda(gpu) => cuda::rms_norm(gpu, x, weight, eps, out),
+    }
 }
 
 /// `residual += delta; out = rms_norm(residual)`, in one pass.
 pub fn add_rms_norm(
-    _device: &Device,
-    _residual: &mut Tensor,
-    _delta: &Tensor,
-    _weight: &Tensor,
-    _eps: f32,
-    _out: &mut Tensor,
+    device: &Device,
+    residual: &mut Tensor,
+    delta: &Tensor,
+    weight: &Tensor,
+    eps: f32,
+    out: &mut Tensor,
 ) -> Result<()> {
-    todo!()
+    expect("add_rms_norm", "delta rows", residual.rows(), delta.rows())?;
+    expect("add_rms_norm", "delta columns", residual.cols(), delta.cols())?;
+    check_norm("add_rms_norm", residual, weight, out)?;
+    match &device.backend {
+        Backend::Cpu(cpu) => {
+            cpu::add_rms_norm(cpu, residual.host_mut(), delta.host(), weight.host(), eps, out.host_mut());
+            Ok(())
+        }
+        Backend::Cuda(gpu) => cuda::add_rms_norm(gpu, residual, delta, weight, eps, out),
+    }
 }
 
 /// `out[t, n] = sum_k x[t, k] * w[n, k] (+ bias[n])`; `x [T, K]`, `w [N, K]`, `bias [1, N]`, `out [T, N]`.
-/// F32 accumulation in an order that depends on K alone.
-pub fn matmul(_device: &Device, _x: &Tensor, _w: &Weight, _bias: Option<&Tensor>, _out: &mut Tensor) -> Result<()> {
-    todo!()
+///
+/// F32 accumulation in an order that depends on K alone. With float weights one chain of fused multiply-adds over k; with
+/// quantized ones `x` is quantized to int8 per row and group of 32, and per group an exact integer sum is scaled and added.
+pub fn matmul(device: &Device, x: &Tensor, w: &Weight, bias: Option<&Tensor>, out: &mut Tensor) -> Result<()> {
+    expect("matmul", "input columns", w.cols(), x.cols())?;
+    expect("matmul", "output columns", w.rows(), out.cols())?;
+    if let Some(bias) = bias {
+        expect("matmul", "bias values", w.rows(), bias.host().len())?;
+    }
+    out.resize("matmul", x.rows())?;
+    match &device.backend {
+        Backend::Cpu(cpu) => cpu::matmul(cpu, x.host(), w, bias.map(Tensor::host), out.host_mut()),
+        Backend::Cuda(gpu) => cuda::matmul(gpu, x, w, bias, out),
+    }
 }
 
 /// `out[t, i] = silu(x[t, i]) * x[t, I + i]`; `x [T, 2 I]` (gate, then up), `out [T, I]`.
-pub fn silu_mul(_device: &Device, _x: &Tensor, _out: &mut Tensor) -> Result<()> {
-    todo!()
+pub fn silu_mul(device: &Device, x: &Tensor, out: &mut Tensor) -> Result<()> {
+    expect("silu_mul", "input columns", 2 * out.cols(), x.cols())?;
+    out.resize("silu_mul", x.rows())?;
+    match &device.backend {
+        Backend::Cpu(cpu) => {
+            let cols = out.cols();
+            cpu::silu_mul(cpu, x.host(), cols, out.host_mut());
+            Ok(())
+        }
+        Backend::Cuda(gpu) => cuda::silu_mul(gpu, x, out),
+    }
 }
 
 /// RMSNorm per head of q and of k, before RoPE (qwen3); weights `[1, head_dim]`.
@@ -51,15 +120,50 @@ pub struct RopeAndStore<'a> {
     pub rope: &'a RopeTable,
     /// `[T]`, each below `rope.positions()`.
     pub positions: &'a [u32],
-    /// `[T]`, each below `blocks * block_size`.
+    /// `[T]`, each below `blocks * block_size`, no two alike.
     pub slots: &'a [u32],
     pub layer: usize,
 }
 
-pub fn rope_and_store(_device: &Device, _args: &RopeAndStore<'_>, _qkv: &mut Tensor, _kv: &mut KvCache) -> Result<()> {
-    todo!()
+/// Heads, layer and columns that fit a KV cache.
+fn check_heads(op: &'static str, heads: HeadLayout, layer: usize, qkv: &Tensor, kv: &KvCache) -> Result<()> {
+    heads.check(op)?;
+    let shape = kv.shape();
+    expect(op, "KV heads as in the cache", shape.kv_heads, heads.kv_heads)?;
+    expect(op, "values per head as in the cache", shape.head_dim, heads.head_dim)?;
+    expect(op, "columns of fused rows", heads.row_len(), qkv.cols())?;
+    if layer >= shape.layers {
+        return Err(KernelError::shape(op, format!("a layer below {}", shape.layers), layer));
+    }
+    Ok(())
 }
 
+/// See [`RopeAndStore`]. Two rows with one slot leave either of them, or a mixture, in the cache.
+pub fn rope_and_store(device: &Device, args: &RopeAndStore<'_>, qkv: &mut Tensor, kv: &mut KvCache) -> Result<()> {
+    const OP: &str = "rope_and_store";
+    let shape = kv.shape();
+    check_heads(OP, args.heads, args.layer, qkv, kv)?;
+    expect(OP, "positions", qkv.rows(), args.positions.len())?;
+    expect(OP, "slots", qkv.rows(), args.slots.len())?;
+    expect_below(OP, "positions", args.positions, args.rope.positions())?;
+    expect_below(OP, "slots", args.slots, shape.blocks * shape.block_size)?;
+    if args.rope.rotary_dim() > shape.head_dim {
+        return Err(KernelError::shape(OP, format!("at most {} rotated values", shape.head_dim), args.rope.rotary_dim()));
+    }
+    if let Some(norm) = &args.norm {
+        expect(OP, "norm weights of q", shape.head_dim, norm.q.host().len())?;
+        expect(OP, "norm weights of k", shape.head_dim, norm.k.host().len())?;
+    }
+    match &device.backend {
+        Backend::Cpu(cpu) => {
+            cpu::rope_and_store(cpu, args, qkv.host_mut(), kv);
+            Ok(())
+        }
+        Backend::Cuda(gpu) => cuda::rope_and_store(gpu, args, qkv, kv),
+    }
+}
+
+/// The arguments of [`attention`].
 pub struct Attention<'a> {
     pub heads: HeadLayout,
     pub layer: usize,
@@ -71,18 +175,37 @@ pub struct Attention<'a> {
 }
 
 /// Causal grouped-query attention through block tables: q from the fused rows `qkv`, K and V from `kv`;
-/// `out [T, heads * head_dim]`. Online softmax in F32; the order of reduction depends on positions alone.
-pub fn attention(
-    _device: &Device,
-    _args: &Attention<'_>,
-    _qkv: &Tensor,
-    _kv: &KvCache,
-    _out: &mut Tensor,
-) -> Result<()> {
-    todo!()
+/// `out [T, heads * head_dim]`. Online softmax in F32 (FlashAttention's, arXiv:2205.14135), split over long contexts
+/// (FlashDecoding) at fixed positions; the order of reduction depends on positions alone.
+pub fn attention(device: &Device, args: &Attention<'_>, qkv: &Tensor, kv: &KvCache, out: &mut Tensor) -> Result<()> {
+    const OP: &str = "attention";
+    check_heads(OP, args.heads, args.layer, qkv, kv)?;
+    args.plan.check(args.heads, qkv.rows(), kv)?;
+    expect(OP, "output columns", args.heads.heads * args.heads.head_dim, out.cols())?;
+    if args.window == Some(0) {
+        return Err(KernelError::shape(OP, "a window of at least 1 position", 0));
+    }
+    out.resize(OP, qkv.rows())?;
+    match &device.backend {
+        Backend::Cpu(cpu) => {
+            cpu::attention(cpu, args, qkv.host(), kv, out.host_mut());
+            Ok(())
+        }
+        Backend::Cuda(gpu) => cuda::attention(gpu, args, qkv, kv, out),
+    }
 }
 
 /// `out[i] = x[rows[i]]`; `out` gets `rows.len()` rows.
-pub fn gather_rows(_device: &Device, _x: &Tensor, _rows: &[u32], _out: &mut Tensor) -> Result<()> {
-    todo!()
+pub fn gather_rows(device: &Device, x: &Tensor, rows: &[u32], out: &mut Tensor) -> Result<()> {
+    expect("gather_rows", "output columns", x.cols(), out.cols())?;
+    expect_below("gather_rows", "rows", rows, x.rows())?;
+    out.resize("gather_rows", rows.len())?;
+    match &device.backend {
+        Backend::Cpu(cpu) => {
+            let cols = x.cols();
+            cpu::gather_rows(cpu, x.host(), rows, cols, out.host_mut());
+            Ok(())
+        }
+        Backend::Cuda(gpu) => cuda::gather_rows(gpu, x, rows, out),
+    }
 }

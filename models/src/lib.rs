@@ -1,13 +1,28 @@
 //! Architectures and weights: a model is composed of shared blocks over [`kvern_kernels`]; weights of GGUF and safetensors
 //! arrive under one naming before any model code sees them.
 
+mod arch;
+mod batch;
+mod blocks;
+mod builder;
+mod checkpoint;
+pub mod config;
 mod error;
 pub mod gguf;
+mod json;
+mod load;
 mod map;
+pub mod rope;
+pub mod safetensors;
+mod weights;
 
+pub use checkpoint::{Checkpoint, ModelFiles};
+pub use config::{Architecture, GenerationDefaults, ModelConfig};
 pub use error::LoadError;
+pub use load::{LoadedModel, load};
+pub use weights::Weights;
 
-use kvern_kernels::{Device, KernelError, KvCache, Precision, Tensor};
+use kvern_kernels::{KernelError, KvCache, Precision, Tensor};
 
 /// The input of one forward pass; borrowed for one step. T tokens of B sequences, S of whose rows are sampled.
 #[derive(Clone, Copy, Debug)]
@@ -60,6 +75,3 @@ pub struct LoadProgress {
     pub done_bytes: u64,
     pub total_bytes: u64,
 }
-
-#[doc(hidden)]
-pub fn _reserve(_: &Device) {}

@@ -25,9 +25,8 @@ pub(crate) fn map_file(path: &Path) -> Result<Mmap, LoadError> {
     unsafe { Mmap::map(&file) }.map_err(|source| LoadError::io(path, source))
 }
 
-/// Asks the operating system to read the whole file ahead, in order. Only a hint: a failure costs speed, nothing else.
+/// Asks the operating system to read the whole file into the page cache, in the background. Only a hint: a failure costs
+/// speed, nothing else.
 pub(crate) fn read_ahead(map: &Mmap) {
-    // Sequential widens the read-ahead window of the page faults; WillNeed starts reading now, in the background.
-    let _ = map.advise(Advice::Sequential);
     let _ = map.advise(Advice::WillNeed);
 }

@@ -33,7 +33,11 @@ pub(crate) async fn off_runtime<T: Send + 'static>(
 }
 
 /// The prompt that a conversation is to the model.
-pub(crate) fn encode_chat(model: &ServedModel, input: &ChatInput, add_special: bool) -> Result<Vec<TokenId>, ServeError> {
+pub(crate) fn encode_chat(
+    model: &ServedModel,
+    input: &ChatInput,
+    add_special: bool,
+) -> Result<Vec<TokenId>, ServeError> {
     let Some(template) = &model.text.template else {
         return Err(ServeError::invalid("messages", "this model has no chat template: use /v1/completions"));
     };
@@ -65,14 +69,17 @@ pub(crate) fn encode_text(
     tokenizer.encode(text, add_special).map_err(|error| ServeError::invalid(param, format!("`{param}`: {error}")))
 }
 
-/// Every prompt's tokens and, for `echo`, its text.
+/// A prompt's tokens and, for `echo`, its text.
+type EncodedPrompt = (Vec<TokenId>, Option<String>);
+
+/// All prompts of a completion request.
 pub(super) fn encode_prompts(
     model: &ServedModel,
     prompt: Prompt,
     add_special: bool,
     echo: bool,
     choices_max: u32,
-) -> Result<Vec<(Vec<TokenId>, Option<String>)>, ServeError> {
+) -> Result<Vec<EncodedPrompt>, ServeError> {
     let count = match &prompt {
         Prompt::Text(_) | Prompt::Tokens(_) => 1,
         Prompt::Texts(texts) => texts.len(),

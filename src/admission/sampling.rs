@@ -24,7 +24,11 @@ pub(super) struct Common {
 }
 
 impl Common {
-    pub(super) fn with_prompts(self, prompts: Vec<AdmittedPrompt>, limits: &HttpLimits) -> Result<Admitted, ServeError> {
+    pub(super) fn with_prompts(
+        self,
+        prompts: Vec<AdmittedPrompt>,
+        limits: &HttpLimits,
+    ) -> Result<Admitted, ServeError> {
         let choices = prompts.len() as u64 * u64::from(self.n);
         if choices > u64::from(limits.choices_max) {
             let message = format!("`n`: expected at most {} answers in all, found {choices}", limits.choices_max);
@@ -33,7 +37,8 @@ impl Common {
         let answer_max = prompts.iter().map(|prompt| prompt.max_new_tokens).min().unwrap_or(0);
         let min_tokens = self.sampling.min_tokens;
         if min_tokens > answer_max {
-            let message = format!("`min_tokens`: expected at most the answer's limit of {answer_max}, found {min_tokens}");
+            let message =
+                format!("`min_tokens`: expected at most the answer's limit of {answer_max}, found {min_tokens}");
             return Err(ServeError::invalid("min_tokens", message));
         }
         Ok(Admitted { prompts, sampling: self.sampling, n: self.n, rules: self.rules, stream: self.stream })
@@ -102,7 +107,9 @@ pub(super) fn chat_logprobs(wanted: Option<bool>, top: Option<i64>) -> Result<Op
     let top = integer("top_logprobs", top, 0, 0, LOGPROBS_MAX)? as u32;
     match wanted {
         Some(true) => Ok(Some(top)),
-        _ if top > 0 => Err(ServeError::invalid("top_logprobs", "`top_logprobs`: expected `logprobs` to be true with it")),
+        _ if top > 0 => {
+            Err(ServeError::invalid("top_logprobs", "`top_logprobs`: expected `logprobs` to be true with it"))
+        }
         _ => Ok(None),
     }
 }

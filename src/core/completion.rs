@@ -52,7 +52,6 @@ impl Engine {
         result: Option<Sampled>,
         effects: &mut Vec<Effect>,
     ) -> Option<FinishReason> {
-        let hasher = self.hasher(self.requests[slice.index].salt);
         let request = &mut self.requests[slice.index];
         let pool = &mut self.workers[usize::from(worker.0)].pool;
         request.in_flight = false;
@@ -78,8 +77,8 @@ impl Engine {
             effects.push(Effect::Token { request: request.id, index: request.num_new(), token });
         }
         request.tokens.push(token);
-        if self.config.prefix_caching && request.num_tokens().is_multiple_of(self.config.block_size) {
-            hasher.extend(&mut request.hashes, &request.tokens, self.config.block_size);
+        if request.num_tokens().is_multiple_of(self.config.block_size) {
+            request.hash_blocks(&self.config);
         }
         let may_stop = request.num_new() >= request.min_new_tokens || planted!(self, IgnoreMinNewTokens);
         if may_stop && request.stop_tokens.binary_search(&token).is_ok() {

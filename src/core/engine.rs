@@ -99,6 +99,8 @@ impl Engine {
         if state.step.is_some() {
             return false;
         }
+        // What the running requests may come to need, so that the plan does not grow with every block that they fill.
+        plan.block_tables.reserve(state.table_blocks_max);
         let budget = self.config.step_tokens_max + u32::from(planted!(self, ExceedBudget));
         StepFiller {
             config: &self.config,

@@ -10,7 +10,7 @@ pub(crate) enum Fault {
     SkipTokenCheck,
     /// A prefix hit is not asked for its parent.
     SkipParentCheck,
-    /// Salts count neither in the hash nor in the comparison.
+    /// A prefix hit is not asked for its salt.
     IgnoreSalt,
     /// A prefix hit may cover the last token too.
     HitWholePrompt,
@@ -42,8 +42,6 @@ pub(crate) enum Fault {
     NeverAdmit,
     /// The youngest waiting request is admitted first.
     AdmitYoungest,
-    /// A request may be admitted in the plan that preempted it.
-    ReadmitAtOnce,
     /// The oldest running request is preempted first.
     PreemptOldest,
     /// A preempted request forgets its output.

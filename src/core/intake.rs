@@ -6,9 +6,8 @@
 use crate::fault::planted;
 use crate::invariants::InvariantId;
 use crate::kv::NodeId;
-use crate::kv::hash::BlockHasher;
 use crate::request::{Arrival, Phase, Request};
-use crate::{CacheSalt, CancelReason, Effect, Engine, FinishReason, Refusal, RequestId, Submission, Usage};
+use crate::{CancelReason, Effect, Engine, FinishReason, Refusal, RequestId, Submission, Usage};
 
 impl Engine {
     /// Queues a request, or refuses it.
@@ -48,11 +47,7 @@ impl Engine {
         self.next_arrival += 1;
         let mut stop_tokens = submission.stop_tokens;
         stop_tokens.sort_unstable();
-        let mut hashes = Vec::new();
-        if self.config.prefix_caching {
-            self.hasher(submission.salt).extend(&mut hashes, &submission.prompt, self.config.block_size);
-        }
-        Request {
+        let mut request = Request {
             id: submission.request,
             arrival,
             phase: Phase::Waiting,
@@ -63,7 +58,7 @@ impl Engine {
             node: NodeId::ROOT,
             prompt_len: submission.prompt.len() as u32,
             tokens: submission.prompt,
-            hashes,
+            hashes: Vec::new(),
             table: Vec::new(),
             salt: submission.salt,
             max_new_tokens: submission.max_new_tokens,
@@ -71,12 +66,9 @@ impl Engine {
             stop_tokens,
             cached_tokens: None,
             preemptions: 0,
-        }
-    }
-
-    pub(crate) fn hasher(&self, salt: CacheSalt) -> BlockHasher {
-        let salt = if planted!(self, IgnoreSalt) { CacheSalt(0) } else { salt };
-        BlockHasher::new(salt, self.config.hash_bits)
+        };
+        request.hash_blocks(&self.config);
+        request
     }
 
     /// Withdraws a request: now, or, when the device is at it, as soon as its step is reported back, because until then the

@@ -4,7 +4,7 @@
 //! from ids is only asked, never walked, so its order decides nothing.
 
 use crate::kv::NodeId;
-use crate::kv::hash::BlockHash;
+use crate::kv::hash::{BlockHash, BlockHasher};
 use crate::{BlockId, CacheSalt, CancelReason, CoreConfig, RequestId, TokenId, Usage, WorkerId};
 use std::collections::{BTreeMap, HashMap};
 use std::ops::{Index, IndexMut};
@@ -82,6 +82,14 @@ impl Request {
     /// Most tokens whose K/V are ever stored: the last token made is never computed.
     pub(crate) fn computed_max(&self) -> u32 {
         self.prompt_len + self.max_new_tokens - 1
+    }
+
+    /// Hashes the blocks of `tokens` that became full.
+    pub(crate) fn hash_blocks(&mut self, config: &CoreConfig) {
+        if config.prefix_caching {
+            let hasher = BlockHasher::new(self.salt, config.hash_bits);
+            hasher.extend(&mut self.hashes, &self.tokens, config.block_size);
+        }
     }
 
     /// Makes room for all that the request may grow to, so that decoding allocates nothing.

@@ -1,19 +1,20 @@
 //! Fills one step of one worker.
 //!
 //! There is no prefill mode and no decode mode: each request's computed tokens chase its known tokens. A step is filled in
-//! four straight passes:
+//! three straight passes:
 //!
-//! 1. make room: every running request gets blocks for all its known tokens; where the pool is short, the youngest loses
-//!    its own and waits again;
-//! 2. decodes: those that lack one token;
-//! 3. prefill: those that lack more, in chunks of what is left of the budget;
-//! 4. admit: the oldest waiting requests, unless this step preempted: what was just freed is not given away at once.
+//! 1. decodes: the requests that lack one token; each gets the block that it may lack, and where the pool has none left,
+//!    the youngest request loses its own and waits again;
+//! 2. prefill: those that lack more, in chunks of what is left of the budget;
+//! 3. admit: the oldest waiting requests, unless this step preempted: the oldest then is a victim, which cannot fit.
 //!
-//! An admitted request gets blocks for its whole known sequence, so only decodes ever need another block, and a prefill is
-//! never stuck half way. Owner: the engine, for the time of one `plan`. Complexity: O(running + blocks copied), plus one
-//! lookup for each admitted request and for the first one that does not fit.
+//! An admitted request gets blocks for its whole known sequence, so only decodes ever need another block, a prefill is
+//! never stuck half way, and a victim, being younger than whom it makes room for, is never in the step already. Owner: the
+//! engine, for the time of one `plan`. Complexity: O(running + blocks copied), plus one lookup for each admitted request
+//! and for the first one that does not fit.
 
 use crate::fault::planted;
+use crate::invariants::InvariantId;
 use crate::kv::NodeId;
 use crate::request::{Phase, RequestIndex, Requests, Waiting};
 use crate::worker::{PlannedSlice, Worker};
@@ -38,37 +39,18 @@ pub(crate) struct StepFiller<'a> {
 impl StepFiller<'_> {
     /// Fills the step; it stays empty when the worker has nothing to run.
     pub(crate) fn fill(&mut self) {
-        let has_preempted = self.make_room();
+        let num_running = self.worker.num_running();
         let has_prefill = self.fill_decodes();
         if has_prefill {
             self.fill_prefills();
         }
-        if !has_preempted || planted!(self, ReadmitAtOnce) {
+        if self.worker.num_running() == num_running {
             self.admit();
         }
     }
 
     fn blocks_for(&self, num_tokens: u32) -> u32 {
         num_tokens.div_ceil(self.config.block_size)
-    }
-
-    /// Gives every running request the blocks that it lacks, oldest first; tells whether some request lost its own for it.
-    fn make_room(&mut self) -> bool {
-        let before = self.worker.num_running();
-        let mut at = 0;
-        while at < self.worker.num_running() {
-            let index = self.worker.running(at);
-            let request = &self.requests[index];
-            let missing = self.blocks_for(request.num_tokens()) - request.table.len() as u32;
-            while self.worker.pool.num_free() < missing && at < self.worker.num_running() {
-                self.preempt();
-            }
-            if at < self.worker.num_running() {
-                self.grow(index, missing);
-            }
-            at += 1;
-        }
-        self.worker.num_running() < before
     }
 
     /// Takes the blocks of the victim and lets it wait again. Its tokens stay known and are computed again.
@@ -78,6 +60,7 @@ impl StepFiller<'_> {
         let victim = if planted!(self, PreemptOldest) { 0 } else { policy::victim(num_running) };
         let index = self.worker.running(victim);
         let request = &mut self.requests[index];
+        assert!(!request.in_flight, "{}: {:?} is preempted although it is in the step", InvariantId::Sch2, request.id);
         self.worker.stop(request, self.config.block_size);
         self.worker.pool.release(&mut request.table);
         request.phase = Phase::Waiting;
@@ -99,18 +82,34 @@ impl StepFiller<'_> {
         }
     }
 
-    /// Plans the requests that lack one token; tells whether there are others.
+    /// Plans the requests that lack one token, oldest first; tells whether others lack more. Where the pool is short of a
+    /// block, the youngest running request loses its own, and so on up to the one that lacks it.
     fn fill_decodes(&mut self) -> bool {
         let mut has_prefill = false;
-        for at in 0..self.worker.num_running() {
+        let mut at = 0;
+        while at < self.worker.num_running() {
             let index = self.worker.running(at);
-            if self.requests[index].remaining() > 1 {
+            let request = &self.requests[index];
+            if request.remaining() > 1 {
                 has_prefill = true;
-            } else {
+            } else if self.make_room(index, self.blocks_for(request.num_tokens()) - request.table.len() as u32) {
                 self.push_slice(index);
             }
+            at += 1;
         }
         has_prefill
+    }
+
+    /// Gives a running request the blocks that it lacks; `false` when it was the youngest left, and had to go itself.
+    fn make_room(&mut self, index: RequestIndex, missing: u32) -> bool {
+        while self.worker.pool.num_free() < missing {
+            self.preempt();
+            if self.requests[index].phase == Phase::Waiting {
+                return false;
+            }
+        }
+        self.grow(index, missing);
+        true
     }
 
     fn fill_prefills(&mut self) {
@@ -137,7 +136,11 @@ impl StepFiller<'_> {
         let covered = &request.table[..end.div_ceil(block_size) as usize];
         let plan = &mut *self.plan;
         let (first_token, first_block) = (plan.tokens.len() as u32, plan.block_tables.len() as u32);
-        plan.tokens.extend_from_slice(&request.tokens[start as usize..end as usize]);
+        match request.tokens[start as usize..end as usize] {
+            // A decode: not worth a call to copy four bytes.
+            [token] => plan.tokens.push(token),
+            ref tokens => plan.tokens.extend_from_slice(tokens),
+        }
         plan.block_tables.extend_from_slice(covered);
         if planted!(self, RotateTable) {
             plan.block_tables[first_block as usize..].rotate_left(1);
@@ -189,6 +192,7 @@ impl StepFiller<'_> {
         }
         let request = &mut self.requests[index];
         let known = request.num_tokens().div_ceil(self.config.block_size);
+        request.table.reserve(known as usize);
         let node = pool.lookup(request.salt, &request.tokens, &request.hashes, &mut request.table);
         let missing = known - request.table.len() as u32;
         let needed = missing + pool.count_free(&request.table) + headroom;

@@ -78,7 +78,8 @@ mod tests {
     #[test]
     fn only_whole_keys_open() {
         let keys = ApiKeys::new(vec!["one".into(), String::new(), "two".into()]);
-        for (key, opens) in [("one", true), ("two", true), ("", false), ("on", false), ("onee", false), ("onetwo", false)]
+        for (key, opens) in
+            [("one", true), ("two", true), ("", false), ("on", false), ("onee", false), ("onetwo", false)]
         {
             assert_eq!(keys.contains(key.as_bytes()), opens, "{key:?}");
         }

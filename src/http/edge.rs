@@ -61,7 +61,8 @@ mod tests {
     #[test]
     fn plain_ids_are_kept_and_others_replaced() {
         let long = "a".repeat(129);
-        for (header, kept) in [("abc-1_2.3:4", true), ("", false), ("a b", false), ("a\"b", false), (long.as_str(), false)]
+        for (header, kept) in
+            [("abc-1_2.3:4", true), ("", false), ("a b", false), ("a\"b", false), (long.as_str(), false)]
         {
             let value = HeaderValue::from_str(header).expect("a legal header");
             let name = request_name(Some(&value));

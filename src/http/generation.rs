@@ -63,7 +63,11 @@ enum Phase {
 
 impl Generation {
     /// Submits every choice, or none: the first refusal drops those before it.
-    pub(crate) fn submit(model: Arc<ServedModel>, admitted: Admitted, external_id: &Arc<str>) -> Result<Self, ServeError> {
+    pub(crate) fn submit(
+        model: Arc<ServedModel>,
+        admitted: Admitted,
+        external_id: &Arc<str>,
+    ) -> Result<Self, ServeError> {
         let Admitted { prompts, sampling, n, rules, .. } = admitted;
         let mut choices = Vec::with_capacity(prompts.len() * n as usize);
         let prompt_tokens = prompts.iter().map(|prompt| prompt.tokens.len() as u32).sum();
@@ -78,6 +82,7 @@ impl Generation {
                 let receiver = model.engine.submit(Request {
                     id,
                     external_id: Arc::clone(external_id),
+                    n,
                     prompt: tokens,
                     sampling,
                     max_new_tokens: prompt.max_new_tokens,
@@ -93,7 +98,10 @@ impl Generation {
                     cached_tokens: 0,
                     stop_token: None,
                     id,
-                    detokenizer: IncrementalDetokenizer::new(Arc::clone(&model.text.tokenizer), rules.skip_special_tokens),
+                    detokenizer: IncrementalDetokenizer::new(
+                        Arc::clone(&model.text.tokenizer),
+                        rules.skip_special_tokens,
+                    ),
                     stops: rules.stop_matcher(),
                     phase: Phase::Running(receiver),
                 });

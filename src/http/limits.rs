@@ -80,7 +80,10 @@ pub(crate) async fn read_json_body(request: Request, limits: &HttpLimits) -> Res
 /// The body as text.
 pub(crate) fn utf8(body: &[u8]) -> Result<&str, ServeError> {
     std::str::from_utf8(body).map_err(|error| {
-        ServeError::malformed(format!("expected JSON in UTF-8, found a byte that is not at offset {}", error.valid_up_to()))
+        ServeError::malformed(format!(
+            "expected JSON in UTF-8, found a byte that is not at offset {}",
+            error.valid_up_to()
+        ))
     })
 }
 

@@ -34,19 +34,21 @@ impl PendingLogprobs {
 
     /// Moves what waits into `content`, in the chat API's shape.
     pub(crate) fn take_chat(&mut self, tokenizer: &Tokenizer, content: &mut ChatLogprobs) {
-        content.content.extend(self.tokens.drain(..).map(|(token, logprobs)| TokenLogprob {
-            token: tokenizer.token_text(token),
-            logprob: finite(logprobs.logprob),
-            bytes: tokenizer.token_bytes(token),
-            top_logprobs: logprobs
-                .top
-                .iter()
-                .map(|&(token, logprob)| TopLogprob {
-                    token: tokenizer.token_text(token),
-                    logprob: finite(logprob),
-                    bytes: tokenizer.token_bytes(token),
-                })
-                .collect(),
+        content.content.extend(self.tokens.drain(..).map(|(token, logprobs)| {
+            TokenLogprob {
+                token: tokenizer.token_text(token),
+                logprob: finite(logprobs.logprob),
+                bytes: tokenizer.token_bytes(token),
+                top_logprobs: logprobs
+                    .top
+                    .iter()
+                    .map(|&(token, logprob)| TopLogprob {
+                        token: tokenizer.token_text(token),
+                        logprob: finite(logprob),
+                        bytes: tokenizer.token_bytes(token),
+                    })
+                    .collect(),
+            }
         }));
     }
 

@@ -41,7 +41,6 @@ use axum::routing::{get, post};
 use std::sync::Arc;
 
 /// All routes over one state.
-#[must_use]
 pub fn router(state: Arc<AppState>) -> Router {
     let guarded = Router::new()
         .route("/v1/chat/completions", post(handlers::chat::chat))

@@ -25,9 +25,19 @@ use utoipa::OpenApi;
         serve_document,
     ),
     components(schemas(
-        chat::ChatRequest, chat::ChatResponse, chat::ChatChunk, completion::CompletionRequest,
-        completion::CompletionResponse, models::ModelList, tokenize::TokenizeRequest, tokenize::TokenizeResponse,
-        tokenize::DetokenizeRequest, tokenize::DetokenizeResponse, common::Usage, ErrorBody, ErrorDetail,
+        chat::ChatRequest,
+        chat::ChatResponse,
+        chat::ChatChunk,
+        completion::CompletionRequest,
+        completion::CompletionResponse,
+        models::ModelList,
+        tokenize::TokenizeRequest,
+        tokenize::TokenizeResponse,
+        tokenize::DetokenizeRequest,
+        tokenize::DetokenizeResponse,
+        common::Usage,
+        ErrorBody,
+        ErrorDetail,
     ))
 )]
 struct Api;

@@ -202,7 +202,8 @@ impl Compiled {
     }
 
     fn run(&self, variables: &Map<String, Value>) -> Result<String, TemplateError> {
-        let template = self.environment.get_template(TEMPLATE_NAME).map_err(|error| TemplateError::Broken(describe(&error)))?;
+        let template =
+            self.environment.get_template(TEMPLATE_NAME).map_err(|error| TemplateError::Broken(describe(&error)))?;
         let mut output = BoundedOutput::default();
         let done = template.render_captured_to(variables, &mut output).map(|_| ());
         if output.overflowed {

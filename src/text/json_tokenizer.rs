@@ -70,8 +70,8 @@ fn add_missing_tokens(inner: &mut tokenizers::Tokenizer, config: &Value) -> Resu
     let mut missing: Vec<(u32, AddedToken)> = Vec::new();
     for (id, token) in tokens {
         let id: u32 = id.parse().map_err(|_| format!("expected a token id in added_tokens_decoder, found {id:?}"))?;
-        let token: AddedToken =
-            serde_json::from_value(token.clone()).map_err(|error| format!("added_tokens_decoder, token {id}: {error}"))?;
+        let token: AddedToken = serde_json::from_value(token.clone())
+            .map_err(|error| format!("added_tokens_decoder, token {id}: {error}"))?;
         if inner.token_to_id(&token.content).is_none() {
             missing.push((id, token));
         }
@@ -99,7 +99,10 @@ fn token_string(inner: &tokenizers::Tokenizer, id: TokenId) -> Option<String> {
 enum Pieces {
     ByteLevel,
     /// SentencePiece as converted by transformers: the mark is a space, `<0x0A>` a byte.
-    Marked { byte_fallback: bool, leading_spaces_dropped: usize },
+    Marked {
+        byte_fallback: bool,
+        leading_spaces_dropped: usize,
+    },
     /// The first token loses its marks.
     Metaspace,
     /// The decoder looks at neighbours, or is not known here.
@@ -112,7 +115,9 @@ impl Pieces {
         let mark = SPACE_MARK.to_string();
         match kind {
             "ByteLevel" => Self::ByteLevel,
-            "Metaspace" if decoder["replacement"] == json!(mark) && decoder["prepend_scheme"] != "never" => Self::Metaspace,
+            "Metaspace" if decoder["replacement"] == json!(mark) && decoder["prepend_scheme"] != "never" => {
+                Self::Metaspace
+            }
             "Metaspace" if decoder["replacement"] == json!(mark) => {
                 Self::Marked { byte_fallback: false, leading_spaces_dropped: 0 }
             }

@@ -5,6 +5,8 @@
 
 mod byte_level;
 mod chat_template;
+#[cfg(test)]
+mod chat_template_tests;
 mod detokenizer;
 mod gguf_tokenizer;
 mod json_tokenizer;

@@ -23,6 +23,7 @@ pub(super) fn new(steps_max: u64) -> Environment<'static> {
     environment.set_formatter(print);
     environment.add_filter("tojson", tojson);
     environment.add_filter("string", |value: &Value| python_str(value));
+    environment.add_test("iterable", is_iterable);
     environment.add_function("raise_exception", raise_exception);
     environment.add_function("strftime_now", strftime_now);
     environment
@@ -86,6 +87,11 @@ fn replacement(tag: &str) -> Option<(String, usize)> {
         _ => return None,
     };
     Some((format!("{{%{left} {name} {right}%}}"), 2 + end + 2))
+}
+
+/// As Python's `iter`: none is not iterable, an undefined value is an empty list.
+fn is_iterable(value: &Value) -> bool {
+    !value.is_none() && value.try_iter().is_ok() || value.as_str().is_some()
 }
 
 /// Whether a value is a list or another thing to go through, text excluded.

@@ -30,7 +30,11 @@ pub(super) fn tojson(value: &Value, positional: Rest<Value>, named: Kwargs) -> R
     let separators = argument(2, "separators")?;
     let separator = |index: usize, default: &str| -> Result<String, Error> {
         let Some(separators) = &separators else { return Ok(default.to_string()) };
-        separators.get_item_by_index(index)?.as_str().map(str::to_string).ok_or_else(|| invalid("expected two separators"))
+        separators
+            .get_item_by_index(index)?
+            .as_str()
+            .map(str::to_string)
+            .ok_or_else(|| invalid("expected two separators"))
     };
     let style = Style {
         ensure_ascii: argument(0, "ensure_ascii")?.is_some_and(|value| value.is_true()),

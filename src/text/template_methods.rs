@@ -69,7 +69,8 @@ fn position(text: &str, part: &str, at: Option<usize>) -> Result<Value, Error> {
 /// `rsplit(sep=None, maxsplit=-1)`.
 fn rsplit(text: &str, args: &[Value]) -> Result<Value, Error> {
     let (part, maxsplit): (Option<String>, Option<i64>) = from_args(args)?;
-    let limit = maxsplit.and_then(|count| usize::try_from(count).ok()).map_or(usize::MAX, |count| count.saturating_add(1));
+    let limit =
+        maxsplit.and_then(|count| usize::try_from(count).ok()).map_or(usize::MAX, |count| count.saturating_add(1));
     let mut pieces: Vec<&str> = match &part {
         Some(part) if part.is_empty() => return Err(invalid("expected a separator, found an empty one".into())),
         Some(part) => text.rsplitn(limit, part.as_str()).collect(),

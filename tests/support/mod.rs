@@ -1,6 +1,7 @@
 //! A running engine over the default model, and requests on it, for the server tests.
 #![allow(clippy::unwrap_used, dead_code)]
 
+pub use kvern::config::EngineConfig;
 use kvern::request::{Engine, Request, SamplingParams, TokenEvent, TokenRx};
 use kvern::runtime::{self, Runtime};
 pub use kvern::runtime::RuntimeOptions;
@@ -18,7 +19,12 @@ pub fn model_path() -> PathBuf {
 }
 
 pub fn options() -> RuntimeOptions {
-    RuntimeOptions {
+    RuntimeOptions { engine: engine(), served_model_name: "test".to_owned() }
+}
+
+/// The default settings of a small server.
+pub fn engine() -> EngineConfig {
+    EngineConfig {
         cpu: CpuOptions::default(),
         precision: Precision::AsStored,
         kv_dtype: KvDType::BF16,
@@ -26,16 +32,14 @@ pub fn options() -> RuntimeOptions {
         max_num_seqs: 32,
         max_num_batched_tokens: 256,
         block_size: 16,
-        kv_cache_bytes: None,
+        kv_cache_memory_bytes: None,
         prefix_caching: true,
-        max_queued_requests: 256,
-        served_model_name: "test".to_owned(),
-        log_prompts: false,
+        max_num_queued_reqs: 256,
     }
 }
 
 pub fn start(options: &RuntimeOptions) -> Runtime {
-    let files = ModelFiles::at(&model_path()).unwrap();
+    let files = ModelFiles::open(&model_path()).unwrap();
     runtime::start(&files, options, &mut |_| {}).unwrap()
 }
 
@@ -80,6 +84,7 @@ pub fn submit(engine: &impl Engine, ask: &Ask) -> TokenRx {
         prompt: ask.prompt.clone(),
         sampling: ask.sampling.clone(),
         max_new_tokens: ask.max_new_tokens,
+        n: 1,
         tenant: 0,
     };
     engine.submit(request).unwrap()

@@ -105,6 +105,11 @@ impl Gguf {
         self.tensors.get(name)
     }
 
+    /// A tensor with its name as it lives in this reader.
+    pub(crate) fn tensor_entry(&self, name: &str) -> Option<(&str, &TensorInfo)> {
+        self.tensors.get_key_value(name).map(|(name, info)| (name.as_str(), info))
+    }
+
     /// The file that holds a tensor of this reader.
     #[must_use]
     pub fn tensor_path(&self, info: &TensorInfo) -> &Path {

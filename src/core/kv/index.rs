@@ -1,7 +1,7 @@
 //! The prefix index: from a block's hash to the blocks published under it.
 //!
 //! Open addressing with linear probing; a cell is a block's number, and the hash that it stands under lives with the
-//! block. Deletion shifts the followers back, so there are no tombstones and the load never exceeds a half. Equal hashes
+//! block. Deletion shifts the followers back, so there are no tombstones and the load never exceeds a quarter. Equal hashes
 //! stand side by side: whoever looks one up says which candidate it means, so a collision costs a probe and nothing
 //! else. Complexity: O(1) expected; nothing allocates after construction.
 
@@ -20,7 +20,7 @@ pub(crate) struct PrefixIndex {
 impl PrefixIndex {
     /// An index with room for `num_blocks` blocks.
     pub(crate) fn new(num_blocks: u32) -> Self {
-        let cells = (num_blocks as usize * 2).next_power_of_two();
+        let cells = (num_blocks as usize * 4).next_power_of_two();
         PrefixIndex { cells: vec![EMPTY; cells], len: 0 }
     }
 
@@ -38,7 +38,7 @@ impl PrefixIndex {
     }
 
     /// The first block near `hash` that `is_it` accepts.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn find(&self, hash: BlockHash, mut is_it: impl FnMut(BlockId) -> bool) -> Option<BlockId> {
         let mut cell = self.home(hash);
         while self.cells[cell] != EMPTY {
@@ -52,7 +52,7 @@ impl PrefixIndex {
     }
 
     pub(crate) fn insert(&mut self, hash: BlockHash, block: BlockId) {
-        assert!((self.len as usize) * 2 < self.cells.len(), "KV-4: more published blocks than blocks");
+        assert!((self.len as usize) * 4 < self.cells.len(), "KV-4: more published blocks than blocks");
         let mut cell = self.home(hash);
         while self.cells[cell] != EMPTY {
             cell = self.after(cell);

@@ -117,7 +117,7 @@ impl KvPool {
 
     /// How many of `blocks` are free, and would not be after [`KvPool::acquire`].
     pub(crate) fn count_free(&self, blocks: &[BlockId]) -> u32 {
-        blocks.iter().filter(|block| self.free.contains(**block)).count() as u32
+        blocks.iter().filter(|block| self.refs[block.0 as usize] == 0).count() as u32
     }
 
     /// Fills `table` with the longest run of published blocks that hold the start of `tokens`, and gives the last one's
@@ -143,7 +143,7 @@ impl KvPool {
     }
 
     /// The published block with this parent and these tokens.
-    #[inline]
+    #[inline(always)]
     fn find(
         &self,
         hash: BlockHash,
@@ -160,7 +160,9 @@ impl KvPool {
             let is_child = card.parent == parent || planted!(self, SkipParentCheck);
             let is_salted =
                 parent != NodeId::ROOT || self.salts[candidate.0 as usize] == salt || planted!(self, IgnoreSalt);
-            let equal = is_child && is_salted && (self.contents(candidate) == tokens || planted!(self, SkipTokenCheck));
+            let equal = is_child
+                && is_salted
+                && (equal_tokens(self.contents(candidate), tokens) || planted!(self, SkipTokenCheck));
             *collisions += u64::from(!equal);
             equal
         })
@@ -261,6 +263,16 @@ impl KvPool {
             self.live,
             self.num_blocks()
         );
+    }
+}
+
+/// Whether two blocks are equal. Those of the usual size are compared in line and without a branch for each token: a call
+/// to the library's compare would cost more than the compare.
+#[inline]
+fn equal_tokens(a: &[TokenId], b: &[TokenId]) -> bool {
+    match (<&[TokenId; 16]>::try_from(a), <&[TokenId; 16]>::try_from(b)) {
+        (Ok(a), Ok(b)) => (0..16).fold(0, |difference, at| difference | (a[at] ^ b[at])) == 0,
+        _ => a == b,
     }
 }
 

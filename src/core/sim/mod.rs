@@ -43,7 +43,7 @@ impl Failure {
 
 /// One whole run; an assertion of the core is a failure like any other.
 fn run_seed(seed: u64, fault: Option<crate::fault::Fault>) -> Result<Coverage, Failure> {
-    std::panic::catch_unwind(|| Run::new(seed, fault).to_end())
+    std::panic::catch_unwind(|| Run::new(seed, fault).finish())
         .unwrap_or_else(|payload| Err(Failure::of_panic(&*payload)))
 }
 

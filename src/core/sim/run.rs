@@ -103,12 +103,12 @@ impl Run {
     }
 
     /// Runs until every request is finished.
-    pub(crate) fn to_end(mut self) -> Result<Coverage, Failure> {
+    pub(crate) fn finish(mut self) -> Result<Coverage, Failure> {
         self.drive()?;
         Ok(self.coverage)
     }
 
-    /// As [`Run::to_end`], for those who want the log.
+    /// As [`Run::finish`], for those who want the log.
     pub(crate) fn drive(&mut self) -> Result<(), Failure> {
         for _ in 0..20_000 {
             let all_submitted = self.clients.len() as u64 == self.workload.num_requests;
@@ -225,7 +225,7 @@ impl Run {
                     self.coverage.prefix_hits += u64::from(cached_tokens > 0);
                     let is_oldest = !self.clients[..index].iter().any(|older| older.is_waiting);
                     check(is_oldest, "admission order", || format!("{effect:?} although an older one waits"))?;
-                    let thrashes = effects[..at].iter().any(|other| *other == Effect::Preempted { request });
+                    let thrashes = effects[..at].contains(&Effect::Preempted { request });
                     check(!thrashes, "thrash", || format!("{request:?} lost its blocks in the same plan"))?;
                 }
                 Effect::Token { .. } => self.coverage.tokens += 1,

@@ -30,8 +30,7 @@ pub(crate) async fn chat(
 ) -> Result<Response, ServeError> {
     let model = Arc::clone(state.model_for_work()?);
     let (wire, bytes) = super::read::<ChatRequest>(&state, Endpoint::Chat, request).await?;
-    let heading =
-        Heading::new("chatcmpl", &name.0, model.resolve(wire.model.as_deref())?, &model.fingerprint);
+    let heading = Heading::new("chatcmpl", &name.0, model.resolve(wire.model.as_deref())?, &model.fingerprint);
     let admitted = admission::chat(&state, &model, wire, bytes).await?;
     let stream = admitted.stream;
     let logprobs = admitted.rules.logprobs;

@@ -1,7 +1,7 @@
 //! What the chat and the completion endpoint share on the wire.
 
-use serde::de::{self, Deserialize, Deserializer, SeqAccess, Visitor};
 use serde::Serialize;
+use serde::de::{self, Deserialize, Deserializer, SeqAccess, Visitor};
 use std::fmt;
 use utoipa::ToSchema;
 

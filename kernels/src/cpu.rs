@@ -1,0 +1,83 @@
+//! The CPU backend.
+//!
+//! ```text
+//! simd     sixteen lanes at every instruction-set level; kernels are written once over it
+//! pool     the threads
+//! panel    packed weights; pack fills them, embed reads rows back
+//! quantize activations to int8 per group of 32
+//! matmul   drives the tiles of dense (float panels) and quant (integer panels)
+//! attend   paged attention: tiles of positions, softmax state, splits
+//! rows     norms, gated activation, gather; rope: rotary embedding and the store to the KV cache
+//! ```
+//!
+//! Everything here trusts its arguments: shapes were checked in `ops.rs` and at packing.
+
+pub(crate) mod attend;
+mod dense;
+mod element;
+mod embed;
+mod exp;
+mod matmul;
+pub(crate) mod pack;
+pub(crate) mod panel;
+pub(crate) mod pool;
+mod quant;
+mod quantize;
+mod rope;
+mod rows;
+mod shared;
+mod simd;
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
+
+use crate::{CpuIsa, CpuOptions, KernelError, Result};
+
+pub(crate) use attend::attention;
+pub(crate) use embed::embed;
+pub(crate) use matmul::matmul;
+pub(crate) use rope::rope_and_store;
+pub(crate) use rows::{add_rms_norm, gather_rows, rms_norm, silu_mul};
+
+/// Threads, level and scratch of one CPU device.
+pub(crate) struct CpuDevice {
+    pub(crate) pool: pool::Pool,
+    pub(crate) isa: CpuIsa,
+    /// Quantized activations of the running matrix product; grows to the largest seen.
+    activations: Mutex<quantize::QuantRows>,
+}
+
+impl CpuDevice {
+    pub(crate) fn new(options: CpuOptions) -> Result<Self> {
+        let best = simd::best_isa();
+        let isa = options.isa.unwrap_or(best);
+        if isa > best {
+            return Err(KernelError::Unsupported(format!("expected a machine with {isa:?}, found one with {best:?}")));
+        }
+        let threads = options.threads.unwrap_or_else(|| thread::available_parallelism().map_or(1, usize::from));
+        Ok(CpuDevice { pool: pool::Pool::new(threads)?, isa, activations: Mutex::new(quantize::QuantRows::new()?) })
+    }
+
+    pub(crate) fn describe(&self) -> String {
+        let isa = match self.isa {
+            CpuIsa::Scalar => "scalar",
+            CpuIsa::Avx2 => "avx2",
+            CpuIsa::Avx512 => "avx512",
+        };
+        let threads = self.pool.threads();
+        format!("cpu ({isa}, {threads} {})", if threads == 1 { "thread" } else { "threads" })
+    }
+
+    /// The scratch for quantized activations. A panic of a former holder leaves nothing that matters behind.
+    fn activations(&self) -> MutexGuard<'_, quantize::QuantRows> {
+        self.activations.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Runs `work(row range)` over all of `rows`, in chunks worth a fork if `row_cost` elements are handled per row.
+    fn for_row_chunks(&self, rows: usize, row_cost: usize, work: &(dyn Fn(std::ops::Range<usize>) + Sync)) {
+        /// Elements below which waking other threads costs more than it saves.
+        const CHUNK_ELEMENTS: usize = 8192;
+        let chunk = CHUNK_ELEMENTS.div_ceil(row_cost.max(1)).min(rows.max(1));
+        self.pool.run(rows.div_ceil(chunk), &|_, task| work(task * chunk..rows.min((task + 1) * chunk)));
+    }
+}

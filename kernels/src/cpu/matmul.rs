@@ -1,0 +1,168 @@
+//! Matrix products: divides panels over threads and runs register tiles over rows.
+//!
+//! A task owns some panels and all rows: a panel comes from memory once, stays in the cache while the rows pass in tiles,
+//! and every tile reuses a loaded weight for each of its rows. No output depends on how rows are tiled.
+
+use std::ops::Range;
+
+use super::CpuDevice;
+use super::dense;
+use super::element::{Element, as_bf16, as_f16};
+use super::panel::{GROUP, Panels, Part, QuantLayout};
+use super::quant;
+use super::quantize::QuantGroup;
+use super::shared::SharedSlice;
+use super::simd::{Kernel, LANES, Simd, dispatch, for_row_tiles};
+use crate::{Result, Weight};
+
+/// Bytes of panels per task: they stay in the second-level cache while all rows pass.
+const TASK_BYTES: usize = 256 << 10;
+/// Tasks per thread, so that a thread that loses its core for a while does not hold up the others.
+const TASKS_PER_THREAD: usize = 8;
+
+/// `out[t, n] = x[t] . w[n] (+ bias[n])`.
+pub(crate) fn matmul(cpu: &CpuDevice, x: &[f32], weight: &Weight, bias: Option<&[f32]>, out: &mut [f32]) -> Result<()> {
+    let (cols, out_cols) = (weight.cols(), weight.rows());
+    let mut scratch = cpu.activations();
+    let quantized = match weight.parts.iter().any(|part| matches!(part.panels, Panels::Quant(..))) {
+        true => scratch.quantize(cpu, x, cols)?,
+        false => &[],
+    };
+    let rows = Rows { x, quantized, cols, count: x.len() / cols };
+    let out = Out { values: &SharedSlice::new(out), cols: out_cols, bias };
+    for part in &weight.parts {
+        let panels = part.panel_count();
+        let balanced = panels.div_ceil(TASKS_PER_THREAD * cpu.pool.threads());
+        // An even number, for tiles of two panels.
+        let step = balanced.min(TASK_BYTES / part.panel_bytes()).max(1).next_multiple_of(2);
+        cpu.pool.run(panels.div_ceil(step), &|_, task| {
+            let panels = task * step..panels.min((task + 1) * step);
+            dispatch(cpu.isa, Task { part, panels, rows, out });
+        });
+    }
+    Ok(())
+}
+
+/// The activations, as given and (if the weight asks for it) quantized.
+#[derive(Clone, Copy)]
+struct Rows<'a> {
+    x: &'a [f32],
+    quantized: &'a [QuantGroup],
+    cols: usize,
+    count: usize,
+}
+
+impl<'a> Rows<'a> {
+    #[inline(always)]
+    fn floats(&self, row: usize) -> &'a [f32] {
+        &self.x[row * self.cols..(row + 1) * self.cols]
+    }
+
+    #[inline(always)]
+    fn groups(&self, row: usize) -> &'a [QuantGroup] {
+        let per_row = self.cols / GROUP;
+        &self.quantized[row * per_row..(row + 1) * per_row]
+    }
+}
+
+/// Where results go.
+#[derive(Clone, Copy)]
+struct Out<'a> {
+    values: &'a SharedSlice<'a, f32>,
+    cols: usize,
+    bias: Option<&'a [f32]>,
+}
+
+impl Out<'_> {
+    /// Stores the live lanes of one output panel of one row, plus the bias.
+    ///
+    /// # Safety
+    /// No other task stores this panel.
+    #[inline(always)]
+    unsafe fn store<S: Simd>(&self, s: S, part: &Part, row: usize, panel: usize, value: S::F) {
+        let (col, live) = (part.first_row + panel * LANES, part.live(panel));
+        let value = match self.bias {
+            Some(bias) => s.add(value, s.load_partial(&bias[col..col + live])),
+            None => value,
+        };
+        // SAFETY: the panel is this task's alone.
+        let to = unsafe { self.values.part(row * self.cols + col..row * self.cols + col + live) };
+        match to.as_mut_array::<LANES>() {
+            Some(to) => s.store(to, value),
+            None => s.store_partial(to, value),
+        }
+    }
+}
+
+/// All rows through some panels of a part.
+struct Task<'a> {
+    part: &'a Part,
+    panels: Range<usize>,
+    rows: Rows<'a>,
+    out: Out<'a>,
+}
+
+impl Kernel for Task<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        match &self.part.panels {
+            Panels::F32(data) => self.dense(s, data),
+            Panels::F16(data) => self.dense(s, as_f16(data)),
+            Panels::BF16(data) => self.dense(s, as_bf16(data)),
+            Panels::Quant(layout, data) => self.quant(s, *layout, data),
+        }
+    }
+}
+
+impl Task<'_> {
+    #[inline(always)]
+    fn dense<S: Simd, E: Element>(&self, s: S, data: &[E]) {
+        for_row_tiles!(S, self.rows.count, |row, R| {
+            let rows: [&[f32]; R] = std::array::from_fn(|r| self.rows.floats(row + r));
+            let mut panel = self.panels.start;
+            while S::PANEL_PAIRS && panel + 1 < self.panels.end {
+                self.dense_tile::<S, E, R, 2>(s, data, rows, row, panel);
+                panel += 2;
+            }
+            while panel < self.panels.end {
+                self.dense_tile::<S, E, R, 1>(s, data, rows, row, panel);
+                panel += 1;
+            }
+        });
+    }
+
+    #[inline(always)]
+    fn dense_tile<S: Simd, E: Element, const R: usize, const P: usize>(
+        &self,
+        s: S,
+        data: &[E],
+        rows: [&[f32]; R],
+        row: usize,
+        panel: usize,
+    ) {
+        let len = self.rows.cols * LANES;
+        let panels = std::array::from_fn(|p| data[(panel + p) * len..][..len].as_chunks::<LANES>().0);
+        let dots = dense::dots::<S, E, R, P>(s, panels, rows);
+        for (p, dots) in dots.into_iter().enumerate() {
+            for (r, dot) in dots.into_iter().enumerate() {
+                // SAFETY: a task owns its panels.
+                unsafe { self.out.store(s, self.part, row + r, panel + p, dot) };
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn quant<S: Simd>(&self, s: S, layout: QuantLayout, data: &[u8]) {
+        let panel_bytes = self.part.panel_bytes();
+        for_row_tiles!(S, self.rows.count, |row, R| {
+            let rows: [&[QuantGroup]; R] = std::array::from_fn(|r| self.rows.groups(row + r));
+            for panel in self.panels.clone() {
+                let dots = quant::dots::<S, R>(s, layout, &data[panel * panel_bytes..][..panel_bytes], rows);
+                for (r, dot) in dots.into_iter().enumerate() {
+                    // SAFETY: a task owns its panels.
+                    unsafe { self.out.store(s, self.part, row + r, panel, dot) };
+                }
+            }
+        });
+    }
+}

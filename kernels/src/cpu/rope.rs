@@ -1,0 +1,98 @@
+//! Rotary embedding of q and k, and the store of k and v to the KV cache.
+
+use half::bf16;
+
+use super::CpuDevice;
+use super::rows::norm_in_place;
+use super::shared::SharedSlice;
+use super::simd::{Kernel, LANES, Simd, dispatch};
+use crate::buffer::Plain;
+use crate::kv_cache::KvData;
+use crate::ops::RopeAndStore;
+use crate::{KvCache, KvShape};
+
+/// Rotates row by row, then stores head by head: two rows with one slot are then still written one after the other.
+pub(crate) fn rope_and_store(cpu: &CpuDevice, args: &RopeAndStore<'_>, qkv: &mut [f32], kv: &mut KvCache) {
+    let (cols, rows) = (args.heads.row_len(), args.positions.len());
+    let shared = SharedSlice::new(qkv);
+    cpu.for_row_chunks(rows, cols, &|rows| {
+        for row in rows {
+            // SAFETY: each row is one task's.
+            let qkv = unsafe { shared.part(row * cols..(row + 1) * cols) };
+            dispatch(cpu.isa, Row { args, row, qkv });
+        }
+    });
+    let shape = kv.shape();
+    match &mut kv.data {
+        KvData::F32(data) => store(cpu, args, qkv, data, shape, |x| x),
+        KvData::BF16(data) => store(cpu, args, qkv, data, shape, |x| bf16::from_f32(x).to_bits()),
+    }
+}
+
+struct Row<'a> {
+    args: &'a RopeAndStore<'a>,
+    row: usize,
+    qkv: &'a mut [f32],
+}
+
+impl Kernel for Row<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let heads = self.args.heads;
+        let (cos, sin) = self.args.rope.row(self.args.positions[self.row] as usize);
+        let rotated = (heads.heads + heads.kv_heads) * heads.head_dim;
+        for (head, values) in self.qkv[..rotated].chunks_exact_mut(heads.head_dim).enumerate() {
+            if let Some(norm) = &self.args.norm {
+                let weight = if head < heads.heads { norm.q } else { norm.k };
+                norm_in_place(s, values, weight.host(), norm.eps);
+            }
+            rotate(s, values, cos, sin);
+        }
+    }
+}
+
+/// `(a, b) = (a cos - b sin, b cos + a sin)` for the pairs `i`, `i + half`.
+#[inline(always)]
+fn rotate<S: Simd>(s: S, head: &mut [f32], cos: &[f32], sin: &[f32]) {
+    let half = cos.len();
+    let (first, second) = head[..2 * half].split_at_mut(half);
+    let pairs = first.chunks_mut(LANES).zip(second.chunks_mut(LANES));
+    for ((a, b), (cos, sin)) in pairs.zip(cos.chunks(LANES).zip(sin.chunks(LANES))) {
+        let (x, y) = (s.load_partial(a), s.load_partial(b));
+        let (cos, sin) = (s.load_partial(cos), s.load_partial(sin));
+        s.store_partial(a, s.sub(s.mul(x, cos), s.mul(y, sin)));
+        s.store_partial(b, s.add(s.mul(y, cos), s.mul(x, sin)));
+    }
+}
+
+/// Writes k, transposed, and v of all rows to their slots.
+fn store<T: Plain>(
+    cpu: &CpuDevice,
+    args: &RopeAndStore<'_>,
+    qkv: &[f32],
+    data: &mut [T],
+    shape: KvShape,
+    convert: impl Fn(f32) -> T + Sync,
+) {
+    let KvShape { block_size, head_dim, kv_heads, .. } = shape;
+    let data = SharedSlice::new(data);
+    cpu.for_row_chunks(kv_heads, args.slots.len() * head_dim, &|heads| {
+        for head in heads {
+            let k_start = (args.heads.heads + head) * head_dim;
+            for (qkv, &slot) in qkv.chunks_exact(args.heads.row_len()).zip(args.slots) {
+                let (block, offset) = (slot as usize / block_size, slot as usize % block_size);
+                let start = shape.page_start(args.layer, block, head);
+                // SAFETY: the pages of a head are one task's.
+                let pages = unsafe { data.part(start..start + 2 * shape.page()) };
+                let (k_page, v_page) = pages.split_at_mut(shape.page());
+                for (i, &k) in qkv[k_start..][..head_dim].iter().enumerate() {
+                    k_page[i * block_size + offset] = convert(k);
+                }
+                let v = &qkv[k_start + kv_heads * head_dim..][..head_dim];
+                for (to, &v) in v_page[offset * head_dim..][..head_dim].iter_mut().zip(v) {
+                    *to = convert(v);
+                }
+            }
+        }
+    });
+}

@@ -1,0 +1,240 @@
+//! AVX2 with FMA and F16C: two registers are a vector, lanes 0..8 and 8..16.
+
+use std::arch::x86_64::*;
+
+use super::{Kernel, LANES, Simd};
+
+/// Proof of AVX2, FMA and F16C.
+#[derive(Clone, Copy)]
+pub(super) struct Avx2(());
+
+/// # Safety
+/// The machine has the features named here.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) unsafe fn run<K: Kernel>(kernel: K) {
+    kernel.run(Avx2(()));
+}
+
+#[derive(Clone, Copy)]
+pub(super) struct Pair(__m256, __m256);
+
+#[derive(Clone, Copy)]
+pub(super) struct IntPair(__m256i, __m256i);
+
+/// The upper halves folded on the lower ones until one lane is left.
+macro_rules! fold {
+    ($value:expr, $op256:ident, $op128:ident, $op_scalar:ident) => {{
+        let eight = $op256($value.0, $value.1);
+        let four = $op128(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+        let two = $op128(four, _mm_movehl_ps(four, four));
+        _mm_cvtss_f32($op_scalar(two, _mm_movehdup_ps(two)))
+    }};
+}
+
+/// All ones in the lanes whose bit is set.
+///
+/// # Safety
+/// The machine has AVX2.
+#[inline(always)]
+unsafe fn lane_mask(bits: u16) -> __m256 {
+    // SAFETY: the caller has AVX2.
+    unsafe {
+        let lane_bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+        let set = _mm256_and_si256(_mm256_set1_epi32(i32::from(bits & 0xff)), lane_bits);
+        _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, lane_bits))
+    }
+}
+
+/// `acc` plus the sums of four products of a u8 and an i8; pairs of products must fit 16 bits.
+///
+/// # Safety
+/// The machine has AVX2.
+#[inline(always)]
+unsafe fn dot4(acc: __m256i, unsigned: __m256i, signed: __m256i) -> __m256i {
+    // SAFETY: the caller has AVX2.
+    unsafe {
+        let pairs = _mm256_maddubs_epi16(unsigned, signed);
+        _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+    }
+}
+
+// As for AVX-512: an `Avx2` exists only inside `run`, whose caller has checked the features.
+impl Simd for Avx2 {
+    type F = Pair;
+    type I = IntPair;
+    type B = IntPair;
+
+    const TILE_ROWS: usize = 4;
+    const PANEL_PAIRS: bool = false;
+    // Two products of full bytes overflow the 16 bits of `vpmaddubsw`; centred codes fit.
+    const BYTE_BIAS: i32 = 128;
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> Pair {
+        // SAFETY: `self` proves the features.
+        unsafe { Pair(_mm256_set1_ps(value), _mm256_set1_ps(value)) }
+    }
+    #[inline(always)]
+    fn load(self, from: &[f32; LANES]) -> Pair {
+        // SAFETY: `self` proves the features; the array is 64 readable bytes.
+        unsafe { Pair(_mm256_loadu_ps(from.as_ptr()), _mm256_loadu_ps(from.as_ptr().add(8))) }
+    }
+    #[inline(always)]
+    fn load_bf16(self, from: &[u16; LANES]) -> Pair {
+        // SAFETY: `self` proves the features; the array is 32 readable bytes.
+        unsafe {
+            let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.as_ptr().cast()));
+            let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.as_ptr().add(8).cast()));
+            Pair(
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(low)),
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(high)),
+            )
+        }
+    }
+    #[inline(always)]
+    fn load_f16(self, from: &[u16; LANES]) -> Pair {
+        // SAFETY: `self` proves the features; the array is 32 readable bytes.
+        unsafe {
+            Pair(
+                _mm256_cvtph_ps(_mm_loadu_si128(from.as_ptr().cast())),
+                _mm256_cvtph_ps(_mm_loadu_si128(from.as_ptr().add(8).cast())),
+            )
+        }
+    }
+    #[inline(always)]
+    fn store(self, to: &mut [f32; LANES], value: Pair) {
+        // SAFETY: `self` proves the features; the array is 64 writable bytes.
+        unsafe {
+            _mm256_storeu_ps(to.as_mut_ptr(), value.0);
+            _mm256_storeu_ps(to.as_mut_ptr().add(8), value.1);
+        }
+    }
+    #[inline(always)]
+    fn add(self, a: Pair, b: Pair) -> Pair {
+        // SAFETY: `self` proves the features.
+        unsafe { Pair(_mm256_add_ps(a.0, b.0), _mm256_add_ps(a.1, b.1)) }
+    }
+    #[inline(always)]
+    fn sub(self, a: Pair, b: Pair) -> Pair {
+        // SAFETY: `self` proves the features.
+        unsafe { Pair(_mm256_sub_ps(a.0, b.0), _mm256_sub_ps(a.1, b.1)) }
+    }
+    #[inline(always)]
+    fn mul(self, a: Pair, b: Pair) -> Pair {
+        // SAFETY: `self` proves the features.
+        unsafe { Pair(_mm256_mul_ps(a.0, b.0), _mm256_mul_ps(a.1, b.1)) }
+    }
+    #[inline(always)]
+    fn div(self, a: Pair, b: Pair) -> Pair {
+        // SAFETY: `self` proves the features.
+        unsafe { Pair(_mm256_div_ps(a.0, b.0), _mm256_div_ps(a.1, b.1)) }
+    }
+    #[inline(always)]
+    fn fma(self, a: Pair, b: Pair, c: Pair) -> Pair {
+        // SAFETY: `self` proves the features.
+        unsafe { Pair(_mm256_fmadd_ps(a.0, b.0, c.0), _mm256_fmadd_ps(a.1, b.1, c.1)) }
+    }
+    #[inline(always)]
+    fn max(self, a: Pair, b: Pair) -> Pair {
+        // SAFETY: `self` proves the features.
+        unsafe { Pair(_mm256_max_ps(a.0, b.0), _mm256_max_ps(a.1, b.1)) }
+    }
+    #[inline(always)]
+    fn select_less(self, x: Pair, bound: Pair, below: Pair, value: Pair) -> Pair {
+        // SAFETY: `self` proves the features.
+        unsafe {
+            Pair(
+                _mm256_blendv_ps(value.0, below.0, _mm256_cmp_ps::<_CMP_LT_OQ>(x.0, bound.0)),
+                _mm256_blendv_ps(value.1, below.1, _mm256_cmp_ps::<_CMP_LT_OQ>(x.1, bound.1)),
+            )
+        }
+    }
+    #[inline(always)]
+    fn select(self, mask: u16, a: Pair, b: Pair) -> Pair {
+        // SAFETY: `self` proves the features.
+        unsafe {
+            Pair(_mm256_blendv_ps(b.0, a.0, lane_mask(mask)), _mm256_blendv_ps(b.1, a.1, lane_mask(mask >> 8)))
+        }
+    }
+    #[inline(always)]
+    fn power_of_two(self, shifted: Pair) -> Pair {
+        // SAFETY: `self` proves the features.
+        unsafe {
+            let one = _mm256_set1_epi32(1.0f32.to_bits().cast_signed());
+            let low = _mm256_slli_epi32::<23>(_mm256_castps_si256(shifted.0));
+            let high = _mm256_slli_epi32::<23>(_mm256_castps_si256(shifted.1));
+            Pair(
+                _mm256_castsi256_ps(_mm256_add_epi32(low, one)),
+                _mm256_castsi256_ps(_mm256_add_epi32(high, one)),
+            )
+        }
+    }
+    #[inline(always)]
+    fn sum(self, value: Pair) -> f32 {
+        // SAFETY: `self` proves the features.
+        unsafe { fold!(value, _mm256_add_ps, _mm_add_ps, _mm_add_ss) }
+    }
+    #[inline(always)]
+    fn max_lane(self, value: Pair) -> f32 {
+        // SAFETY: `self` proves the features.
+        unsafe { fold!(value, _mm256_max_ps, _mm_max_ps, _mm_max_ss) }
+    }
+    #[inline(always)]
+    fn splat_int(self, value: i32) -> IntPair {
+        // SAFETY: `self` proves the features.
+        unsafe { IntPair(_mm256_set1_epi32(value), _mm256_set1_epi32(value)) }
+    }
+    #[inline(always)]
+    fn to_float(self, value: IntPair) -> Pair {
+        // SAFETY: `self` proves the features.
+        unsafe { Pair(_mm256_cvtepi32_ps(value.0), _mm256_cvtepi32_ps(value.1)) }
+    }
+    #[inline(always)]
+    fn load_codes(self, from: &[u8; 4 * LANES]) -> IntPair {
+        // SAFETY: `self` proves the features; the array is 64 readable bytes.
+        unsafe {
+            IntPair(_mm256_loadu_si256(from.as_ptr().cast()), _mm256_loadu_si256(from.as_ptr().add(32).cast()))
+        }
+    }
+    #[inline(always)]
+    fn low_nibbles(self, codes: IntPair) -> IntPair {
+        // SAFETY: `self` proves the features.
+        unsafe {
+            let mask = _mm256_set1_epi8(15);
+            IntPair(_mm256_and_si256(codes.0, mask), _mm256_and_si256(codes.1, mask))
+        }
+    }
+    #[inline(always)]
+    fn high_nibbles(self, codes: IntPair) -> IntPair {
+        // SAFETY: `self` proves the features.
+        unsafe {
+            let mask = _mm256_set1_epi8(15);
+            IntPair(
+                _mm256_and_si256(_mm256_srli_epi16::<4>(codes.0), mask),
+                _mm256_and_si256(_mm256_srli_epi16::<4>(codes.1), mask),
+            )
+        }
+    }
+    #[inline(always)]
+    fn dot4_nibbles(self, acc: IntPair, codes: IntPair, x: [i8; 4]) -> IntPair {
+        let x = i32::from_le_bytes(x.map(i8::cast_unsigned));
+        // SAFETY: `self` proves the features. Two products are at most 2 * 15 * 127 and fit 16 bits.
+        unsafe {
+            let x = _mm256_set1_epi32(x);
+            IntPair(dot4(acc.0, codes.0, x), dot4(acc.1, codes.1, x))
+        }
+    }
+    #[inline(always)]
+    fn dot4_bytes(self, acc: IntPair, codes: IntPair, x: [i8; 4]) -> IntPair {
+        let x = i32::from_le_bytes(x.map(i8::cast_unsigned));
+        // SAFETY: `self` proves the features. Two products are at most 2 * 128 * 127 = 32,512 and fit 16 bits.
+        unsafe {
+            let (x, centre) = (_mm256_set1_epi32(x), _mm256_set1_epi8(-128));
+            let (low, high) = (_mm256_xor_si256(codes.0, centre), _mm256_xor_si256(codes.1, centre));
+            IntPair(
+                dot4(acc.0, _mm256_abs_epi8(low), _mm256_sign_epi8(x, low)),
+                dot4(acc.1, _mm256_abs_epi8(high), _mm256_sign_epi8(x, high)),
+            )
+        }
+    }
+}

@@ -1,0 +1,162 @@
+//! AVX-512 with VNNI: one register is a vector.
+
+use std::arch::x86_64::*;
+
+use super::{Kernel, LANES, Simd};
+
+/// Proof of AVX-512 F, BW, DQ, VL and VNNI.
+#[derive(Clone, Copy)]
+pub(super) struct Avx512(());
+
+/// # Safety
+/// The machine has the features named here.
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+pub(super) unsafe fn run<K: Kernel>(kernel: K) {
+    kernel.run(Avx512(()));
+}
+
+/// The upper halves of `value` folded on the lower ones until one lane is left.
+macro_rules! fold {
+    ($value:expr, $op256:ident, $op128:ident, $op_scalar:ident) => {{
+        let low = _mm512_castps512_ps256($value);
+        let high = _mm512_extractf32x8_ps::<1>($value);
+        let eight = $op256(low, high);
+        let four = $op128(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+        let two = $op128(four, _mm_movehl_ps(four, four));
+        _mm_cvtss_f32($op_scalar(two, _mm_movehdup_ps(two)))
+    }};
+}
+
+// Every `unsafe` block below rests on the same argument, so that it is written once here and named at each of them:
+// an `Avx512` exists only inside `run`, whose caller has checked the features.
+impl Simd for Avx512 {
+    type F = __m512;
+    type I = __m512i;
+    type B = __m512i;
+
+    const TILE_ROWS: usize = 8;
+    const PANEL_PAIRS: bool = true;
+    const BYTE_BIAS: i32 = 0;
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> __m512 {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_set1_ps(value) }
+    }
+    #[inline(always)]
+    fn load(self, from: &[f32; LANES]) -> __m512 {
+        // SAFETY: `self` proves the features; the array is 64 readable bytes.
+        unsafe { _mm512_loadu_ps(from.as_ptr()) }
+    }
+    #[inline(always)]
+    fn load_bf16(self, from: &[u16; LANES]) -> __m512 {
+        // SAFETY: `self` proves the features; the array is 32 readable bytes.
+        unsafe {
+            let halves = _mm256_loadu_si256(from.as_ptr().cast());
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves)))
+        }
+    }
+    #[inline(always)]
+    fn load_f16(self, from: &[u16; LANES]) -> __m512 {
+        // SAFETY: `self` proves the features; the array is 32 readable bytes.
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.as_ptr().cast())) }
+    }
+    #[inline(always)]
+    fn store(self, to: &mut [f32; LANES], value: __m512) {
+        // SAFETY: `self` proves the features; the array is 64 writable bytes.
+        unsafe { _mm512_storeu_ps(to.as_mut_ptr(), value) }
+    }
+    #[inline(always)]
+    fn add(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_add_ps(a, b) }
+    }
+    #[inline(always)]
+    fn sub(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_sub_ps(a, b) }
+    }
+    #[inline(always)]
+    fn mul(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+    #[inline(always)]
+    fn div(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_div_ps(a, b) }
+    }
+    #[inline(always)]
+    fn fma(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+    #[inline(always)]
+    fn max(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_max_ps(a, b) }
+    }
+    #[inline(always)]
+    fn select_less(self, x: __m512, bound: __m512, below: __m512, value: __m512) -> __m512 {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(x, bound), value, below) }
+    }
+    #[inline(always)]
+    fn select(self, mask: u16, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_mask_blend_ps(mask, b, a) }
+    }
+    #[inline(always)]
+    fn power_of_two(self, shifted: __m512) -> __m512 {
+        // SAFETY: `self` proves the features.
+        unsafe {
+            let exponent = _mm512_slli_epi32::<23>(_mm512_castps_si512(shifted));
+            _mm512_castsi512_ps(_mm512_add_epi32(exponent, _mm512_set1_epi32(1.0f32.to_bits().cast_signed())))
+        }
+    }
+    #[inline(always)]
+    fn sum(self, value: __m512) -> f32 {
+        // SAFETY: `self` proves the features.
+        unsafe { fold!(value, _mm256_add_ps, _mm_add_ps, _mm_add_ss) }
+    }
+    #[inline(always)]
+    fn max_lane(self, value: __m512) -> f32 {
+        // SAFETY: `self` proves the features.
+        unsafe { fold!(value, _mm256_max_ps, _mm_max_ps, _mm_max_ss) }
+    }
+    #[inline(always)]
+    fn splat_int(self, value: i32) -> __m512i {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_set1_epi32(value) }
+    }
+    #[inline(always)]
+    fn to_float(self, value: __m512i) -> __m512 {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_cvtepi32_ps(value) }
+    }
+    #[inline(always)]
+    fn load_codes(self, from: &[u8; 4 * LANES]) -> __m512i {
+        // SAFETY: `self` proves the features; the array is 64 readable bytes.
+        unsafe { _mm512_loadu_si512(from.as_ptr().cast()) }
+    }
+    #[inline(always)]
+    fn low_nibbles(self, codes: __m512i) -> __m512i {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_and_si512(codes, _mm512_set1_epi8(15)) }
+    }
+    #[inline(always)]
+    fn high_nibbles(self, codes: __m512i) -> __m512i {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_and_si512(_mm512_srli_epi16::<4>(codes), _mm512_set1_epi8(15)) }
+    }
+    #[inline(always)]
+    fn dot4_nibbles(self, acc: __m512i, codes: __m512i, x: [i8; 4]) -> __m512i {
+        self.dot4_bytes(acc, codes, x)
+    }
+    #[inline(always)]
+    fn dot4_bytes(self, acc: __m512i, codes: __m512i, x: [i8; 4]) -> __m512i {
+        let x = i32::from_le_bytes(x.map(i8::cast_unsigned));
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_dpbusd_epi32(acc, codes, _mm512_set1_epi32(x)) }
+    }
+}

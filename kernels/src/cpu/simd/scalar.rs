@@ -1,0 +1,136 @@
+//! The level that every machine has: arrays and loops.
+
+use half::{bf16, f16};
+
+use super::{LANES, Simd};
+
+#[derive(Clone, Copy)]
+pub(super) struct Scalar;
+
+type F = [f32; LANES];
+
+#[inline(always)]
+fn zip(a: F, b: F, op: impl Fn(f32, f32) -> f32) -> F {
+    std::array::from_fn(|i| op(a[i], b[i]))
+}
+
+/// Halves the lanes until one is left.
+#[inline(always)]
+fn fold(mut lanes: F, op: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut width = LANES;
+    while width > 1 {
+        width /= 2;
+        for i in 0..width {
+            lanes[i] = op(lanes[i], lanes[i + width]);
+        }
+    }
+    lanes[0]
+}
+
+#[inline(always)]
+fn larger(a: f32, b: f32) -> f32 {
+    if a > b { a } else { b }
+}
+
+impl Simd for Scalar {
+    type F = F;
+    type I = [i32; LANES];
+    type B = [u8; 4 * LANES];
+
+    const TILE_ROWS: usize = 4;
+    const PANEL_PAIRS: bool = false;
+    const BYTE_BIAS: i32 = 0;
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> F {
+        [value; LANES]
+    }
+    #[inline(always)]
+    fn load(self, from: &[f32; LANES]) -> F {
+        *from
+    }
+    #[inline(always)]
+    fn load_bf16(self, from: &[u16; LANES]) -> F {
+        from.map(|bits| bf16::from_bits(bits).to_f32())
+    }
+    #[inline(always)]
+    fn load_f16(self, from: &[u16; LANES]) -> F {
+        from.map(|bits| f16::from_bits(bits).to_f32())
+    }
+    #[inline(always)]
+    fn store(self, to: &mut [f32; LANES], value: F) {
+        *to = value;
+    }
+    #[inline(always)]
+    fn add(self, a: F, b: F) -> F {
+        zip(a, b, |a, b| a + b)
+    }
+    #[inline(always)]
+    fn sub(self, a: F, b: F) -> F {
+        zip(a, b, |a, b| a - b)
+    }
+    #[inline(always)]
+    fn mul(self, a: F, b: F) -> F {
+        zip(a, b, |a, b| a * b)
+    }
+    #[inline(always)]
+    fn div(self, a: F, b: F) -> F {
+        zip(a, b, |a, b| a / b)
+    }
+    #[inline(always)]
+    fn fma(self, a: F, b: F, c: F) -> F {
+        std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))
+    }
+    #[inline(always)]
+    fn max(self, a: F, b: F) -> F {
+        zip(a, b, larger)
+    }
+    #[inline(always)]
+    fn select_less(self, x: F, bound: F, below: F, value: F) -> F {
+        std::array::from_fn(|i| if x[i] < bound[i] { below[i] } else { value[i] })
+    }
+    #[inline(always)]
+    fn select(self, mask: u16, a: F, b: F) -> F {
+        std::array::from_fn(|i| if mask >> i & 1 == 1 { a[i] } else { b[i] })
+    }
+    #[inline(always)]
+    fn power_of_two(self, shifted: F) -> F {
+        shifted.map(|lane| f32::from_bits((lane.to_bits() << 23).wrapping_add(1.0f32.to_bits())))
+    }
+    #[inline(always)]
+    fn sum(self, value: F) -> f32 {
+        fold(value, |a, b| a + b)
+    }
+    #[inline(always)]
+    fn max_lane(self, value: F) -> f32 {
+        fold(value, larger)
+    }
+    #[inline(always)]
+    fn splat_int(self, value: i32) -> [i32; LANES] {
+        [value; LANES]
+    }
+    #[inline(always)]
+    fn to_float(self, value: [i32; LANES]) -> F {
+        value.map(|lane| lane as f32)
+    }
+    #[inline(always)]
+    fn load_codes(self, from: &[u8; 4 * LANES]) -> [u8; 4 * LANES] {
+        *from
+    }
+    #[inline(always)]
+    fn low_nibbles(self, codes: [u8; 4 * LANES]) -> [u8; 4 * LANES] {
+        codes.map(|byte| byte & 15)
+    }
+    #[inline(always)]
+    fn high_nibbles(self, codes: [u8; 4 * LANES]) -> [u8; 4 * LANES] {
+        codes.map(|byte| byte >> 4)
+    }
+    #[inline(always)]
+    fn dot4_nibbles(self, acc: [i32; LANES], codes: [u8; 4 * LANES], x: [i8; 4]) -> [i32; LANES] {
+        self.dot4_bytes(acc, codes, x)
+    }
+    #[inline(always)]
+    fn dot4_bytes(self, acc: [i32; LANES], codes: [u8; 4 * LANES], x: [i8; 4]) -> [i32; LANES] {
+        std::array::from_fn(|i| (0..4).fold(acc[i], |sum, j| sum + i32::from(codes[4 * i + j]) * i32::from(x[j])))
+    }
+}

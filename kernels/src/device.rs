@@ -1,0 +1,79 @@
+//! Devices: where tensors live and ops run.
+
+use std::sync::Arc;
+
+use crate::cpu::CpuDevice;
+use crate::{Result, cuda};
+
+/// Instruction-set level of the CPU backend, lowest first. All levels give the same bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum CpuIsa {
+    /// Plain Rust; any machine.
+    Scalar,
+    /// AVX2, FMA and F16C.
+    Avx2,
+    /// AVX-512 F, BW, DQ, VL and VNNI.
+    Avx512,
+}
+
+/// What the CPU backend runs on.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct CpuOptions {
+    /// Compute threads, the caller's included; `None` is one per available core.
+    pub threads: Option<usize>,
+    /// Forces a level; `None` is the best that the machine has. A level that the machine lacks is an error.
+    pub isa: Option<CpuIsa>,
+}
+
+/// A device and its execution resources; cloning shares them. Ops on one device are issued by one thread at a time: an
+/// op that finds another one running panics.
+#[derive(Clone)]
+pub struct Device {
+    pub(crate) backend: Backend,
+}
+
+#[derive(Clone)]
+pub(crate) enum Backend {
+    Cpu(Arc<CpuDevice>),
+    Cuda(cuda::CudaDevice),
+}
+
+impl Device {
+    /// The CPU with a thread pool of its own. A level that the machine lacks, or zero threads, is
+    /// [`Unsupported`](crate::KernelError::Unsupported).
+    pub fn cpu(options: CpuOptions) -> Result<Device> {
+        Ok(Device { backend: Backend::Cpu(Arc::new(CpuDevice::new(options)?)) })
+    }
+
+    /// GPU number `ordinal`.
+    pub fn cuda(ordinal: usize) -> Result<Device> {
+        Ok(Device { backend: Backend::Cuda(cuda::open(ordinal)?) })
+    }
+
+    /// For the start-up banner: `cpu (avx512, 2 threads)`.
+    #[must_use]
+    pub fn describe(&self) -> String {
+        match &self.backend {
+            Backend::Cpu(cpu) => cpu.describe(),
+            Backend::Cuda(gpu) => cuda::describe(gpu),
+        }
+    }
+
+    /// Host threads of [`Device::parallel_for`], the caller's included.
+    #[must_use]
+    pub fn threads(&self) -> usize {
+        match &self.backend {
+            Backend::Cpu(cpu) => cpu.pool.threads(),
+            Backend::Cuda(gpu) => cuda::threads(gpu),
+        }
+    }
+
+    /// Runs `work(i)` for `i in 0..tasks` on the device's host threads; returns when all are done. For host-side work
+    /// that belongs to a step (sampling). `work` must not call an op. A panic in `work` becomes this call's.
+    pub fn parallel_for(&self, tasks: usize, work: &(dyn Fn(usize) + Sync)) {
+        match &self.backend {
+            Backend::Cpu(cpu) => cpu.pool.run(tasks, &|_, task| work(task)),
+            Backend::Cuda(gpu) => cuda::parallel_for(gpu, tasks, work),
+        }
+    }
+}

@@ -1,0 +1,28 @@
+//! The one error type of this package.
+
+use std::fmt::Display;
+
+use thiserror::Error;
+
+/// Why an op, or the making of something that ops work on, was refused. Nothing was computed then.
+#[derive(Debug, Error)]
+pub enum KernelError {
+    /// Shapes, sizes or indices that do not fit together.
+    #[error("{op}: expected {expected}, found {found}")]
+    Shape { op: &'static str, expected: String, found: String },
+    /// CUDA was asked of a binary without it.
+    #[error("this binary was built without CUDA")]
+    BuiltWithoutCuda,
+    /// The machine cannot do what was asked.
+    #[error("{0}")]
+    Unsupported(String),
+}
+
+/// The result of an op.
+pub type Result<T, E = KernelError> = std::result::Result<T, E>;
+
+impl KernelError {
+    pub(crate) fn shape(op: &'static str, expected: impl Display, found: impl Display) -> Self {
+        KernelError::Shape { op, expected: expected.to_string(), found: found.to_string() }
+    }
+}

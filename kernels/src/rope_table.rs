@@ -1,0 +1,55 @@
+//! Rotary position embeddings, tabulated.
+
+use crate::buffer::Buffer;
+use crate::device::Backend;
+use crate::{Device, KernelError, Result};
+
+/// cos and sin of every position, `[positions, rotary_dim / 2]`, F32.
+pub struct RopeTable {
+    cos: Buffer<f32>,
+    sin: Buffer<f32>,
+    positions: usize,
+    half: usize,
+}
+
+impl RopeTable {
+    /// `inv_freq[i]` in radians per position, `rotary_dim = 2 * inv_freq.len()`; cos and sin are multiplied by `scale`
+    /// (1 except for yarn and longrope). Angles are computed as transformers does: the f32 product of position and
+    /// frequency.
+    pub fn new(device: &Device, inv_freq: &[f32], scale: f32, positions: usize) -> Result<RopeTable> {
+        let Backend::Cpu(_) = &device.backend else { return Err(KernelError::BuiltWithoutCuda) };
+        let half = inv_freq.len();
+        let elements = positions
+            .checked_mul(half)
+            .ok_or_else(|| KernelError::shape("rope table", "a size in range", format!("{positions} x {half}")))?;
+        let (mut cos, mut sin) = (Buffer::zeros(elements)?, Buffer::zeros(elements)?);
+        if half > 0 {
+            for (position, (cos, sin)) in cos.chunks_exact_mut(half).zip(sin.chunks_exact_mut(half)).enumerate() {
+                for (i, &frequency) in inv_freq.iter().enumerate() {
+                    // Rounded once from f64, so that the table does not depend on the system's f32 functions.
+                    let (s, c) = f64::from(position as f32 * frequency).sin_cos();
+                    (cos[i], sin[i]) = (c as f32 * scale, s as f32 * scale);
+                }
+            }
+        }
+        Ok(RopeTable { cos, sin, positions, half })
+    }
+
+    /// Positions tabulated.
+    #[must_use]
+    pub fn positions(&self) -> usize {
+        self.positions
+    }
+
+    /// Values of a head that turn.
+    #[must_use]
+    pub fn rotary_dim(&self) -> usize {
+        2 * self.half
+    }
+
+    /// cos and sin at `position`, `[rotary_dim / 2]` each.
+    pub(crate) fn row(&self, position: usize) -> (&[f32], &[f32]) {
+        let range = position * self.half..(position + 1) * self.half;
+        (&self.cos[range.clone()], &self.sin[range])
+    }
+}

@@ -1,0 +1,158 @@
+//! The pre-norm decoder: embedding, layers of attention and feed-forward network, final norm, head.
+//!
+//! Owner of a model's weights and workspace. A step costs one pass over the weights; the head runs on sampled rows alone,
+//! and so does the last layer after its attention.
+
+use kvern_kernels::{AttentionPlan, Device, HeadLayout, KernelError, KvCache, RopeTable, SequenceBatch, Tensor, ops};
+
+use super::attention::Step;
+use super::workspace::{Activations, Widths, Workspace};
+use super::{Attention, Embedding, Linear, Mlp, RmsNorm};
+use crate::batch::{BatchBounds, check};
+use crate::builder::Builder;
+use crate::config::ModelConfig;
+use crate::error::LoadError;
+use crate::rope::RopeFrequencies;
+use crate::{ForwardBatch, Model, StepLimits};
+
+pub(crate) struct DecoderLayer {
+    pub(crate) input_norm: RmsNorm,
+    pub(crate) attention: Attention,
+    pub(crate) post_attention_norm: RmsNorm,
+    pub(crate) mlp: Mlp,
+}
+
+impl DecoderLayer {
+    /// The layer after attention. `rows.attended` becomes `next_norm` of the layer's result in `rows.normed`, and the
+    /// residual stream moves on.
+    fn transform(&self, device: &Device, rows: &mut Activations, next_norm: &RmsNorm) -> Result<(), KernelError> {
+        let Activations { residual, normed, attended, delta, gate_up, gated } = rows;
+        self.attention.project(device, attended, delta)?;
+        self.post_attention_norm.add_forward(device, residual, delta, normed)?;
+        self.mlp.forward(device, normed, gate_up, gated, delta)?;
+        next_norm.add_forward(device, residual, delta, normed)
+    }
+
+    fn bytes(&self) -> usize {
+        self.input_norm.bytes() + self.attention.bytes() + self.post_attention_norm.bytes() + self.mlp.bytes()
+    }
+}
+
+/// What an architecture composes.
+pub(crate) struct DecoderParts {
+    embedding: Embedding,
+    layers: Vec<DecoderLayer>,
+    norm: RmsNorm,
+    /// `None`: tied to the embedding.
+    head: Option<Linear>,
+}
+
+impl DecoderParts {
+    /// Loads what is around the layers, and each layer by `layer(builder, index)`.
+    pub(crate) fn load(
+        builder: &mut Builder<'_>,
+        mut layer: impl FnMut(&mut Builder<'_>, usize) -> Result<DecoderLayer, LoadError>,
+    ) -> Result<Self, LoadError> {
+        let config = builder.config();
+        let embedding = Embedding::load(builder, "model.embed_tokens")?;
+        let layers = (0..config.layers).map(|index| layer(builder, index)).collect::<Result<_, _>>()?;
+        let norm = RmsNorm::load(builder, "model.norm")?;
+        let head = [("lm_head".to_owned(), config.vocab_size)];
+        let head = if config.tie_word_embeddings {
+            None
+        } else {
+            Some(Linear::load(builder, &head, config.hidden_size, false)?)
+        };
+        Ok(DecoderParts { embedding, layers, norm, head })
+    }
+}
+
+pub(crate) struct Decoder {
+    device: Device,
+    parts: DecoderParts,
+    rope: RopeTable,
+    bounds: BatchBounds,
+    plan: AttentionPlan,
+    workspace: Workspace,
+}
+
+impl Decoder {
+    /// Allocates the workspace of `limits` beside the weights.
+    pub(crate) fn new(
+        device: &Device,
+        config: &ModelConfig,
+        parts: DecoderParts,
+        limits: StepLimits,
+    ) -> Result<Self, KernelError> {
+        assert!(!parts.layers.is_empty(), "a decoder has layers");
+        let HeadLayout { heads, kv_heads, head_dim } = config.heads;
+        let widths = Widths {
+            hidden: config.hidden_size,
+            qkv: (heads + 2 * kv_heads) * head_dim,
+            attended: heads * head_dim,
+            intermediate: config.intermediate_size,
+            vocab: config.vocab_size,
+        };
+        let StepLimits { tokens_max, sequences_max, context_max } = limits;
+        let RopeFrequencies { inv_freq, scale } = config.rope.frequencies(context_max);
+        Ok(Decoder {
+            device: device.clone(),
+            rope: RopeTable::new(device, &inv_freq, scale, context_max)?,
+            bounds: BatchBounds { limits, vocab_size: widths.vocab, layers: parts.layers.len(), heads: config.heads },
+            plan: AttentionPlan::new(device, config.heads, tokens_max, sequences_max, context_max)?,
+            workspace: Workspace::new(device, &widths, &limits)?,
+            parts,
+        })
+    }
+
+    /// Bytes of weights on the device.
+    pub(crate) fn weight_bytes(&self) -> usize {
+        let DecoderParts { embedding, layers, norm, head } = &self.parts;
+        let layers: usize = layers.iter().map(DecoderLayer::bytes).sum();
+        embedding.bytes() + layers + norm.bytes() + head.as_ref().map_or(0, Linear::bytes)
+    }
+
+    /// Bytes of buffers that a forward pass writes, the plan of attention excluded.
+    pub(crate) fn workspace_bytes(&self) -> usize {
+        self.workspace.bytes()
+    }
+}
+
+impl Model for Decoder {
+    fn forward(&mut self, batch: &ForwardBatch<'_>, kv: &mut KvCache) -> Result<&Tensor, KernelError> {
+        check(batch, &self.bounds, &kv.shape())?;
+        let Decoder { device, parts, rope, plan, workspace, .. } = self;
+        let DecoderParts { embedding, layers, norm, head } = parts;
+        let Workspace { tokens, sampled, qkv, logits } = workspace;
+
+        let sequences = SequenceBatch {
+            cu_seqlens_q: batch.cu_seqlens_q,
+            context_lens: batch.context_lens,
+            block_tables: batch.block_tables,
+            block_table_stride: batch.block_table_stride,
+        };
+        plan.update(device, &sequences, kv)?;
+        let step = Step { device, rope, plan, positions: batch.positions, slots: batch.slot_mapping };
+
+        embedding.forward(device, batch.input_ids, &mut tokens.residual)?;
+        layers[0].input_norm.forward(device, &tokens.residual, &mut tokens.normed)?;
+        let (last, body) = layers.split_last().expect("a decoder has layers, asserted at construction");
+        for (layer, next) in body.iter().zip(&layers[1..]) {
+            layer.attention.attend(&step, &tokens.normed, qkv, kv, &mut tokens.attended)?;
+            layer.transform(device, tokens, &next.input_norm)?;
+        }
+        last.attention.attend(&step, &tokens.normed, qkv, kv, &mut tokens.attended)?;
+        if batch.sample_rows.is_empty() {
+            logits.set_rows(0);
+            return Ok(logits);
+        }
+        ops::gather_rows(device, &tokens.attended, batch.sample_rows, &mut sampled.attended)?;
+        ops::gather_rows(device, &tokens.residual, batch.sample_rows, &mut sampled.residual)?;
+        last.transform(device, sampled, norm)?;
+        match head {
+            Some(head) => head.forward(device, &sampled.normed, logits)?,
+            None => embedding.logits(device, &sampled.normed, logits)?,
+        }
+        Ok(logits)
+    }
+}
