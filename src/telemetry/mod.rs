@@ -181,8 +181,8 @@ impl Telemetry {
     pub fn on_rejected(&self, refusal: Refusal) {
         match refusal {
             Refusal::QueueFull => self.rejected_queue_full.inc(),
-            // A bad request, not a lack of room: HTTP answers 400.
-            Refusal::TooLong => {}
+            // Bad requests, not a lack of room: HTTP answers 400.
+            Refusal::TooLong | Refusal::Empty => {}
         }
     }
 

@@ -162,5 +162,6 @@ fn reason_name(reason: FinishReason) -> &'static str {
         FinishReason::Error => "error",
         FinishReason::Refused(Refusal::QueueFull) => "queue_full",
         FinishReason::Refused(Refusal::TooLong) => "too_long",
+        FinishReason::Refused(Refusal::Empty) => "empty",
     }
 }

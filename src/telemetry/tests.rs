@@ -236,7 +236,7 @@ fn every_end_has_its_label() {
 #[test]
 fn refusals_are_no_requests() {
     let telemetry = telemetry();
-    for refusal in [Refusal::QueueFull, Refusal::TooLong] {
+    for refusal in [Refusal::QueueFull, Refusal::TooLong, Refusal::Empty] {
         timeline(1, 0).on_finish(&telemetry, Micros(5), FinishReason::Refused(refusal), Usage::default());
     }
     telemetry.on_rejected(Refusal::QueueFull);
