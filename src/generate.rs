@@ -102,6 +102,7 @@ pub fn generate(
         prompt,
         sampling,
         max_new_tokens: max_tokens.unwrap_or(u32::MAX).clamp(1, room as u32),
+        n: 1,
         tenant: 0,
     })?;
     let mut detokenizer = IncrementalDetokenizer::new(Arc::clone(&text.tokenizer), true);

@@ -202,8 +202,9 @@ impl Generation {
             EngineFinish::Refused(Refusal::TooLong) => return Err(ServeError::TooLongForCache),
             EngineFinish::Cancelled(CancelReason::SlowReader) => return Err(ServeError::SlowReader),
             EngineFinish::Cancelled(CancelReason::Shutdown) => return Err(ServeError::Shutdown),
-            EngineFinish::Cancelled(CancelReason::ClientGone | CancelReason::StopString) => {
-                tracing::error!("the engine cancelled a request that nobody cancelled");
+            EngineFinish::Refused(Refusal::Empty)
+            | EngineFinish::Cancelled(CancelReason::ClientGone | CancelReason::StopString) => {
+                tracing::error!(?reason, "the engine ended a request as nobody asked it to");
                 return Err(ServeError::Internal);
             }
         };
