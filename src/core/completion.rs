@@ -20,10 +20,7 @@ impl Engine {
         mut sampled: Vec<(RequestId, Sampled)>,
         effects: &mut Vec<Effect>,
     ) {
-        let state = &mut self.workers[usize::from(worker.0)];
-        assert!(state.step == Some(step), "{worker:?} reports {step:?} but is at {:?}", state.step);
-        state.step = None;
-        let mut planned = std::mem::take(&mut state.planned);
+        let mut planned = self.take_planned(worker, step);
         let mut results = sampled.drain(..);
         for slice in planned.drain(..) {
             let result = slice.sample.then(|| {
@@ -42,6 +39,24 @@ impl Engine {
         if self.spare.len() < self.workers.len() {
             self.spare.push(sampled);
         }
+    }
+
+    /// Ends every request of the step in flight: whatever it was to compute is doubted.
+    pub(crate) fn step_failed(&mut self, worker: WorkerId, step: StepId, effects: &mut Vec<Effect>) {
+        let mut planned = self.take_planned(worker, step);
+        for slice in planned.drain(..) {
+            let reason = self.slice_done(worker, slice, Some(Sampled::Failed), effects);
+            self.finish(slice.index, reason.expect("a failed slice ends its request"), effects);
+        }
+        self.workers[usize::from(worker.0)].planned = planned;
+    }
+
+    /// The slices of the step in flight, which it no longer is.
+    fn take_planned(&mut self, worker: WorkerId, step: StepId) -> Vec<PlannedSlice> {
+        let state = &mut self.workers[usize::from(worker.0)];
+        assert!(state.step == Some(step), "{worker:?} reports {step:?} but is at {:?}", state.step);
+        state.step = None;
+        std::mem::take(&mut state.planned)
     }
 
     /// Takes one slice's result; gives the reason when the request ends with it.

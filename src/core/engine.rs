@@ -76,13 +76,14 @@ impl Engine {
     /// each finished request, its blocks.
     ///
     /// # Panics
-    /// When the caller breaks the protocol: a request id twice, a `StepDone` of a step that is not in flight, or one whose
+    /// When the caller breaks the protocol: a request id twice, a result of a step that is not in flight, or a `StepDone` whose
     /// `sampled` are not exactly the step's sampling slices in order. No content of a [`crate::Submission`] panics.
     pub fn apply(&mut self, input: Timed<Input>, effects: &mut Vec<Effect>) {
         match input.input {
             Input::Submit(submission) => self.submit(submission, effects),
             Input::Cancel { request, reason } => self.cancel(request, reason, effects),
             Input::StepDone { worker, step, sampled } => self.step_done(worker, step, sampled, effects),
+            Input::StepFailed { worker, step } => self.step_failed(worker, step, effects),
         }
     }
 

@@ -14,6 +14,9 @@ pub enum Input {
     Submit(Submission),
     Cancel { request: RequestId, reason: CancelReason },
     StepDone { worker: WorkerId, step: StepId, sampled: Vec<(RequestId, Sampled)> },
+    /// The step in flight failed as a whole: each of its requests ends with an error, and nothing that it computed is
+    /// found again.
+    StepFailed { worker: WorkerId, step: StepId },
 }
 
 /// A request as the core needs it: no text, no sampling parameters.

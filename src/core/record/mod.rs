@@ -107,6 +107,10 @@ pub fn write_input(input: &Timed<Input>, out: &mut Vec<u8>) {
                     REASONS.iter().position(|other| other == reason).expect("every reason is listed") as u64,
                 );
             }
+            Input::StepFailed { worker, step } => {
+                put_varint(out, u64::from(worker.0));
+                put_varint(out, step.0);
+            }
             Input::StepDone { worker, step, sampled } => {
                 put_varint(out, u64::from(worker.0));
                 put_varint(out, step.0);
@@ -138,6 +142,7 @@ const TAG_SUBMIT: u64 = 0;
 const TAG_CANCEL: u64 = 1;
 const TAG_STEP_DONE: u64 = 2;
 const TAG_PLAN: u64 = 3;
+const TAG_STEP_FAILED: u64 = 4;
 
 /// Their numbers in a recording; append only.
 const REASONS: [CancelReason; 4] =
@@ -148,6 +153,7 @@ fn tag_of(input: &Input) -> u64 {
         Input::Submit(_) => TAG_SUBMIT,
         Input::Cancel { .. } => TAG_CANCEL,
         Input::StepDone { .. } => TAG_STEP_DONE,
+        Input::StepFailed { .. } => TAG_STEP_FAILED,
     }
 }
 
@@ -283,6 +289,7 @@ fn read_entry(body: &mut Reader<'_>) -> Result<Entry, RecordError> {
             Input::Cancel { request, reason }
         }
         TAG_STEP_DONE => read_step_done(body)?,
+        TAG_STEP_FAILED => Input::StepFailed { worker: read_worker(body)?, step: StepId(body.varint()?) },
         _ => return Err(body.malformed("a kind of entry")),
     };
     body.end()?;

@@ -53,6 +53,8 @@ fn entry() -> impl Strategy<Value = Entry> {
         (any::<u8>(), number(), prop::collection::vec(sampled(), 0..20)).prop_map(|(worker, step, sampled)| {
             Input::StepDone { worker: WorkerId(worker), step: StepId(step), sampled }
         }),
+        (any::<u8>(), number())
+            .prop_map(|(worker, step)| Input::StepFailed { worker: WorkerId(worker), step: StepId(step) }),
     ];
     prop_oneof![
         (number(), input).prop_map(|(at, input)| Entry::Input(Timed { at: Micros(at), input })),

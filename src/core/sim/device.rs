@@ -37,12 +37,26 @@ impl Device {
             let fails = rng.percent(failures);
             if fails {
                 client.has_failed = true;
-                for position in slice.start..slice.start + plan.slice_tokens(slice).len() as u32 {
-                    let slot = self.slot(plan, slice, position)?;
-                    self.slots[slot] = POISON;
-                }
+                self.poison(plan, slice)?;
             }
             sampled.push((slice.request, if fails { Sampled::Failed } else { Sampled::Token(next_token(last)) }));
+        }
+        Ok(())
+    }
+
+    /// Executes a step that fails as a whole.
+    pub(crate) fn fail(&mut self, plan: &StepPlan, clients: &mut [Client]) -> Result<(), Failure> {
+        for slice in &plan.slices {
+            clients[slice.request.0 as usize].has_failed = true;
+            self.poison(plan, slice)?;
+        }
+        Ok(())
+    }
+
+    fn poison(&mut self, plan: &StepPlan, slice: &SeqSlice) -> Result<(), Failure> {
+        for position in slice.start..slice.start + plan.slice_tokens(slice).len() as u32 {
+            let slot = self.slot(plan, slice, position)?;
+            self.slots[slot] = POISON;
         }
         Ok(())
     }

@@ -172,10 +172,17 @@ impl Run {
         let at = self.rng.below(self.in_flight.len() as u32) as usize;
         self.coverage.out_of_order += u64::from(at > 0);
         let plan = self.in_flight.remove(at);
-        let mut sampled = self.engine.recycle_sampled();
         let device = &mut self.devices[usize::from(plan.worker.0)];
-        device.run(&plan, &mut self.clients, &mut self.rng, self.workload.failures, &mut sampled)?;
-        self.apply(Input::StepDone { worker: plan.worker, step: plan.step, sampled })?;
+        let step_fails = self.rng.percent(self.workload.failures) && self.rng.percent(20);
+        if step_fails {
+            device.fail(&plan, &mut self.clients)?;
+            self.coverage.failed_steps += 1;
+            self.apply(Input::StepFailed { worker: plan.worker, step: plan.step })?;
+        } else {
+            let mut sampled = self.engine.recycle_sampled();
+            device.run(&plan, &mut self.clients, &mut self.rng, self.workload.failures, &mut sampled)?;
+            self.apply(Input::StepDone { worker: plan.worker, step: plan.step, sampled })?;
+        }
         for slice in &plan.slices {
             let client = &self.clients[slice.request.0 as usize];
             let must_end = client.has_failed && !client.is_finished;
