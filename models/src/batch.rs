@@ -108,6 +108,8 @@ fn ensure(holds: bool, field: &'static str, texts: impl FnOnce() -> (String, Str
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
+
     use kvern_kernels::KvDType;
 
     use super::*;

@@ -34,11 +34,9 @@ static ALLOCATOR: Counted = Counted;
 #[test]
 fn forward_allocates_nothing() {
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/checkpoints");
-    for (file, precision) in [
-        ("llama.gguf", Precision::F32),
-        ("llama.gguf", Precision::BF16),
-        ("qwen3.gguf", Precision::AsStored),
-    ] {
+    for (file, precision) in
+        [("llama.gguf", Precision::F32), ("llama.gguf", Precision::BF16), ("qwen3.gguf", Precision::AsStored)]
+    {
         let device = Device::cpu(CpuOptions::default()).unwrap();
         let limits = StepLimits { tokens_max: 32, sequences_max: 4, context_max: 64 };
         let files = ModelFiles::open(&golden.join(file)).unwrap();

@@ -22,13 +22,23 @@ use serde::Deserialize;
 /// End of text of the default model.
 const EOS: u32 = 2;
 const BLOCKS: usize = 1024;
+/// Most tokens per prompt that candle continues; it takes most of this test's time.
+const ORACLE_TOKENS_MAX: usize = 24;
 
-#[derive(Deserialize)]
+#[derive(Clone, Deserialize)]
 struct Entry {
     kind: String,
     text: String,
     prompt: Vec<u32>,
     tokens: Vec<u32>,
+}
+
+impl Entry {
+    fn shortened(&self) -> Entry {
+        let mut entry = self.clone();
+        entry.tokens.truncate(ORACLE_TOKENS_MAX);
+        entry
+    }
 }
 
 /// Logits `[tokens, vocab]` that predict each token of a continuation.
@@ -186,11 +196,13 @@ fn default_model_matches_its_oracles() {
     drop(ours);
     assert_greedy(&all, &f32_rows, "kvern");
     let mut oracle = Peer::open(&mut requantized(&path, GgmlDType::F32));
-    assert_greedy(&all, &run_peer(&mut oracle, &all, false), "candle");
+    let shortened: Vec<Entry> = entries.iter().map(Entry::shortened).collect();
+    let shortened: Vec<&Entry> = shortened.iter().collect();
+    assert_greedy(&shortened, &run_peer(&mut oracle, &shortened, false), "candle");
     drop(oracle);
 
     // A third of the prompts, of every kind, for the slower comparison of all logits.
-    let third = |i: &usize| i % 3 == 0;
+    let third = |i: &usize| i.is_multiple_of(3);
     let some: Vec<&Entry> = (0..all.len()).filter(third).map(|i| all[i]).collect();
     let some_f32: Vec<Rows> = (0..all.len()).filter(third).map(|i| f32_rows[i].clone()).collect();
     drop(f32_rows);

@@ -10,6 +10,8 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 use candle_transformers::models::quantized_llama::ModelWeights;
 
+/// A clone shares weights and begins with the same cached sequences.
+#[derive(Clone)]
 pub(crate) struct Peer(ModelWeights);
 
 impl Peer {
