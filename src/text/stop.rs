@@ -226,7 +226,9 @@ mod tests {
 
     #[test]
     fn table() {
-        let cases: &[(&[&str], &[&str], &str, Option<usize>)] = &[
+        /// Stop strings, pieces, text emitted, match.
+        type Case = (&'static [&'static str], &'static [&'static str], &'static str, Option<usize>);
+        let cases: &[Case] = &[
             (&["stop"], &["a st", "op b"], "a ", Some(0)),
             (&["stop"], &["a st", "o"], "a sto", None),
             (&["ab", "b"], &["xab"], "x", Some(0)),

@@ -76,7 +76,7 @@ pub(super) fn without_generation_tags(source: &str) -> String {
 /// For a generation tag at the start of `tag`: what to write instead, and the tag's length.
 fn replacement(tag: &str) -> Option<(String, usize)> {
     // Tags are short: looking only this far keeps a source full of open tags linear.
-    let inner = tag[2..].as_bytes();
+    let inner = &tag.as_bytes()[2..];
     let end = inner.windows(2).take(64).position(|pair| pair == b"%}")?;
     let inner = &tag[2..2 + end];
     let left = if inner.starts_with(['-', '+']) { &inner[..1] } else { "" };

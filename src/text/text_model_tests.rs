@@ -74,7 +74,8 @@ fn template_precedence() {
     let plain = ("tokenizer_config.json", r#"{"chat_template": "field {{ eos_token }}"}"#);
     let file = ("chat_template.jinja", "file");
     let additional = ("additional_chat_templates/tool_use.jinja", "additional");
-    let cases: &[(&[(&str, &str)], &str, &str)] = &[
+    type Files<'a> = &'a [(&'a str, &'a str)];
+    let cases: &[(Files<'_>, &str, &str)] = &[
         (&[config], "list <s>", "list tools"),
         (&[plain], "field ", "field "),
         (&[plain, file], "file", "file"),

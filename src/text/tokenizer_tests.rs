@@ -182,8 +182,7 @@ fn hostile_texts_are_linear() {
         "!",
         "\u{3000}",
     ];
-    let tokenizers =
-        ["qwen2", "tekken"].map(|name| from_gguf(&data(&format!("gguf/{name}.gguf"))));
+    let tokenizers = ["qwen2", "tekken"].map(|name| from_gguf(&data(&format!("gguf/{name}.gguf"))));
     for tokenizer in tokenizers {
         for unit in units {
             let time = |bytes: usize| {
