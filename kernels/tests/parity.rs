@@ -7,8 +7,8 @@ mod support;
 use half::bf16;
 use kvern_kernels::ops::{self, Attention, QkNorm, RopeAndStore};
 use kvern_kernels::{
-    AttentionPlan, Device, Format, HeadLayout, KernelError, KvCache, KvDType, KvShape, MatrixView, Precision, RopeTable,
-    RowOrder, SequenceBatch, Tensor, Weight, dequantize, reference,
+    AttentionPlan, Device, Format, HeadLayout, KernelError, KvCache, KvDType, KvShape, MatrixView, Precision,
+    RopeTable, RowOrder, SequenceBatch, Tensor, Weight, dequantize, reference,
 };
 use support::{FORMATS, Random, assert_bits, devices, poisoned, view};
 
@@ -177,8 +177,7 @@ fn norms_activation_and_gather() {
             assert_bits(out.host(), &expected, &what);
 
             let picks: Vec<u32> = (0..7).map(|_| random.below(rows) as u32).collect();
-            let expected: Vec<f32> =
-                picks.iter().flat_map(|&row| x[row as usize * cols..][..cols].to_vec()).collect();
+            let expected: Vec<f32> = picks.iter().flat_map(|&row| x[row as usize * cols..][..cols].to_vec()).collect();
             let mut out = poisoned(&device, 7, cols);
             ops::gather_rows(&device, &tensor(&x), &picks, &mut out).unwrap();
             assert_bits(out.host(), &expected, &what);
