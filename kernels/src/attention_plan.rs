@@ -8,8 +8,8 @@
 
 use std::ops::Range;
 
-use crate::device::Backend;
 use crate::cpu::attend::Scratch;
+use crate::device::Backend;
 use crate::{Device, KernelError, KvCache, Result};
 
 /// Positions per step of the online softmax.
@@ -212,7 +212,8 @@ impl AttentionPlan {
             let Sequence { index, queries, context, .. } = sequence;
             let blocks = context.div_ceil(shape.block_size);
             if context < queries || blocks > stride {
-                let expected = format!("a context of {queries} to {} tokens for sequence {index}", stride * shape.block_size);
+                let expected =
+                    format!("a context of {queries} to {} tokens for sequence {index}", stride * shape.block_size);
                 return refuse(expected, format!("{context}"));
             }
             let table = &batch.block_tables[index * stride..][..blocks];

@@ -2,7 +2,7 @@
 
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
-use std::{mem, ptr, slice};
+use std::{ptr, slice};
 
 use crate::{KernelError, Result};
 
@@ -38,8 +38,10 @@ unsafe impl<T: Plain> Sync for Buffer<T> {}
 impl<T: Plain> Buffer<T> {
     /// `len` zeros. A size that overflows or that the system refuses is [`KernelError::Unsupported`].
     pub(crate) fn zeros(len: usize) -> Result<Self> {
-        let refused = || KernelError::Unsupported(format!("cannot allocate {len} elements of {} bytes", size_of::<T>()));
-        let bytes = len.checked_mul(size_of::<T>()).filter(|&bytes| bytes <= isize::MAX as usize).ok_or_else(refused)?;
+        let refused =
+            || KernelError::Unsupported(format!("cannot allocate {len} elements of {} bytes", size_of::<T>()));
+        let bytes =
+            len.checked_mul(size_of::<T>()).filter(|&bytes| bytes <= isize::MAX as usize).ok_or_else(refused)?;
         if bytes == 0 {
             return Ok(Buffer { start: NonNull::dangling(), len });
         }
@@ -85,10 +87,4 @@ impl<T: Plain> Drop for Buffer<T> {
             unsafe { libc::munmap(self.start.as_ptr().cast(), self.bytes()) };
         }
     }
-}
-
-/// Plain data seen as bytes.
-pub(crate) fn as_bytes<T: Plain>(values: &[T]) -> &[u8] {
-    // SAFETY: plain data has no padding, and bytes have no alignment.
-    unsafe { slice::from_raw_parts(values.as_ptr().cast(), mem::size_of_val(values)) }
 }

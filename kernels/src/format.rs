@@ -113,11 +113,6 @@ impl Format {
         matches!(self, Format::Q4_0 | Format::Q4_1 | Format::Q5_0 | Format::Q5_1 | Format::Q8_0)
     }
 
-    /// Whether elements are floats, without blocks.
-    pub(crate) fn is_float(self) -> bool {
-        self.block_elements() == 1
-    }
-
     /// Takes one block of a quantized format apart.
     pub(crate) fn unpack(self, block: &[u8], out: &mut Unpacked) {
         assert_eq!(block.len(), self.block_bytes(), "a block of {self:?}");

@@ -77,7 +77,9 @@ impl KvCache {
         let slots = shape.blocks.checked_mul(shape.block_size).filter(|&slots| u32::try_from(slots).is_ok());
         let elements = match (elements, slots) {
             (Some(elements), Some(_)) if elements > 0 => elements,
-            _ => return Err(KernelError::shape("kv cache", "positive sizes and slots below 2^32", format!("{shape:?}"))),
+            _ => {
+                return Err(KernelError::shape("kv cache", "positive sizes and slots below 2^32", format!("{shape:?}")));
+            }
         };
         let data = match shape.dtype {
             KvDType::F32 => KvData::F32(Buffer::zeros(elements)?),

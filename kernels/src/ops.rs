@@ -148,7 +148,11 @@ pub fn rope_and_store(device: &Device, args: &RopeAndStore<'_>, qkv: &mut Tensor
     expect_below(OP, "positions", args.positions, args.rope.positions())?;
     expect_below(OP, "slots", args.slots, shape.blocks * shape.block_size)?;
     if args.rope.rotary_dim() > shape.head_dim {
-        return Err(KernelError::shape(OP, format!("at most {} rotated values", shape.head_dim), args.rope.rotary_dim()));
+        return Err(KernelError::shape(
+            OP,
+            format!("at most {} rotated values", shape.head_dim),
+            args.rope.rotary_dim(),
+        ));
     }
     if let Some(norm) = &args.norm {
         expect(OP, "norm weights of q", shape.head_dim, norm.q.host().len())?;

@@ -15,10 +15,13 @@ pub struct Tensor {
 impl Tensor {
     /// Zeros; `rows` starts at `capacity`. No columns, or a size out of range, is [`Shape`](KernelError::Shape).
     pub fn zeros(device: &Device, capacity: usize, cols: usize) -> Result<Tensor> {
-        let elements = capacity
-            .checked_mul(cols)
-            .filter(|_| cols > 0)
-            .ok_or_else(|| KernelError::shape("tensor", "at least one column and a size in range", format!("{capacity} rows of {cols}")))?;
+        let elements = capacity.checked_mul(cols).filter(|_| cols > 0).ok_or_else(|| {
+            KernelError::shape(
+                "tensor",
+                "at least one column and a size in range",
+                format!("{capacity} rows of {cols}"),
+            )
+        })?;
         match &device.backend {
             Backend::Cpu(_) => Ok(Tensor { data: Buffer::zeros(elements)?, rows: capacity, cols, capacity }),
             Backend::Cuda(_) => Err(KernelError::BuiltWithoutCuda),
@@ -28,7 +31,11 @@ impl Tensor {
     /// A `[values.len() / cols, cols]` matrix with these values.
     pub fn from_f32(device: &Device, cols: usize, values: &[f32]) -> Result<Tensor> {
         if cols == 0 || !values.len().is_multiple_of(cols) {
-            return Err(KernelError::shape("tensor", format!("whole rows of {cols}"), format!("{} values", values.len())));
+            return Err(KernelError::shape(
+                "tensor",
+                format!("whole rows of {cols}"),
+                format!("{} values", values.len()),
+            ));
         }
         let mut tensor = Tensor::zeros(device, values.len() / cols, cols)?;
         tensor.data.copy_from_slice(values);

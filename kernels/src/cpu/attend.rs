@@ -32,7 +32,6 @@ pub(crate) struct Scratch {
     workers: Vec<Mutex<Worker>>,
     /// `[partials][PARTIAL_HEAD + padded head]`: max, sum, output before division.
     partials: Mutex<Buffer<f32>>,
-    padded: usize,
 }
 
 /// Values before the output in a partial result: the maximum and the sum, on a cache line of their own.
@@ -62,7 +61,6 @@ impl Scratch {
         Ok(Scratch {
             workers: (0..threads).map(|_| worker()).collect::<Result<_>>()?,
             partials: Mutex::new(Buffer::zeros(partials.saturating_mul(PARTIAL_HEAD + padded))?),
-            padded,
         })
     }
 }
@@ -187,9 +185,9 @@ impl<E: Element> Kernel for Compute<'_, E> {
                 worker.split.fold_sum(s, query);
                 match task.partials {
                     // SAFETY: splits and queries of a task are its own.
-                    Some(first) => worker.split.save(query, unsafe {
-                        job.partial(first, number, queries, query, worker.split.padded())
-                    }),
+                    Some(first) => worker
+                        .split
+                        .save(query, unsafe { job.partial(first, number, queries, query, worker.split.padded()) }),
                     None => worker.total.merge(s, query, worker.split.view(query)),
                 }
             }

@@ -30,17 +30,27 @@ pub(crate) fn matmul(cpu: &CpuDevice, x: &[f32], weight: &Weight, bias: Option<&
     };
     let rows = Rows { x, quantized, cols, count: x.len() / cols };
     let out = Out { values: &SharedSlice::new(out), cols: out_cols, bias };
-    for part in &weight.parts {
-        let panels = part.panel_count();
-        let balanced = panels.div_ceil(TASKS_PER_THREAD * cpu.pool.threads());
-        // An even number, for tiles of two panels.
-        let step = balanced.min(TASK_BYTES / part.panel_bytes()).max(1).next_multiple_of(2);
-        cpu.pool.run(panels.div_ceil(step), &|_, task| {
-            let panels = task * step..panels.min((task + 1) * step);
-            dispatch(cpu.isa, Task { part, panels, rows, out });
-        });
-    }
+    // Tasks are numbered through the parts, so that stacked matrices cost one fork and join.
+    let panels: usize = weight.parts.iter().map(Part::panel_count).sum();
+    let step = |part: &Part| task_panels(part, panels.div_ceil(TASKS_PER_THREAD * cpu.pool.threads()));
+    let tasks = weight.parts.iter().map(|part| part.panel_count().div_ceil(step(part))).sum();
+    cpu.pool.run(tasks, &|_, mut task| {
+        for part in &weight.parts {
+            let (panels, step) = (part.panel_count(), step(part));
+            if task < panels.div_ceil(step) {
+                let panels = task * step..panels.min((task + 1) * step);
+                return dispatch(cpu.isa, Task { part, panels, rows, out });
+            }
+            task -= panels.div_ceil(step);
+        }
+        unreachable!("a task beyond the last part");
+    });
     Ok(())
+}
+
+/// Panels per task: `balanced`, unless they leave the cache; an even number, for tiles of two panels.
+fn task_panels(part: &Part, balanced: usize) -> usize {
+    balanced.min(TASK_BYTES / part.panel_bytes()).max(1).next_multiple_of(2)
 }
 
 /// The activations, as given and (if the weight asks for it) quantized.

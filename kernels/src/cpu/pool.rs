@@ -110,7 +110,10 @@ impl Pool {
     /// Runs `work(worker, task)` once for each task below `tasks`; no two tasks run with the same worker number at once.
     /// A panic in a task cancels those not begun and becomes this call's. Panics if another call is running.
     pub(crate) fn run(&self, tasks: usize, work: &Work<'_>) {
-        assert!(!self.busy.swap(true, Ordering::Acquire), "an op was issued while another one was running on its device");
+        assert!(
+            !self.busy.swap(true, Ordering::Acquire),
+            "an op was issued while another one was running on its device"
+        );
         let _release = Release(&self.busy);
         if tasks <= 1 || self.handles.is_empty() {
             return (0..tasks).for_each(|task| work(0, task));

@@ -27,8 +27,9 @@ fn tile<S: Simd, const R: usize, const NIBBLES: bool, const WIDE: bool, const MI
         let (codes, affine) = record.split_at(layout.code_bytes());
         let vectors = codes.as_chunks::<{ 4 * LANES }>().0;
         for half in 0..if HALVES { 2 } else { 1 } {
-            let mut dots: [S::I; R] =
-                std::array::from_fn(|r| s.splat_int((bias - zero) * if HALVES { x[r].half_sums[half] } else { x[r].sum }));
+            let mut dots: [S::I; R] = std::array::from_fn(|r| {
+                s.splat_int((bias - zero) * if HALVES { x[r].half_sums[half] } else { x[r].sum })
+            });
             if NIBBLES {
                 for (quad, vector) in vectors.iter().enumerate() {
                     let bytes = s.load_codes(vector);

@@ -94,7 +94,8 @@ pub(crate) trait Kernel {
 pub(crate) fn best_isa() -> CpuIsa {
     #[cfg(target_arch = "x86_64")]
     {
-        let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+        let avx2 =
+            is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
         let avx512 = is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512dq")
@@ -137,11 +138,11 @@ macro_rules! for_row_tiles {
                 const $tile_rows: usize = 8;
                 $body;
                 $row += 8;
-            } else if left >= 4 {
+            } else if $s::TILE_ROWS >= 4 && left >= 4 {
                 const $tile_rows: usize = 4;
                 $body;
                 $row += 4;
-            } else if left >= 2 {
+            } else if $s::TILE_ROWS >= 2 && left >= 2 {
                 const $tile_rows: usize = 2;
                 $body;
                 $row += 2;

@@ -141,13 +141,13 @@ impl Tile {
         while first < queries {
             let span = visible(first);
             let mut count = 1;
-            while count < 4 && first + count < queries && visible(first + count) == span {
+            while count < S::TILE_ROWS.min(4) && first + count < queries && visible(first + count) == span {
                 count += 1;
             }
             match count {
-                4 => self.accumulate_some::<S, 4>(s, first, span, state),
-                3 => self.accumulate_some::<S, 3>(s, first, span, state),
-                2 => self.accumulate_some::<S, 2>(s, first, span, state),
+                4 if S::TILE_ROWS >= 4 => self.accumulate_some::<S, 4>(s, first, span, state),
+                3 if S::TILE_ROWS >= 4 => self.accumulate_some::<S, 3>(s, first, span, state),
+                2 if S::TILE_ROWS >= 2 => self.accumulate_some::<S, 2>(s, first, span, state),
                 _ => self.accumulate_some::<S, 1>(s, first, span, state),
             }
             first += count;

@@ -85,10 +85,7 @@ impl Simd for Avx2 {
         unsafe {
             let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.as_ptr().cast()));
             let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.as_ptr().add(8).cast()));
-            Pair(
-                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(low)),
-                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(high)),
-            )
+            Pair(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(low)), _mm256_castsi256_ps(_mm256_slli_epi32::<16>(high)))
         }
     }
     #[inline(always)]
@@ -152,9 +149,7 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn select(self, mask: u16, a: Pair, b: Pair) -> Pair {
         // SAFETY: `self` proves the features.
-        unsafe {
-            Pair(_mm256_blendv_ps(b.0, a.0, lane_mask(mask)), _mm256_blendv_ps(b.1, a.1, lane_mask(mask >> 8)))
-        }
+        unsafe { Pair(_mm256_blendv_ps(b.0, a.0, lane_mask(mask)), _mm256_blendv_ps(b.1, a.1, lane_mask(mask >> 8))) }
     }
     #[inline(always)]
     fn power_of_two(self, shifted: Pair) -> Pair {
@@ -163,10 +158,7 @@ impl Simd for Avx2 {
             let one = _mm256_set1_epi32(1.0f32.to_bits().cast_signed());
             let low = _mm256_slli_epi32::<23>(_mm256_castps_si256(shifted.0));
             let high = _mm256_slli_epi32::<23>(_mm256_castps_si256(shifted.1));
-            Pair(
-                _mm256_castsi256_ps(_mm256_add_epi32(low, one)),
-                _mm256_castsi256_ps(_mm256_add_epi32(high, one)),
-            )
+            Pair(_mm256_castsi256_ps(_mm256_add_epi32(low, one)), _mm256_castsi256_ps(_mm256_add_epi32(high, one)))
         }
     }
     #[inline(always)]
@@ -192,9 +184,7 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn load_codes(self, from: &[u8; 4 * LANES]) -> IntPair {
         // SAFETY: `self` proves the features; the array is 64 readable bytes.
-        unsafe {
-            IntPair(_mm256_loadu_si256(from.as_ptr().cast()), _mm256_loadu_si256(from.as_ptr().add(32).cast()))
-        }
+        unsafe { IntPair(_mm256_loadu_si256(from.as_ptr().cast()), _mm256_loadu_si256(from.as_ptr().add(32).cast())) }
     }
     #[inline(always)]
     fn low_nibbles(self, codes: IntPair) -> IntPair {

@@ -37,7 +37,7 @@ impl Simd for Scalar {
     type I = [i32; LANES];
     type B = [u8; 4 * LANES];
 
-    const TILE_ROWS: usize = 4;
+    const TILE_ROWS: usize = 1;
     const PANEL_PAIRS: bool = false;
     const BYTE_BIAS: i32 = 0;
 
