@@ -12,7 +12,8 @@ use super::{CONTEXT_MAX, HEAD_DIM_MAX, HEADS_MAX, HIDDEN_MAX, INTERMEDIATE_MAX, 
 use crate::error::LoadError;
 use crate::json;
 
-const CONFIG_BYTES_MAX: u64 = 4 << 20;
+/// Parsed JSON takes up to about 100 times its text.
+const CONFIG_BYTES_MAX: u64 = 1 << 20;
 /// What a window is when a mistral's config.json does not mention it.
 const MISTRAL_WINDOW: u64 = 4096;
 const QWEN3_HEAD_DIM: usize = 128;

@@ -113,6 +113,17 @@ impl GgufWriter {
         self
     }
 
+    /// Replaces a value, or adds it.
+    pub fn set(mut self, key: &str, value: Meta) -> Self {
+        self.metadata.retain(|(found, _)| found != key);
+        self.meta(key, value)
+    }
+
+    pub fn without(mut self, key: &str) -> Self {
+        self.metadata.retain(|(found, _)| found != key);
+        self
+    }
+
     /// Adds an F32 tensor; `shape` is row-major as in Hugging Face's files: `[rows, cols]` or `[len]`.
     pub fn f32(mut self, name: &str, shape: &[usize], values: &[f32]) -> Self {
         self.push_f32(name, shape, values);
@@ -166,4 +177,21 @@ impl GgufWriter {
 fn write_string(bytes: &[u8], out: &mut Vec<u8>) {
     out.extend((bytes.len() as u64).to_le_bytes());
     out.extend(bytes);
+}
+
+/// Metadata of the model of `repository::llama_config`, without tensors.
+pub fn small_llama() -> GgufWriter {
+    let sizes = [
+        ("llama.vocab_size", 32),
+        ("llama.embedding_length", 64),
+        ("llama.feed_forward_length", 96),
+        ("llama.block_count", 2),
+        ("llama.attention.head_count", 4),
+        ("llama.attention.head_count_kv", 2),
+        ("llama.context_length", 128),
+        ("tokenizer.ggml.bos_token_id", 1),
+        ("tokenizer.ggml.eos_token_id", 2),
+    ];
+    let writer = GgufWriter::new("llama").meta("llama.attention.layer_norm_rms_epsilon", Meta::F32(1e-5));
+    sizes.into_iter().fold(writer, |writer, (key, size)| writer.meta(key, Meta::U32(size)))
 }

@@ -1,7 +1,9 @@
 //! What several test binaries share; each uses a part of it.
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
 
+pub mod allocation;
 pub mod gguf_writer;
+pub mod repository;
 
 use std::path::PathBuf;
 
