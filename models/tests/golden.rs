@@ -109,6 +109,7 @@ fn assert_close(found: &[f32], reference: &[f32], what: &str) {
     let differences = found.iter().zip(reference).map(|(a, b)| (a - b).abs());
     // `max` would drop a NaN.
     let worst = differences.fold(0.0, |worst: f32, d| if d <= worst { worst } else { d });
+    println!("{what}: largest difference {worst:.1e}");
     assert!(worst <= TOLERANCE, "{what}: largest difference {worst}");
 }
 
