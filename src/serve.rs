@@ -50,7 +50,7 @@ async fn serve(config: &Config, server: &ServerConfig) -> Result<(), ServeFailur
         drain_timeout: server.shutdown_timeout,
         ..HttpLimits::default()
     };
-    let keys = ApiKeys::new(server.api_keys.iter().map(|key| key.reveal()));
+    let keys = ApiKeys::new(server.api_keys.iter().map(|key| key.reveal().to_owned()).collect());
     let state = AppState::new(limits, keys);
     let (stop, stopped) = oneshot::channel::<()>();
     let serving = tokio::spawn(http::serve(listener, state.clone(), async move {

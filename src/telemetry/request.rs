@@ -163,6 +163,5 @@ fn reason_name(reason: FinishReason) -> &'static str {
         FinishReason::Refused(Refusal::QueueFull) => "queue_full",
         FinishReason::Refused(Refusal::TooLong) => "too_long",
         FinishReason::Refused(Refusal::Empty) => "empty",
-        FinishReason::Refused(Refusal::Empty) => "empty",
     }
 }
