@@ -273,7 +273,9 @@ fn no_drawers_for_everything() {
 fn no_test_sleeps() {
     let files = files();
     let tests = test_modules(&files);
-    let tests = files.iter().filter(|file| file.is_rust() && file.is_test(&tests) && file.path != "tests/tidy.rs");
+    let tests = files.iter().filter(|file| {
+        file.is_rust() && file.is_test(&tests) && !file.in_folder("benches") && file.path != "tests/tidy.rs"
+    });
     none("sleeps in tests", holding(tests.map(|file| (file, file.text.as_str())), &["thread::sleep(", "time::sleep("]));
 }
 
