@@ -48,12 +48,13 @@ impl EngineLoop {
         core: Core,
         inbox: Receiver<Message>,
         worker: SyncSender<StepCommand>,
-        shared: Arc<Shared>,
+        salt: u128,
         telemetry: Arc<Telemetry>,
+        shared: Arc<Shared>,
     ) -> Self {
         EngineLoop {
             core,
-            streams: Streams::new(Arc::clone(&shared), Arc::clone(&telemetry)),
+            streams: Streams::new(salt, Arc::clone(&shared), Arc::clone(&telemetry)),
             inbox,
             worker,
             shared,
@@ -120,14 +121,20 @@ impl EngineLoop {
 
     fn step_done(&mut self, result: StepResult) {
         let StepResult { plan, sampled, logprobs, device_us, error } = result;
-        if let Some(error) = error {
-            tracing::error!(step = plan.step.0, slices = plan.slices.len(), error, "step failed");
-        }
         self.telemetry.on_step(plan.tokens.len());
         tracing::trace!(step = plan.step.0, slices = plan.slices.len(), tokens = plan.tokens.len(), device_us, "step");
         self.streams.attach_logprobs(logprobs);
-        self.apply(Input::StepDone { worker: WORKER, step: plan.step, sampled });
-        self.sampled = self.core.recycle_sampled();
+        match error {
+            None => {
+                self.apply(Input::StepDone { worker: WORKER, step: plan.step, sampled });
+                self.sampled = self.core.recycle_sampled();
+            }
+            Some(error) => {
+                tracing::error!(step = plan.step.0, slices = plan.slices.len(), error, "step failed");
+                self.apply(Input::StepFailed { worker: WORKER, step: plan.step });
+                self.sampled = sampled;
+            }
+        }
         self.idle_plan = Some(plan);
     }
 
@@ -180,7 +187,11 @@ impl EngineLoop {
 }
 
 /// The body of a worker's thread: serves steps and reports to the engine's inbox; says so if it ends early.
-pub(crate) fn serve_worker(worker: crate::worker::Worker, commands: &Receiver<StepCommand>, inbox: &SyncSender<Message>) {
+pub(crate) fn serve_worker(
+    worker: crate::worker::Worker,
+    commands: &Receiver<StepCommand>,
+    inbox: &SyncSender<Message>,
+) {
     worker.run(commands, |result| {
         // The engine is gone only when the process ends.
         let _ = inbox.send(Message::StepDone(Box::new(result)));

@@ -1,8 +1,8 @@
 //! `kvern generate "prompt"`: one answer on the terminal, streamed as it is made, by the same engine that serves.
 
+use crate::config::GenerateConfig;
 use crate::request::{Engine, Request, SamplingParams, TokenEvent};
 use crate::runtime::Runtime;
-use crate::config::GenerateConfig;
 use crate::text::{IncrementalDetokenizer, RenderInput, TemplateError, TextModel, TokenizerError};
 use kvern_core::{FinishReason, TokenId, Usage};
 use std::io::Write;

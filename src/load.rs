@@ -46,10 +46,7 @@ pub fn load(config: &Config, names: &[String]) -> Result<Loaded, LoadFailure> {
         ModelFiles::SafeTensors { dir } => TextModel::from_dir(dir)?,
     });
     let names = if names.is_empty() { vec![resolved.name.clone()] } else { names.to_vec() };
-    let options = RuntimeOptions {
-        engine: config.engine.clone(),
-        served_model_name: names[0].clone(),
-    };
+    let options = RuntimeOptions { engine: config.engine.clone(), served_model_name: names[0].clone() };
     let bar = progress_bar();
     let runtime = runtime::start(&files, &options, &mut |progress| {
         bar.set_length(progress.total_bytes);

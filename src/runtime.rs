@@ -9,7 +9,9 @@ use crate::telemetry::{Telemetry, TelemetryInfo};
 use crate::worker::{Worker, WorkerParts};
 use kvern_core::{CoreConfig, Engine as Core, Role, WorkerSpec};
 use kvern_kernels::{Device, KernelError, KvCache, KvDType, KvShape};
-use kvern_models::{Checkpoint, LoadError, LoadOptions, LoadProgress, LoadedModel, ModelConfig, ModelFiles, StepLimits};
+use kvern_models::{
+    Checkpoint, LoadError, LoadOptions, LoadProgress, LoadedModel, ModelConfig, ModelFiles, StepLimits,
+};
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 use std::thread::JoinHandle;
@@ -38,6 +40,8 @@ pub enum StartError {
     KvTooSmall { bytes: u64, tokens: u64, model_len: u32, needed: u64 },
     #[error("could not start the {name} thread: {source}")]
     Thread { name: &'static str, source: std::io::Error },
+    #[error("the system gives no random numbers: {0}")]
+    Random(getrandom::Error),
     #[error("the warm-up step failed: {0}")]
     WarmUp(KernelError),
 }
@@ -234,12 +238,13 @@ fn spawn(
         prefix_caching: options.engine.prefix_caching,
         hash_bits: 128,
     });
+    let salt = random_salt()?;
     let limits = EngineLimits { waiting_max: options.engine.max_num_queued_reqs };
     let (handle, inbox, shared) = EngineHandle::new(limits, Arc::clone(&telemetry));
     let (ended, has_ended) = oneshot::channel();
     let (steps, commands) = sync_channel(1);
     let reporter = handle.reporter();
-    let engine = EngineLoop::new(core, inbox, steps, shared, telemetry);
+    let engine = EngineLoop::new(core, inbox, steps, salt, telemetry, shared);
     let threads = vec![
         thread("kvern-worker", move || crate::engine::serve_worker(worker, &commands, &reporter))?,
         thread("kvern-engine", move || {
@@ -251,11 +256,14 @@ fn spawn(
     Ok((handle, threads, has_ended))
 }
 
+fn random_salt() -> Result<u128, StartError> {
+    let mut bytes = [0; 16];
+    getrandom::fill(&mut bytes).map_err(StartError::Random)?;
+    Ok(u128::from_ne_bytes(bytes))
+}
+
 fn thread(name: &'static str, run: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, StartError> {
-    std::thread::Builder::new()
-        .name(name.to_owned())
-        .spawn(run)
-        .map_err(|source| StartError::Thread { name, source })
+    std::thread::Builder::new().name(name.to_owned()).spawn(run).map_err(|source| StartError::Thread { name, source })
 }
 
 #[cfg(test)]

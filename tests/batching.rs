@@ -6,7 +6,9 @@ mod support;
 use kvern::runtime::Runtime;
 use kvern_core::{CancelReason, FinishReason};
 use std::time::{Duration, Instant};
-use support::{Answer, Ask, EngineConfig, RuntimeOptions, collect, engine, greedy, metric, options, prompt, start, submit};
+use support::{
+    Answer, Ask, EngineConfig, RuntimeOptions, collect, engine, greedy, metric, options, prompt, start, submit,
+};
 
 const ABORTED: &str = "vllm:request_success_total{engine=\"0\",finished_reason=\"abort\"";
 
@@ -76,7 +78,8 @@ fn a_batch_says_what_each_says_alone() {
 fn a_shared_prefix_is_computed_once() {
     let runtime = start(&options());
     let stem = prompt(5, 1000);
-    let ask = |tail: u64| Ask { prompt: [stem.clone(), prompt(tail, 20)].concat(), sampling: greedy(), max_new_tokens: 1 };
+    let ask =
+        |tail: u64| Ask { prompt: [stem.clone(), prompt(tail, 20)].concat(), sampling: greedy(), max_new_tokens: 1 };
     let time = |a: &Ask| {
         let started = Instant::now();
         (collect(submit(&runtime.handle, a)), started.elapsed())
@@ -102,7 +105,9 @@ fn a_client_that_goes_away_frees_its_blocks() {
     let short = Ask { prompt: prompt(3, 5), sampling: greedy(), max_new_tokens: 3 };
     assert_eq!(collect(submit(&runtime.handle, &short)).reason, FinishReason::Length);
     let deadline = Instant::now() + Duration::from_secs(20);
-    while metric(&runtime.handle, "vllm:num_requests_running") + metric(&runtime.handle, "vllm:kv_cache_usage_perc") > 0.0 {
+    while metric(&runtime.handle, "vllm:num_requests_running") + metric(&runtime.handle, "vllm:kv_cache_usage_perc")
+        > 0.0
+    {
         assert!(Instant::now() < deadline, "blocks are still held");
         std::thread::yield_now();
     }

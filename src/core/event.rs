@@ -12,11 +12,21 @@ pub struct Timed<T> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Input {
     Submit(Submission),
-    Cancel { request: RequestId, reason: CancelReason },
-    StepDone { worker: WorkerId, step: StepId, sampled: Vec<(RequestId, Sampled)> },
+    Cancel {
+        request: RequestId,
+        reason: CancelReason,
+    },
+    StepDone {
+        worker: WorkerId,
+        step: StepId,
+        sampled: Vec<(RequestId, Sampled)>,
+    },
     /// The step in flight failed as a whole: each of its requests ends with an error, and nothing that it computed is
     /// found again.
-    StepFailed { worker: WorkerId, step: StepId },
+    StepFailed {
+        worker: WorkerId,
+        step: StepId,
+    },
 }
 
 /// A request as the core needs it: no text, no sampling parameters.

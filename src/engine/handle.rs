@@ -164,11 +164,7 @@ impl Engine for EngineHandle {
         let last = Duration::from_millis(shared.last_turn_ms.load(Ordering::Relaxed));
         let stalled = shared.busy.load(Ordering::Relaxed) && now.saturating_sub(last) > STALL_MAX;
         let draining = shared.is_draining();
-        EngineHealth {
-            ready: !self.has_stopped(),
-            live: !stalled && (draining || !self.has_stopped()),
-            draining,
-        }
+        EngineHealth { ready: !self.has_stopped(), live: !stalled && (draining || !self.has_stopped()), draining }
     }
 
     fn metrics_text(&self) -> String {

@@ -14,6 +14,8 @@ pub(super) struct Streams {
     /// What the worker must learn with the next step.
     admitted: Vec<(RequestId, SequenceSampling)>,
     forgotten: Vec<RequestId>,
+    /// Of this process: nobody outside can compute block hashes, and so none can be made to collide.
+    salt: u128,
     shared: Arc<Shared>,
     telemetry: Arc<Telemetry>,
 }
@@ -28,8 +30,8 @@ struct Stream {
 }
 
 impl Streams {
-    pub(super) fn new(shared: Arc<Shared>, telemetry: Arc<Telemetry>) -> Self {
-        Streams { table: HashMap::new(), admitted: Vec::new(), forgotten: Vec::new(), shared, telemetry }
+    pub(super) fn new(salt: u128, shared: Arc<Shared>, telemetry: Arc<Telemetry>) -> Self {
+        Streams { table: HashMap::new(), admitted: Vec::new(), forgotten: Vec::new(), salt, shared, telemetry }
     }
 
     /// Opens a stream and gives the request's part that the core needs.
@@ -48,7 +50,7 @@ impl Streams {
             max_new_tokens: request.max_new_tokens,
             min_new_tokens: request.sampling.min_tokens,
             stop_tokens: request.sampling.stop_tokens.clone(),
-            salt: CacheSalt(u128::from(request.tenant)),
+            salt: CacheSalt(self.salt ^ u128::from(request.tenant)),
         };
         let sampling = Some(SequenceSampling { params: Arc::new(request.sampling), counts });
         self.table.insert(request.id, Stream { events, timeline, sampling, logprobs: None });

@@ -42,7 +42,7 @@ pub struct SequenceSampling {
 pub struct StepResult {
     /// The plan, given back to be filled again.
     pub plan: StepPlan,
-    /// One entry per slice that samples, in the order of the slices; when the step failed, one per slice.
+    /// One entry per slice that samples, in the order of the slices; empty when the step failed.
     pub sampled: Vec<(RequestId, Sampled)>,
     pub logprobs: Vec<(RequestId, Box<TokenLogprobs>)>,
     pub device_us: u64,
@@ -117,7 +117,6 @@ impl Worker {
         if error.is_some() {
             logprobs.clear();
             sampled.clear();
-            sampled.extend(plan.slices.iter().map(|s| (s.request, Sampled::Failed)));
         }
         let device_us = started.elapsed().as_micros() as u64;
         StepResult { plan, sampled, logprobs, device_us, error }

@@ -54,7 +54,14 @@ fn reference(logits: &[f32], params: &SamplingParams) -> Vec<f64> {
     }
     let mass: f64 = order.iter().map(|i| p[*i]).sum();
     let mut sum = 0.0;
-    let kept = order.iter().take_while(|i| { let take = sum < f64::from(params.top_p) * mass; sum += p[**i]; take }).count();
+    let kept = order
+        .iter()
+        .take_while(|i| {
+            let take = sum < f64::from(params.top_p) * mass;
+            sum += p[**i];
+            take
+        })
+        .count();
     order.truncate(kept.max(1));
     let mass: f64 = order.iter().map(|i| p[*i]).sum();
     for (i, value) in p.iter_mut().enumerate() {
@@ -139,13 +146,11 @@ fn penalties_bias_and_minimum_tokens() {
 #[test]
 fn a_draw_depends_on_seed_and_position_alone() {
     let logits = vec![0.0f32; 5000];
-    let at = |seed, position| {
-        draw_token(&logits, &SamplingParams { seed, ..params() }, &TokenCounts::default(), position)
-    };
+    let at =
+        |seed, position| draw_token(&logits, &SamplingParams { seed, ..params() }, &TokenCounts::default(), position);
     assert_eq!(at(1, 5), at(1, 5));
-    let distinct: std::collections::BTreeSet<_> = (0..64)
-        .flat_map(|i| [format!("{:?}", at(1, i)), format!("{:?}", at(i.into(), 1))])
-        .collect();
+    let distinct: std::collections::BTreeSet<_> =
+        (0..64).flat_map(|i| [format!("{:?}", at(1, i)), format!("{:?}", at(i.into(), 1))]).collect();
     assert!(distinct.len() > 115, "64 positions and 64 seeds over 5,000 tokens gave {} tokens", distinct.len());
 }
 

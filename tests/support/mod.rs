@@ -1,10 +1,10 @@
 //! A running engine over the default model, and requests on it, for the server tests.
-#![allow(clippy::unwrap_used, dead_code)]
+#![allow(clippy::unwrap_used, dead_code, unreachable_pub)]
 
 pub use kvern::config::EngineConfig;
 use kvern::request::{Engine, Request, SamplingParams, TokenEvent, TokenRx};
-use kvern::runtime::{self, Runtime};
 pub use kvern::runtime::RuntimeOptions;
+use kvern::runtime::{self, Runtime};
 use kvern_core::{FinishReason, TokenId, Usage};
 use kvern_kernels::{CpuOptions, KvDType, Precision};
 use kvern_models::ModelFiles;
