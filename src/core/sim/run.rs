@@ -24,12 +24,13 @@ pub(crate) struct Coverage {
     cancelled: u64,
     cancelled_in_flight: u64,
     failed: u64,
+    failed_steps: u64,
     refused: u64,
     out_of_order: u64,
 }
 
 impl Coverage {
-    fn counts(&mut self) -> [(&'static str, &mut u64); 11] {
+    fn counts(&mut self) -> [(&'static str, &mut u64); 12] {
         [
             ("steps", &mut self.steps),
             ("tokens", &mut self.tokens),
@@ -40,6 +41,7 @@ impl Coverage {
             ("cancels", &mut self.cancelled),
             ("cancels in flight", &mut self.cancelled_in_flight),
             ("failures", &mut self.failed),
+            ("failed steps", &mut self.failed_steps),
             ("refusals", &mut self.refused),
             ("steps out of order", &mut self.out_of_order),
         ]
