@@ -78,7 +78,11 @@ impl KvCache {
         let elements = match (elements, slots) {
             (Some(elements), Some(_)) if elements > 0 => elements,
             _ => {
-                return Err(KernelError::shape("kv cache", "positive sizes and slots below 2^32", format!("{shape:?}")));
+                return Err(KernelError::shape(
+                    "kv cache",
+                    "positive sizes and slots below 2^32",
+                    format!("{shape:?}"),
+                ));
             }
         };
         let data = match shape.dtype {
