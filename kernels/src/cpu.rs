@@ -31,6 +31,7 @@ mod simd;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 
+use crate::buffer::Arena;
 use crate::{CpuIsa, CpuOptions, KernelError, Result};
 
 pub(crate) use attend::attention;
@@ -45,6 +46,8 @@ pub(crate) struct CpuDevice {
     pub(crate) isa: CpuIsa,
     /// Quantized activations of the running matrix product; grows to the largest seen.
     activations: Mutex<quantize::QuantRows>,
+    /// Where packed weights are placed.
+    weights: Mutex<Arena>,
 }
 
 impl CpuDevice {
@@ -55,7 +58,8 @@ impl CpuDevice {
             return Err(KernelError::Unsupported(format!("expected a machine with {isa:?}, found one with {best:?}")));
         }
         let threads = options.threads.unwrap_or_else(|| thread::available_parallelism().map_or(1, usize::from));
-        Ok(CpuDevice { pool: pool::Pool::new(threads)?, isa, activations: Mutex::new(quantize::QuantRows::new()?) })
+        let activations = Mutex::new(quantize::QuantRows::new()?);
+        Ok(CpuDevice { pool: pool::Pool::new(threads)?, isa, activations, weights: Mutex::default() })
     }
 
     pub(crate) fn describe(&self) -> String {
@@ -71,6 +75,11 @@ impl CpuDevice {
     /// The scratch for quantized activations. A panic of a former holder leaves nothing that matters behind.
     fn activations(&self) -> MutexGuard<'_, quantize::QuantRows> {
         self.activations.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The place for packed weights.
+    fn weights(&self) -> MutexGuard<'_, Arena> {
+        self.weights.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Runs `work(row range)` over all of `rows`, in chunks worth a fork if `row_cost` elements are handled per row.

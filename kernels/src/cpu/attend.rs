@@ -168,6 +168,8 @@ impl<E: Element> Kernel for Compute<'_, E> {
             let span = seen.start.max(split * SPLIT)..seen.end.min((split + 1) * SPLIT);
             for start in (span.start / TILE * TILE..span.end).step_by(TILE) {
                 let span = span.start.max(start)..span.end.min(start + TILE);
+                // The next tile comes while this one is computed, the first of the next split included.
+                Tile::prefetch(s, job, task, span.end..(span.end + TILE).min(task.splits.end * SPLIT).min(seen.end));
                 worker.tile.load(s, job, task, start, span);
                 worker.tile.score(s, &worker.q[..queries * head_dim]);
                 let visible = |query: usize| {

@@ -34,7 +34,7 @@ fn for_panels<T: Plain>(
     fill: impl Fn(usize, &mut [T]) + Sync,
 ) -> Result<Buffer<T>> {
     let panels = matrix.rows.div_ceil(LANES);
-    let mut buffer = Buffer::zeros(panels * panel_len)?;
+    let mut buffer = cpu.weights().zeros(panels * panel_len)?;
     let shared = SharedSlice::new(&mut buffer[..]);
     cpu.pool.run(panels, &|_, panel| {
         // SAFETY: each panel is one task's.

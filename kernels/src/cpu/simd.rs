@@ -58,6 +58,10 @@ pub(crate) trait Simd: Copy {
     /// The maximum over the same tree as [`sum`](Self::sum).
     fn max_lane(self, value: Self::F) -> f32;
 
+    /// Asks for the cache line of `at` to be brought near; any address will do.
+    #[inline(always)]
+    fn prefetch<T>(self, _at: &T) {}
+
     fn splat_int(self, value: i32) -> Self::I;
     fn to_float(self, value: Self::I) -> Self::F;
     fn load_codes(self, from: &[u8; 4 * LANES]) -> Self::B;

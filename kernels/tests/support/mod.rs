@@ -1,6 +1,6 @@
 //! What the tests of this package share: a seeded generator, devices of every level, random matrices in every format.
 
-#![allow(dead_code)]
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
 
 use kvern_kernels::{CpuIsa, CpuOptions, Device, Format, MatrixView, RowOrder, Tensor};
 

@@ -13,6 +13,8 @@ use crate::buffer::Buffer;
 
 /// Panels of 16 positions in a tile.
 const PANELS: usize = TILE / LANES;
+/// Bytes that a prefetch brings.
+const CACHE_LINE: usize = 64;
 /// Vectors of output values that are accumulated in registers at once.
 const OUT_VECTORS: usize = 4;
 
@@ -58,6 +60,19 @@ impl Tile {
             self.load_k(s, &k[offset..], block_size, position - start, len);
             self.load_v(s, &v[offset * self.head_dim..][..len * self.head_dim], position - start);
             position += len;
+        }
+    }
+
+    /// Asks for the blocks of `span`. Blocks lie anywhere, so that the processor cannot foresee the next one.
+    #[inline(always)]
+    pub(super) fn prefetch<S: Simd, E: Element>(s: S, job: &Job<'_, E>, task: &Task, span: Range<usize>) {
+        let block_size = job.shape.block_size;
+        for block in span.start / block_size..span.end.div_ceil(block_size) {
+            let id = job.args.plan.tables[task.table + block] as usize;
+            let page = job.shape.page_start(job.args.layer, id, task.kv_head);
+            for line in job.kv[page..page + 2 * job.shape.page()].chunks(CACHE_LINE / size_of::<E>()) {
+                s.prefetch(&line[0]);
+            }
         }
     }
 

@@ -1,6 +1,7 @@
 //! AVX2 with FMA and F16C: two registers are a vector, lanes 0..8 and 8..16.
 
 use std::arch::x86_64::*;
+use std::ptr;
 
 use super::{Kernel, LANES, Simd};
 
@@ -170,6 +171,11 @@ impl Simd for Avx2 {
     fn max_lane(self, value: Pair) -> f32 {
         // SAFETY: `self` proves the features.
         unsafe { fold!(value, _mm256_max_ps, _mm_max_ps, _mm_max_ss) }
+    }
+    #[inline(always)]
+    fn prefetch<T>(self, at: &T) {
+        // SAFETY: a prefetch has no effect but on the cache.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(ptr::from_ref(at).cast()) }
     }
     #[inline(always)]
     fn splat_int(self, value: i32) -> IntPair {

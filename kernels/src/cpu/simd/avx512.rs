@@ -1,6 +1,7 @@
 //! AVX-512 with VNNI: one register is a vector.
 
 use std::arch::x86_64::*;
+use std::ptr;
 
 use super::{Kernel, LANES, Simd};
 
@@ -123,6 +124,11 @@ impl Simd for Avx512 {
     fn max_lane(self, value: __m512) -> f32 {
         // SAFETY: `self` proves the features.
         unsafe { fold!(value, _mm256_max_ps, _mm_max_ps, _mm_max_ss) }
+    }
+    #[inline(always)]
+    fn prefetch<T>(self, at: &T) {
+        // SAFETY: a prefetch has no effect but on the cache.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(ptr::from_ref(at).cast()) }
     }
     #[inline(always)]
     fn splat_int(self, value: i32) -> __m512i {
