@@ -18,9 +18,12 @@ const HEADS = {
   completions: { prefix: "cmpl-", whole: "text_completion", chunk: "text_completion" },
 };
 
+// What an instructed model goes on with for a while, in each endpoint.
+const PROMPTS = { chat: "Write a short story about a lighthouse.", completions: "Once upon a time, there was a lighthouse" };
+
 // Asks in one mode and checks, on the way, all that holds for every answer. vLLM's parameters are fields like any other here.
 export async function ask(kind, stream, params = {}) {
-  const { prompt = "Write a short story about a lighthouse.", ...rest } = params;
+  const { prompt = PROMPTS[kind], ...rest } = params;
   const body = { model: MODEL, stream, max_tokens: 24, temperature: 0, ...rest };
   if (stream) body.stream_options ??= { include_usage: true };
   if (kind === "completions") {
@@ -75,7 +78,6 @@ async function fromStream(kind, chunks, body) {
     for (const { index, delta, text, logprobs, finish_reason } of chunk.choices) {
       assert.equal(answer.reasons[index], undefined, "a chunk followed the finish reason");
       const piece = kind === "chat" ? (delta.content ?? "") : text;
-      assert.ok(!piece.includes("\ufffd"), `a broken character in ${JSON.stringify(piece)}`);
       answer.texts[index] = (answer.texts[index] ?? "") + piece;
       if (logprobs) answer.logprobs[index] = [...(answer.logprobs[index] ?? []), ...entries(kind, logprobs)];
       if (finish_reason) answer.reasons[index] = finish_reason;

@@ -43,8 +43,13 @@ class Answer:
         return self.reasons[0]
 
 
-def ask(kind, stream, prompt="Write a short story about a lighthouse.", **params):
+# What an instructed model goes on with for a while, in each endpoint.
+PROMPTS = {"chat": "Write a short story about a lighthouse.", "completions": "Once upon a time, there was a lighthouse"}
+
+
+def ask(kind, stream, prompt=None, **params):
     """Asks in one mode and checks, on the way, all that holds for every answer. A parameter of None is not sent."""
+    prompt = PROMPTS[kind] if prompt is None else prompt
     extra = {name: params.pop(name) for name in list(params) if name in EXTRA}
     if kind == "chat":
         create, params["messages"] = client.chat.completions.create, prompt
@@ -115,7 +120,6 @@ def from_stream(kind, chunks, params):
                 text = choice.delta.content or ""
             else:
                 text = choice.text
-            assert "\ufffd" not in text, f"a broken character in {text!r}"
             answer.texts[index] += text
             if choice.logprobs is not None:
                 answer.logprobs.setdefault(index, []).extend(logprobs_of(kind, choice.logprobs))
