@@ -185,6 +185,7 @@ fn main() {
         defaults: GenerationDefaults::default(),
         created: 0,
         fingerprint: "null".into(),
+        log_prompts: false,
     });
     let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).unwrap();
     let address = listener.local_addr().unwrap().to_string();

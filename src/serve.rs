@@ -75,6 +75,7 @@ async fn serve(config: &Config, server: &ServerConfig) -> Result<(), ServeFailur
         defaults: load::generation_defaults(&runtime.config),
         created: std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |t| t.as_secs()),
         fingerprint,
+        log_prompts: config.log.prompts,
         names: names.clone(),
     });
     tracing::info!(model = names[0], %address, seconds = started.elapsed().as_secs_f32(), "ready");

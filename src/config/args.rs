@@ -161,7 +161,7 @@ pub(super) struct LogArgs {
     /// Level, or filter directives such as info,kvern::engine=debug
     #[arg(long, value_name = "LEVEL", default_value = "info", value_parser = parse_log_level)]
     pub(super) log_level: String,
-    /// Let prompts and answers be logged
+    /// Log the text of each prompt
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value = "false")]
     pub(super) log_prompts: bool,
     /// TOML file with any of these settings

@@ -132,7 +132,7 @@ pub struct LogConfig {
     pub format: LogFormat,
     /// A level, or directives such as `info,kvern::engine=debug`.
     pub level: String,
-    /// Prompts and answers may be logged.
+    /// The text of each prompt is logged.
     pub prompts: bool,
 }
 

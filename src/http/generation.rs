@@ -72,6 +72,10 @@ impl Generation {
         let mut choices = Vec::with_capacity(prompts.len() * n as usize);
         let prompt_tokens = prompts.iter().map(|prompt| prompt.tokens.len() as u32).sum();
         for mut prompt in prompts {
+            if model.log_prompts {
+                let text = model.text.tokenizer.decode(&prompt.tokens, false);
+                tracing::info!(target: "kvern::prompt", id = %external_id, ?text, "prompt");
+            }
             let echo = prompt.echo.take().unwrap_or_default();
             for copy in 0..n {
                 let id = model.engine.next_id();

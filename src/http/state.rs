@@ -38,6 +38,8 @@ pub struct ServedModel {
     pub created: u64,
     /// Names the build and the weights: equal fingerprints and seeds give equal texts.
     pub fingerprint: String,
+    /// The text of each prompt goes to the log.
+    pub log_prompts: bool,
 }
 
 impl AppState {

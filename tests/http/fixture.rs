@@ -168,6 +168,7 @@ impl Server {
             defaults: GenerationDefaults::default(),
             created: 1_700_000_000,
             fingerprint: "fp_test".into(),
+            log_prompts: false,
         });
     }
 
