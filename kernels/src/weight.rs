@@ -67,9 +67,9 @@ impl MatrixView<'_> {
         if rows == 0 || cols == 0 || !cols.is_multiple_of(block) {
             return refuse(format!("positive rows and columns in blocks of {block}"), format!("{rows} x {cols}"));
         }
-        // Panels take whole groups of 16 rows, at most 4 bytes an element or 17 bytes per 8: the sum stays addressable.
+        // Panels take whole groups of 16 rows and at most 4 bytes an element, at load and packed: both stay addressable.
         let elements = rows.checked_next_multiple_of(16).and_then(|rows| rows.checked_mul(cols));
-        if !elements.and_then(|n| n.checked_mul(8)).is_some_and(|bytes| bytes <= isize::MAX as usize) {
+        if elements.and_then(|n| n.checked_mul(8)).is_none_or(|bytes| bytes > isize::MAX as usize) {
             return refuse("a size in range".into(), format!("{rows} x {cols}"));
         }
         let expected = rows * self.row_bytes();

@@ -384,18 +384,18 @@ fn hostile_shapes_are_refused() {
     let kv = KvCache::new(&device, shape).unwrap();
     let heads = HeadLayout { heads: 2, kv_heads: 1, head_dim: 8 };
     let mut plan = AttentionPlan::new(&device, heads, 8, 2, 16).unwrap();
-    let batches: [(&[u32], &[u32], &[u32], usize); 8] = [
-        (&[0, 1], &[1], &[4], 1),
-        (&[0, 2], &[1], &[0], 1),
-        (&[0, 1], &[5], &[0], 1),
-        (&[1, 1], &[1], &[0], 1),
-        (&[0, 2, 1], &[2, 2], &[0, 0], 1),
-        (&[0, 9], &[9], &[0, 1, 2], 3),
-        (&[0, 1], &[1], &[0, 1], 1),
-        (&[], &[], &[], 1),
+    let batches: [[&[u32]; 3]; 8] = [
+        [&[0, 1], &[1], &[4]],
+        [&[0, 2], &[1], &[0]],
+        [&[0, 1], &[5], &[0]],
+        [&[1, 1], &[1], &[0]],
+        [&[0, 2, 1], &[2, 2], &[0, 0]],
+        [&[0, 9], &[9], &[0]],
+        [&[0, 1], &[1], &[0, 1]],
+        [&[], &[], &[]],
     ];
-    for (cu_seqlens_q, context_lens, block_tables, block_table_stride) in batches {
-        let batch = SequenceBatch { cu_seqlens_q, context_lens, block_tables, block_table_stride };
+    for [cu_seqlens_q, context_lens, block_tables] in batches {
+        let batch = SequenceBatch { cu_seqlens_q, context_lens, block_tables, block_table_stride: 1 };
         assert!(plan.update(&device, &batch, &kv).is_err(), "{batch:?}");
     }
     assert!(AttentionPlan::new(&device, HeadLayout { heads: 3, kv_heads: 2, head_dim: 8 }, 1, 1, 1).is_err());

@@ -87,8 +87,13 @@ pub(crate) fn quantize_group(x: &[f32; GROUP]) -> QuantGroup {
     };
     let mut codes = [0i8; GROUP];
     if inverse != 0.0 {
-        for (code, value) in codes.iter_mut().zip(x) {
-            *code = (value.mul_add(inverse, ROUND).to_bits() as u8).cast_signed();
+        // In two loops, each of which becomes a few vector instructions.
+        let mut rounded = [0.0; GROUP];
+        for (rounded, value) in rounded.iter_mut().zip(x) {
+            *rounded = value.mul_add(inverse, ROUND);
+        }
+        for (code, rounded) in codes.iter_mut().zip(&rounded) {
+            *code = (rounded.to_bits() as u8).cast_signed();
         }
     }
     let half_sums = [0, 16].map(|half: usize| codes[half..half + 16].iter().map(|&code| i32::from(code)).sum::<i32>());
