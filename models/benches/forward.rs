@@ -101,7 +101,10 @@ fn peer_round(peer: &Peer, workload: &Workload) -> f64 {
 fn peer_ready(peer: &Peer, workload: &Workload) -> Peer {
     let mut peer = peer.clone();
     if let Workload::Decode { streams, .. } = *workload {
-        peer.forward(&ids(CONTEXT).repeat(streams), streams, 0);
+        // One position at a time: with several streams candle takes no longer input.
+        for (position, id) in ids(CONTEXT).into_iter().enumerate() {
+            peer.forward(&vec![id; streams], streams, position);
+        }
     }
     peer
 }
