@@ -58,18 +58,20 @@ pub fn load(config: &Config, names: &[String]) -> Result<Loaded, LoadFailure> {
     Ok(Loaded { runtime, text, names, root: resolved.path.display().to_string(), fingerprint })
 }
 
-/// What requests get where they ask for nothing, from the model's generation_config.json.
+/// What requests get where they ask for nothing, from the model's generation_config.json; a value that a request could not
+/// ask for is as if it were not there.
 #[must_use]
 pub fn generation_defaults(config: &ModelConfig) -> GenerationDefaults {
     let given = &config.generation;
     let none = GenerationDefaults::default();
+    let within = |value: Option<f32>, least: f32, most: f32| value.filter(|v| (least..=most).contains(v));
     GenerationDefaults {
-        temperature: given.temperature.unwrap_or(none.temperature),
-        top_p: given.top_p.unwrap_or(none.top_p),
+        temperature: within(given.temperature, 0.0, 2.0).unwrap_or(none.temperature),
+        top_p: within(given.top_p, f32::MIN_POSITIVE, 1.0).unwrap_or(none.top_p),
         top_k: given.top_k.unwrap_or(none.top_k),
-        min_p: given.min_p.unwrap_or(none.min_p),
-        repetition_penalty: given.repetition_penalty.unwrap_or(none.repetition_penalty),
-        ..none
+        min_p: within(given.min_p, 0.0, 1.0).unwrap_or(none.min_p),
+        repetition_penalty: within(given.repetition_penalty, f32::MIN_POSITIVE, f32::MAX)
+            .unwrap_or(none.repetition_penalty),
     }
 }
 

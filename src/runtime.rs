@@ -109,7 +109,7 @@ pub fn start(
         kv_reason,
     };
     let worker = warm_worker(device, loaded.model, shape, limits, &model_config)?;
-    let (handle, threads, ended) = spawn(worker, options, max_model_len, &account)?;
+    let Running { handle, threads, ended } = spawn(worker, options, max_model_len, &account)?;
     Ok(Runtime { handle, config: model_config, max_model_len, account, ended, threads })
 }
 
@@ -209,12 +209,19 @@ fn warm_worker(
     }))
 }
 
+/// What [`spawn`] started.
+struct Running {
+    handle: EngineHandle,
+    threads: Vec<JoinHandle<()>>,
+    ended: oneshot::Receiver<()>,
+}
+
 fn spawn(
     worker: Worker,
     options: &RuntimeOptions,
     max_model_len: u32,
     account: &MemoryAccount,
-) -> Result<(EngineHandle, Vec<JoinHandle<()>>, oneshot::Receiver<()>), StartError> {
+) -> Result<Running, StartError> {
     let telemetry = Arc::new(Telemetry::new(&TelemetryInfo {
         model_name: options.served_model_name.clone(),
         max_model_len,
@@ -253,7 +260,7 @@ fn spawn(
             let _ = ended.send(());
         })?,
     ];
-    Ok((handle, threads, has_ended))
+    Ok(Running { handle, threads, ended: has_ended })
 }
 
 fn random_salt() -> Result<u128, StartError> {
