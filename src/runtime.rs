@@ -1,7 +1,7 @@
 //! From a model's files to a running engine: load, size the KV cache, warm up, start the worker and engine threads.
 //!
 //! The memory account is made before the KV cache is allocated, and after start nothing grows with load: workspace is
-//! sized by the step limits, the KV cache by [`kv_blocks`], queues by their bounds.
+//! sized by the step limits, the KV cache by what is left, queues by their bounds.
 
 use crate::config::{EngineConfig, KV_CACHE_SHARE_OF_AVAILABLE};
 use crate::engine::{EngineHandle, EngineLimits, EngineLoop};
