@@ -5,6 +5,7 @@ PYTHON ?= python3
 MODEL ?=
 ARGS ?=
 SEEDS ?= 100000
+BENCHES ?= forward plan prefix kernels frontend text
 
 .DEFAULT_GOAL := help
 .PHONY: help serve model test unit clients sim lint bench openapi doc
@@ -36,7 +37,7 @@ lint: ## Check the formatting, clippy, the docs and the scripts; warnings are er
 	$(PYTHON) -m compileall -q scripts tests
 
 bench: model ## Run the benchmarks, each beside its peer in the same run
-	$(CARGO) bench --workspace --benches
+	$(CARGO) bench --workspace $(addprefix --bench ,$(BENCHES))
 
 openapi: ## Write docs/openapi.json anew from the code
 	KVERN_WRITE_OPENAPI=1 $(CARGO) test --test http openapi

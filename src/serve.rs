@@ -84,7 +84,6 @@ async fn serve(config: &Config, server: &ServerConfig) -> Result<(), ServeFailur
         () = signals.wait() => false,
         _ = &mut runtime.ended => true,
     };
-    // From here a second signal ends the process at once, by its default action being gone: the select below sees it.
     drop(stop);
     tokio::select! {
         _ = serving => {}
