@@ -77,7 +77,6 @@ impl EngineLoop {
                 break;
             }
         }
-        self.shared.stop();
     }
 
     /// Applies what is in the inbox; waits for a message when there is nothing else to do. `false` when the worker
@@ -162,8 +161,8 @@ impl EngineLoop {
         let (admitted, forgotten) = self.streams.take_sampling_changes();
         let command = StepCommand { plan, admitted, forgotten, sampled: std::mem::take(&mut self.sampled) };
         if self.worker.try_send(command).is_err() {
+            // Its thread says so in the inbox, too; until then there is no plan to fill.
             tracing::error!("the worker is gone");
-            self.shared.stop();
         }
     }
 
@@ -183,6 +182,13 @@ impl EngineLoop {
         let stats = self.core.stats();
         self.telemetry.on_stats(&stats);
         self.shared.progress(stats.running + stats.waiting > 0);
+    }
+}
+
+/// However the loop ends, its handles must know: new requests are refused, and the streams end with the table.
+impl Drop for EngineLoop {
+    fn drop(&mut self) {
+        self.shared.stop();
     }
 }
 
