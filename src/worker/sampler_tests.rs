@@ -133,7 +133,7 @@ fn penalties_bias_and_minimum_tokens() {
     check(SamplingParams { frequency_penalty: 0.06, ..greedy.clone() }, &[], &[0, 0], 1);
     check(SamplingParams { presence_penalty: 0.15, ..greedy.clone() }, &[0], &[], 0); // the prompt does not count
     check(SamplingParams { repetition_penalty: 1.2, ..greedy.clone() }, &[0], &[], 1); // here it does
-    check(SamplingParams { repetition_penalty: 1.2, ..greedy.clone() }, &[0], &[0, 1], 2); // once, not twice
+    check(SamplingParams { repetition_penalty: 1.2, ..greedy.clone() }, &[0], &[0, 1], 0); // once, not twice
     check(SamplingParams { repetition_penalty: 0.1, ..greedy.clone() }, &[2], &[], 2);
     check(SamplingParams { logit_bias: vec![(3, 100.0)], ..greedy.clone() }, &[], &[], 3);
     check(SamplingParams { logit_bias: vec![(0, -100.0), (99, 5.0)], ..greedy.clone() }, &[], &[], 1);
