@@ -38,7 +38,8 @@ node_environment() {
 start_server() {
     local binary=${KVERN_BIN:-}
     if [ -z "$binary" ]; then
-        cargo build
+        # Builds the binary with the dependencies that `make unit` has built, not with a second set.
+        cargo test --workspace --no-run --quiet
         binary=target/debug/kvern
     fi
     local port
