@@ -262,7 +262,8 @@ def leaving_frees_the_request():
     ):
         stream = create(model=MODEL, stream=True, max_tokens=1500, extra_body={"ignore_eos": True}, **body)
         # The role of a chat answer comes before the engine has begun; text does not.
-        next(chunk for chunk in stream if getattr(chunk.choices[0], "text", None) or chunk.choices[0].delta.content)
+        first_text = (lambda choice: choice.delta.content) if "messages" in body else (lambda choice: choice.text)
+        next(chunk for chunk in stream if first_text(chunk.choices[0]))
         assert metric("vllm:num_requests_running") >= 1
         stream.close()
         wait_until(lambda: metric("vllm:num_requests_running") == 0, "the request that its client left ends")
