@@ -59,6 +59,15 @@ impl Device {
         }
     }
 
+    /// The level that ops run at; `None` on a GPU.
+    #[must_use]
+    pub fn isa(&self) -> Option<CpuIsa> {
+        match &self.backend {
+            Backend::Cpu(cpu) => Some(cpu.isa),
+            Backend::Cuda(_) => None,
+        }
+    }
+
     /// Host threads of [`Device::parallel_for`], the caller's included.
     #[must_use]
     pub fn threads(&self) -> usize {

@@ -3,7 +3,7 @@
 //!
 //! A step that fails, or panics, fails its requests and nothing else: the thread goes on with the next step.
 
-mod batch;
+pub(crate) mod batch;
 mod sampler;
 
 pub use sampler::{Draw, Scratch, TokenCounts, sample};
