@@ -33,18 +33,16 @@ or name another C compiler, whose C++ one is named like it, by --compiler"""
 
 
 class Peer:
-    """The peer's binaries and model files, in `folder`."""
+    """The peer's binaries and model files, below `root`'s target/."""
 
-    def __init__(self, root: pathlib.Path, compiler: str, tree: "pathlib.Path | None") -> None:
+    def __init__(self, root: pathlib.Path, compiler: str, tree: "pathlib.Path | None",
+                 builds: "pathlib.Path | None") -> None:
         self.folder = root / "target" / "peer"
+        self.builds = builds or self.folder
         self.models = root / "target" / "peer-models"
         self.compiler = compiler
         # An unpacked source of the same version that is there already.
         self.given_tree = tree
-
-    def python(self, requirements: pathlib.Path) -> pathlib.Path:
-        """The environment with cmake, ninja and matplotlib."""
-        return environment(self.folder, requirements)
 
     def source(self) -> pathlib.Path:
         """Fetch and unpack the source package; only one with the right hash."""
@@ -72,11 +70,11 @@ class Peer:
 
     def build(self, name: str, python: pathlib.Path) -> pathlib.Path:
         """The folder of the binaries of a build, made if need be."""
-        out = self.folder / name
+        out = self.builds / name
         binaries = out / "bin"
         if all((binaries / target).is_file() for target in TARGETS):
             return binaries
-        compiler_cxx = self.compiler.replace("gcc", "g++") if "gcc" in self.compiler else self.compiler.replace("clang", "clang++")
+        compiler_cxx = self.compiler.replace("clang", "clang++").replace("gcc", "g++")
         if not (shutil.which(self.compiler) and shutil.which(compiler_cxx)):
             sys.exit(INSTALL_HINT)
         cmake, ninja = python.parent / "cmake", python.parent / "ninja"
