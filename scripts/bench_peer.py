@@ -144,12 +144,15 @@ def limits(options: argparse.Namespace, quiet: Quiet) -> "list[dict]":
     return [json.loads(line) for line in quiet.run(command).splitlines()]
 
 
-def server_results(options: argparse.Namespace, peer: Peer, python: pathlib.Path) -> "list[dict]":
+def server_results(options: argparse.Namespace, peer: Peer, python: pathlib.Path, quiet: Quiet) -> "list[dict]":
     """The server comparison of the default file, a line per figure."""
     binaries = peer.build("native", python)
     model = record.default_model()
-    trials = {settings: serving.measure(serving.llama(binaries, model, options.threads, settings), 0)["tokens_per_s"]
-              for settings in (("-fa", "on"), ("-fa", "off"), ("-fa", "on", "--cache-ram", "0"))}
+    trials = {}
+    for settings in (("-fa", "on"), ("-fa", "off"), ("-fa", "on", "--cache-ram", "0")):
+        note(f"llama.cpp's settings: server {' '.join(settings)}")
+        server = serving.llama(binaries, model, options.threads, settings)
+        trials[settings] = quiet.quietest(lambda: serving.measure(server, 0))["tokens_per_s"]
     settings = max(trials, key=trials.get)
     servers = [serving.kvern(options.kvern, model, options.threads),
                serving.llama(binaries, model, options.threads, settings)]
@@ -157,7 +160,7 @@ def server_results(options: argparse.Namespace, peer: Peer, python: pathlib.Path
     for number in range(options.rounds):
         for server in servers if number % 2 == 0 else reversed(servers):
             note(f"server, round {number + 1} of {options.rounds}: {server.name}")
-            found[server.name].append(serving.measure(server, number + 1))
+            found[server.name].append(quiet.quietest(lambda: serving.measure(server, number + 1)))
     results = []
     for figure, (aim, name) in SERVER_FIGURES.items():
         ours, theirs = ([one[figure] for one in found[server.name]] for server in servers)
@@ -172,12 +175,15 @@ def server_results(options: argparse.Namespace, peer: Peer, python: pathlib.Path
 
 
 def shown(results: "list[dict]") -> str:
-    digits = lambda result: 0 if result["unit"] == "tokens/s" and min(result["peer"]) >= 100 else 1  # noqa: E731
-    rows = [[result["build"], result["file"], result["what"], record.spread(result["kvern"], digits(result)),
-             record.spread(result["peer"], digits(result)), result["peer_settings"], f"{result['ratio']:.2f}",
-             "" if result["aim"] is None else f"{result['aim']:g} ({result['aim_of']})",
-             {True: "yes", False: "no", None: ""}[result["met"]]] for result in results]
-    return record.table(["build", "file", "what", "Kvern", "llama.cpp", "its settings", "ratio", "aim", "met"], rows)
+    def cells(result: dict) -> "list[str]":
+        digits = 0 if min(result["peer"]) >= 100 else 1
+        aim = "" if result["aim"] is None else f"{result['aim']:g} ({result['aim_of']})"
+        met = {True: "yes", False: "no", None: ""}[result["met"]]
+        return [result["build"], result["file"], result["what"], record.spread(result["kvern"], digits),
+                record.spread(result["peer"], digits), result["peer_settings"], f"{result['ratio']:.2f}", aim, met]
+
+    head = ["build", "file", "what", "Kvern", "llama.cpp", "its settings", "ratio", "aim", "met"]
+    return record.table(head, [cells(result) for result in results])
 
 
 def shares(lines: "list[dict]") -> str:
@@ -194,11 +200,19 @@ def note(text: str) -> None:
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = lambda known: lambda text: [name for name in known if name in text.split(",")] or parser.error(  # noqa: E731
-        f"expected some of {','.join(known)}, found {text}")
-    parser.add_argument("--only", type=names(PARTS), default=list(PARTS), help=",".join(PARTS))
-    parser.add_argument("--formats", type=names(FORMATS), default=list(FORMATS), help=",".join(FORMATS))
-    parser.add_argument("--builds", type=names(("native", "avx2")), default=["native", "avx2"], help="native,avx2")
+
+    def some_of(known: "tuple[str, ...]"):
+        def parse(text: str) -> "list[str]":
+            names = text.split(",")
+            if not set(names) <= set(known):
+                raise argparse.ArgumentTypeError(f"expected some of {','.join(known)}, found {text}")
+            return names
+
+        return parse
+
+    parser.add_argument("--only", type=some_of(PARTS), default=list(PARTS), help=",".join(PARTS))
+    parser.add_argument("--formats", type=some_of(FORMATS), default=list(FORMATS), help=",".join(FORMATS))
+    parser.add_argument("--builds", type=some_of(("native", "avx2")), default=["native", "avx2"], help="native,avx2")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--quiet-wait", type=float, default=30.0,
@@ -229,7 +243,7 @@ def main() -> None:
     results = [contest.result() for contest in contenders]
     machine = limits(options, quiet)
     if "server" in options.only and "native" in options.builds:
-        results += server_results(options, peer, python)
+        results += server_results(options, peer, python, quiet)
     noise = quiet.summary()
     result = {**about, "noise": noise, "results": results, "limits": machine}
     text = (f"{record.headline(about)} Peer: {about['peer']}. Median (least to most) of {options.rounds} rounds. Of "

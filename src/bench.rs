@@ -40,6 +40,8 @@ pub enum BenchError {
     Context { workload: Workload, limit: u32, found: u32, steps: u32 },
     #[error("{workload}: expected at most --max-num-seqs ({limit}) streams")]
     Streams { workload: Workload, limit: u32 },
+    #[error("no default workload fits a context of {limit} tokens: name one by --prefill or --decode")]
+    Nothing { limit: u32 },
     #[error(
         "the workloads need a KV cache of {needed} bytes; {available} are there: shorten them, or lower the streams"
     )]
@@ -64,7 +66,7 @@ pub fn run(config: &Config, bench: &BenchConfig, out: &mut dyn Write) -> Result<
         if needed > available { Err(BenchError::Memory { needed, available }) } else { Ok(()) }
     })?;
     let gauge = if bench.limits { Some(Gauge::new(&device)?) } else { None };
-    let (rates, limits) = measure(&mut runner, gauge.as_ref(), &workloads, bench)?;
+    let Measured { rates, limits } = measure(&mut runner, gauge.as_ref(), &workloads, bench)?;
     let steps = bench.steps;
     let costs =
         workloads.iter().map(|&workload| Cost::of(workload, steps, &model, runner.weight_bytes(), &config.engine));
@@ -97,18 +99,26 @@ fn workloads(config: &Config, bench: &BenchConfig, model: &ModelConfig) -> Resul
         if workload.streams() > limit { Err(BenchError::Streams { workload, limit }) } else { Ok(workload) }
     };
     if bench.workloads.is_empty() {
-        return Ok(Workload::defaults().into_iter().filter_map(|workload| check(workload).ok()).collect());
+        let fitting: Vec<_> = Workload::defaults().into_iter().filter_map(|workload| check(workload).ok()).collect();
+        return if fitting.is_empty() { Err(BenchError::Nothing { limit }) } else { Ok(fitting) };
     }
     bench.workloads.iter().map(|&workload| check(workload)).collect()
 }
 
-/// Rates of each workload, in tokens per second, and of each limit. All take turns; the first round does not count.
+/// What the rounds gave.
+struct Measured {
+    /// Of each workload, in tokens per second.
+    rates: Vec<Rates>,
+    limits: Vec<(Limit, Rates)>,
+}
+
+/// Workloads and limits take turns; the first round does not count.
 fn measure(
     runner: &mut Runner,
     gauge: Option<&Gauge>,
     workloads: &[Workload],
     bench: &BenchConfig,
-) -> Result<(Vec<Rates>, Vec<(Limit, Rates)>), BenchError> {
+) -> Result<Measured, KernelError> {
     let mut rates = vec![Rates::default(); workloads.len()];
     let mut limits: Vec<_> =
         gauge.iter().flat_map(|gauge| gauge.limits()).map(|limit| (limit, Rates::default())).collect();
@@ -127,5 +137,5 @@ fn measure(
         }
         tracing::info!(round, of = bench.rounds, "timed");
     }
-    Ok((rates, limits))
+    Ok(Measured { rates, limits })
 }

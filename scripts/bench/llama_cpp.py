@@ -74,7 +74,8 @@ class Peer:
         binaries = out / "bin"
         if all((binaries / target).is_file() for target in TARGETS):
             return binaries
-        compiler_cxx = self.compiler.replace("clang", "clang++").replace("gcc", "g++")
+        folder, name_c = os.path.split(self.compiler)
+        compiler_cxx = os.path.join(folder, name_c.replace("clang", "clang++").replace("gcc", "g++"))
         if not (shutil.which(self.compiler) and shutil.which(compiler_cxx)):
             sys.exit(INSTALL_HINT)
         cmake, ninja = python.parent / "cmake", python.parent / "ninja"

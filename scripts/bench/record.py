@@ -47,10 +47,11 @@ def default_model() -> pathlib.Path:
 
 
 def table(head: "list[str]", rows: "list[list[str]]") -> str:
-    """A Markdown table; columns after the first are set to the right where all of their cells look like numbers."""
+    """A Markdown table."""
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-    line = lambda cells: "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths)) + " |"  # noqa: E731
-    return "\n".join([line(head), "|" + "|".join("-" * (width + 2) for width in widths) + "|", *map(line, rows)])
+    rule = ["-" * width for width in widths]
+    lines = ([cell.ljust(width) for cell, width in zip(row, widths)] for row in [head, rule, *rows])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def spread(values: "list[float]", digits: int = 0) -> str:

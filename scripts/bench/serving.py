@@ -69,8 +69,8 @@ def prompts(seed: int) -> "list[list[int]]":
     return [shared + rng.choices(IDS, k=PROMPT_TOKENS - SHARED_TOKENS) for _ in range(REQUESTS)]
 
 
-def measure(server: Server, seed: int) -> dict:
-    """Start the server, warm it up with other prompts, run the load, stop it."""
+def measure(server: Server, seed: int) -> "tuple[float, dict]":
+    """Start the server, warm it up with other prompts, run the load, stop it: cores that others used, and the figures."""
     with running(server) as (process, port):
         asyncio.run(load(server, port, prompts(~seed)[:2]))
         busy, own, used, began = busy_s(), own_s(), process_s(process.pid), time.monotonic()
@@ -78,7 +78,7 @@ def measure(server: Server, seed: int) -> dict:
         wall = time.monotonic() - began
         client = own_s() - own
         others = busy_s() - busy - client - (process_s(process.pid) - used)
-    return {**figures(answers, wall), "client_cores": client / wall, "others_cores": max(0.0, others / wall)}
+    return max(0.0, others / wall), {**figures(answers, wall), "client_cores": client / wall}
 
 
 @contextlib.contextmanager
