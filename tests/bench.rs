@@ -33,7 +33,9 @@ fn json_has_a_line_for_each_workload_and_limit() {
         let rounds: Vec<f64> = line["rounds"].as_array().unwrap().iter().map(|rate| rate.as_f64().unwrap()).collect();
         assert_eq!(rounds.len(), 2, "{line}");
         assert!(rounds.iter().all(|rate| rate.is_finite() && *rate > 0.0), "{line}");
-        assert_eq!(line["median"], rounds.iter().sum::<f64>() / 2.0, "{line}");
+        let middle = rounds.iter().sum::<f64>() / 2.0;
+        // Reading a number from JSON may cost its last bit.
+        assert!((line["median"].as_f64().unwrap() / middle - 1.0).abs() < 1e-12, "{line}");
         assert_eq!(line["threads"], 2);
         assert_eq!(line["version"], env!("CARGO_PKG_VERSION"));
         assert!(line["device"].as_str().unwrap().contains(line["isa"].as_str().unwrap()), "{line}");
