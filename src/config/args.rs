@@ -184,6 +184,7 @@ pub(super) enum CpuIsaArg {
     Scalar,
     Avx2,
     Avx512,
+    Amx,
 }
 
 /// Form of the log.
