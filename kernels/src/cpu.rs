@@ -6,7 +6,7 @@
 //! amx      tile registers
 //! panel    packed weights, record their bytes where they are integers; pack fills them, embed reads rows back
 //! quantize activations to int8 per group of 32
-//! matmul   drives the tiles of dense (float panels) and, by quant_task, of quant (integer panels, opened by expand)
+//! matmul   drives the tiles of dense (float panels) and, by quant_task, of quant (integer panels, opened by open)
 //! attend   paged attention: tiles of positions, softmax state, splits
 //! rows     norms, gated activation, gather; rope: rotary embedding and the store to the KV cache
 //! ```
@@ -19,8 +19,8 @@ mod dense;
 mod element;
 mod embed;
 mod exp;
-mod expand;
 mod matmul;
+mod open;
 pub(crate) mod pack;
 pub(crate) mod panel;
 pub(crate) mod pool;
@@ -53,7 +53,7 @@ pub(crate) struct CpuDevice {
     /// Quantized activations of the running matrix product; grows to the largest seen.
     activations: Mutex<quantize::QuantRows>,
     /// Per worker, the records that it has open.
-    opened: Vec<Mutex<Buffer<expand::Group>>>,
+    opened: Vec<Mutex<Buffer<open::Group>>>,
     /// Where packed weights are placed.
     weights: Mutex<Arena>,
 }
@@ -69,7 +69,8 @@ impl CpuDevice {
         let tile_unit = simd::tile_unit(isa);
         let activations = Mutex::new(quantize::QuantRows::new()?);
         let pool = pool::Pool::new(threads)?;
-        let opened = (0..threads).map(|_| Ok(Mutex::new(Buffer::zeros(expand::CHUNK)?))).collect::<Result<_>>()?;
+        let opened =
+            (0..threads).map(|_| Ok(Mutex::new(Buffer::zeros(quant_task::OPEN_RECORDS)?))).collect::<Result<_>>()?;
         Ok(CpuDevice { pool, isa, tile_unit, activations, opened, weights: Mutex::default() })
     }
 
@@ -90,7 +91,7 @@ impl CpuDevice {
     }
 
     /// Room for the records that worker number `worker` opens.
-    fn opened_records(&self, worker: usize) -> MutexGuard<'_, Buffer<expand::Group>> {
+    fn opened_records(&self, worker: usize) -> MutexGuard<'_, Buffer<open::Group>> {
         self.opened[worker].lock().unwrap_or_else(PoisonError::into_inner)
     }
 

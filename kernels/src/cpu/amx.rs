@@ -82,44 +82,23 @@ pub(super) enum TileUnit {
     Emulated,
 }
 
-/// Work that uses tile registers where there are any. `run` must be `#[inline(always)]`, as that of a
-/// [`Kernel`](super::simd::Kernel).
-pub(super) trait TileWork {
-    fn run<T: Tiles>(self, registers: Option<T>);
+/// Evaluates `$body` with the registers of `$unit`, in these shapes, as `$registers`; without any, `$none`.
+macro_rules! with_tiles {
+    ($unit:expr, $shapes:expr, |$registers:ident| $body:expr, $none:expr) => {{
+        use $crate::cpu::amx::{self, Tiles as _};
+        match $unit {
+            amx::TileUnit::None => $none,
+            #[cfg(target_arch = "x86_64")]
+            amx::TileUnit::Hardware => {
+                let $registers = amx::hardware::Hardware::configure($shapes);
+                $body
+            }
+            #[cfg(test)]
+            amx::TileUnit::Emulated => {
+                let $registers = amx::emulated::Emulated::configure($shapes);
+                $body
+            }
+        }
+    }};
 }
-
-/// Runs the work with the registers of `unit`, in these shapes.
-#[inline(always)]
-pub(super) fn with_tiles<W: TileWork>(unit: TileUnit, shapes: &TileShapes, work: W) {
-    match unit {
-        TileUnit::None => work.run(None::<Absent>),
-        #[cfg(target_arch = "x86_64")]
-        TileUnit::Hardware => work.run(Some(hardware::Hardware::configure(shapes))),
-        #[cfg(test)]
-        TileUnit::Emulated => work.run(Some(emulated::Emulated::configure(shapes))),
-    }
-}
-
-/// The registers of a machine that has none.
-enum Absent {}
-
-impl Tiles for Absent {
-    fn configure(_: &TileShapes) -> Self {
-        unreachable!("there are no tile registers to configure")
-    }
-    fn zero<const T: usize>(&mut self) {
-        match *self {}
-    }
-    unsafe fn load<const T: usize>(&mut self, _: *const u8, _: usize) {
-        match *self {}
-    }
-    unsafe fn store<const T: usize>(&mut self, _: *mut u8, _: usize) {
-        match *self {}
-    }
-    fn dot_i8<const C: usize, const A: usize, const B: usize>(&mut self) {
-        match *self {}
-    }
-    fn dot_bf16<const C: usize, const A: usize, const B: usize>(&mut self) {
-        match *self {}
-    }
-}
+pub(super) use with_tiles;

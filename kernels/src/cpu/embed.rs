@@ -34,8 +34,7 @@ fn widen_row(part: &Part, row: usize, out: &mut [f32]) {
         Panels::BF16(data) => gather(&data[floats..], lane, out, |x| bf16::from_bits(x).to_f32()),
         Panels::Quant(layout, data) => {
             let panel = &data[panel * part.panel_bytes()..][..part.panel_bytes()];
-            for (record, out) in out.as_chunks_mut::<GROUP>().0.iter_mut().enumerate() {
-                let (head, record) = layout.record(panel, record);
+            for ((head, record), out) in layout.records(panel).zip(out.as_chunks_mut::<GROUP>().0) {
                 widen_group(*layout, head, record, lane, out);
             }
         }

@@ -6,13 +6,12 @@
 use std::ops::Range;
 
 use super::CpuDevice;
-use super::amx::{TileUnit, with_tiles};
+use super::amx::TileUnit;
 use super::dense;
 use super::element::{Element, as_bf16, as_f16};
-use super::expand::Group;
+use super::open::Group;
 use super::panel::{Panels, Part};
-use super::quant;
-use super::quant_task::QuantTask;
+use super::quant_task;
 use super::quantize::QuantTile;
 use super::record::GROUP;
 use super::shared::SharedSlice;
@@ -21,8 +20,6 @@ use crate::{Result, Weight};
 
 /// Bytes of panels per task: they stay in the second-level cache while all rows pass.
 const TASK_BYTES: usize = 256 << 10;
-/// Rows from which on a tile product is worth more than vector products; a choice of speed alone.
-const TILE_PRODUCT_ROWS: usize = 5;
 /// Tasks per thread, so that a thread that loses its core for a while does not hold up the others.
 const TASKS_PER_THREAD: usize = 8;
 
@@ -93,6 +90,12 @@ pub(super) struct Out<'a> {
 }
 
 impl Out<'_> {
+    /// For sums that are not complete yet.
+    #[inline(always)]
+    pub(super) fn without_bias(self) -> Self {
+        Out { bias: None, ..self }
+    }
+
     /// Stores the live lanes of one output panel of one row, plus the bias.
     ///
     /// # Safety
@@ -146,14 +149,7 @@ impl Kernel for Task<'_> {
             Panels::F32(data) => self.dense(s, data),
             Panels::F16(data) => self.dense(s, as_f16(data)),
             Panels::BF16(data) => self.dense(s, as_bf16(data)),
-            Panels::Quant(layout, data) => {
-                let unit = if self.rows.count < TILE_PRODUCT_ROWS { TileUnit::None } else { self.unit };
-                with_tiles(
-                    unit,
-                    &quant::tile_shapes(layout.halves()),
-                    QuantTask { s, layout: *layout, data, task: self },
-                );
-            }
+            Panels::Quant(layout, data) => quant_task::run(s, *layout, data, self),
         }
     }
 }

@@ -1,73 +1,100 @@
-//! Products of opened integer records with quantized rows.
+//! Products of integer panels with quantized rows.
 //!
 //! Per record of 32 in features the products of codes are summed exactly in i32; then one rounding per term, in the order
 //! of the records: `acc = fma(scale_w * scale_x, dot, acc)`, and where there are minimums `acc = fma(min_w, offset_x, acc)`.
 //! Which instruction made the exact sums cannot be seen in the result.
 
 use super::amx::{A0, A1, B0, B1, C0, C1, TILE_ROW_BYTES, TileShapes, Tiles};
-use super::expand::Group;
+use super::open::{Affine, Group, Planes};
 use super::quantize::{QuantTile, TILE_ROWS};
-use super::record::{GROUP, VECTOR};
+use super::record::{GROUP, Layout, VECTOR};
 use super::simd::{LANES, Simd};
 
-/// Scales per record of a layout with `HALVES` or without.
-const fn parts(halves: bool) -> usize {
-    if halves { 2 } else { 1 }
-}
-
-/// `acc` plus the dot products of one panel with the rows `first..first + R` of a tile of rows, record by record.
-///
-/// `BYTES`: codes take 8 bits, else at most 6. `HALVES` and `MIN` are those of the layout, `zero` its zero point.
+/// The dot products of one panel with the rows `first..first + R` of a tile of rows, records opened in registers.
 #[inline(always)]
-pub(super) fn dots<S: Simd, const R: usize, const HALVES: bool, const MIN: bool, const BYTES: bool>(
+pub(super) fn dots<S: Simd, P: Planes, A: Affine, const R: usize>(
     s: S,
-    groups: &[Group],
+    layout: Layout,
+    panel: &[u8],
     tiles: &[QuantTile],
     first: usize,
-    zero: i32,
-    mut acc: [S::F; R],
 ) -> [S::F; R] {
-    let bias = if BYTES { S::BYTE_BIAS } else { 0 };
-    for (group, x) in groups.iter().zip(tiles) {
-        for part in 0..parts(HALVES) {
-            let sums = if HALVES { &x.half_sums[part] } else { &x.sums };
-            let mut dots: [S::I; R] = std::array::from_fn(|r| s.splat_int((bias - zero) * sums[first + r]));
-            for quad in if HALVES { part * 4..part * 4 + 4 } else { 0..GROUP / 4 } {
-                let codes = s.load_codes(&group.codes[quad]);
-                for r in 0..R {
-                    let x = x.codes[first + r][quad];
-                    dots[r] = if BYTES { s.dot4_bytes(dots[r], codes, x) } else { s.dot4_small(dots[r], codes, x) };
-                }
-            }
-            let (scale, min) = (s.load(&group.scales[part]), s.load(&group.mins[part]));
-            let offsets = if HALVES { &x.half_offsets[part] } else { &x.offsets };
-            for r in 0..R {
-                acc[r] = s.fma(s.mul(scale, s.splat(x.scales[first + r])), s.to_float(dots[r]), acc[r]);
-                if MIN {
-                    acc[r] = s.fma(min, s.splat(offsets[first + r]), acc[r]);
-                }
-            }
+    // The same layout, of which the compiler knows the sizes.
+    let layout = Layout { codes: P::CODES, scales: A::SCALES, zero: layout.zero };
+    let mut acc = [s.splat(0.0); R];
+    let (block_bytes, block_records) = (layout.block_bytes(), layout.block_records());
+    for block in 0..tiles.len() / block_records {
+        let (head, records) = panel[block * block_bytes..][..block_bytes].split_at(layout.head_bytes());
+        for record in 0..block_records {
+            let bytes = &records[record * layout.record_bytes()..][..layout.record_bytes()];
+            let x = &tiles[block * block_records + record];
+            add_record::<S, P, A, R>(s, Record { layout, head, bytes }, x, first, &mut acc);
         }
     }
     acc
+}
+
+struct Record<'a> {
+    layout: Layout,
+    head: &'a [u8],
+    bytes: &'a [u8],
+}
+
+/// Adds the products of one record.
+#[inline(always)]
+fn add_record<S: Simd, P: Planes, A: Affine, const R: usize>(
+    s: S,
+    record: Record<'_>,
+    x: &QuantTile,
+    first: usize,
+    acc: &mut [S::F; R],
+) {
+    let Record { layout, head, bytes } = record;
+    let bias = if P::BYTES { S::BYTE_BIAS } else { 0 } - layout.zero;
+    let (planes, scales) = bytes.split_at(layout.code_bytes());
+    let planes = planes.as_chunks().0;
+    for part in 0..A::PARTS {
+        let sums = if A::PARTS == 2 { &x.half_sums[part] } else { &x.sums };
+        let mut dots = [s.splat_int(0); R];
+        if bias != 0 {
+            for r in 0..R {
+                dots[r] = s.splat_int(bias * sums[first + r]);
+            }
+        }
+        for quad in part * (8 / A::PARTS)..(part + 1) * (8 / A::PARTS) {
+            let codes = P::quad(s, planes, quad);
+            for r in 0..R {
+                let x = x.codes[first + r][quad];
+                dots[r] = if P::BYTES { s.dot4_bytes(dots[r], codes, x) } else { s.dot4_small(dots[r], codes, x) };
+            }
+        }
+        let (scale, min) = (A::scale(s, head, scales, part), A::min(s, head, scales, part));
+        let offsets = if A::PARTS == 2 { &x.half_offsets[part] } else { &x.offsets };
+        for r in 0..R {
+            acc[r] = s.fma(s.mul(scale, s.splat(x.scales[first + r])), s.to_float(dots[r]), acc[r]);
+            if A::MIN {
+                acc[r] = s.fma(min, s.splat(offsets[first + r]), acc[r]);
+            }
+        }
+    }
 }
 
 /// Exact sums of one step of a tile product: `[16 rows][16 out features]`.
 #[repr(C, align(64))]
 struct Sums([[i32; LANES]; TILE_ROWS]);
 
-/// As [`dots`] with the codes of `groups` signed, for all rows of a tile of rows, by tile registers. Rows that hold no
+/// `acc` plus the dot products of opened records with all rows of a tile of rows, by tile registers. Rows that hold no
 /// activations give results without meaning.
 #[inline(always)]
-pub(super) fn tile_dots<S: Simd, T: Tiles, const HALVES: bool, const MIN: bool>(
+pub(super) fn tile_dots<S: Simd, T: Tiles, A: Affine>(
     s: S,
     registers: &mut T,
     groups: &[Group],
     tiles: &[QuantTile],
     mut acc: [S::F; TILE_ROWS],
 ) -> [S::F; TILE_ROWS] {
-    let steps = groups.len().min(tiles.len()) * parts(HALVES);
-    let step = |step: usize| (&groups[step / parts(HALVES)], &tiles[step / parts(HALVES)], step % parts(HALVES));
+    let steps = groups.len().min(tiles.len()) * A::PARTS;
+    let step = |step: usize| (&groups[step / A::PARTS], &tiles[step / A::PARTS], step % A::PARTS);
     let mut sums = [const { Sums([[0; LANES]; TILE_ROWS]) }; 2];
     // The sums of a step are used while the unit works on the next one.
     for next in 0..steps {
@@ -79,19 +106,19 @@ pub(super) fn tile_dots<S: Simd, T: Tiles, const HALVES: bool, const MIN: bool>(
         }
         if next > 0 {
             let (group, x, part) = step(next - 1);
-            scale_and_add::<S, HALVES, MIN>(s, &sums[(next - 1) % 2], group, x, part, &mut acc);
+            scale_and_add::<S, A>(s, &sums[(next - 1) % 2], group, x, part, &mut acc);
         }
     }
     if steps > 0 {
         let (group, x, part) = step(steps - 1);
-        scale_and_add::<S, HALVES, MIN>(s, &sums[(steps - 1) % 2], group, x, part, &mut acc);
+        scale_and_add::<S, A>(s, &sums[(steps - 1) % 2], group, x, part, &mut acc);
     }
     acc
 }
 
 /// The registers' shapes for [`tile_dots`].
-pub(super) const fn tile_shapes(halves: bool) -> TileShapes {
-    TileShapes::product(TILE_ROWS, GROUP / parts(halves))
+pub(super) fn tile_shapes<A: Affine>() -> TileShapes {
+    TileShapes::product(TILE_ROWS, GROUP / A::PARTS)
 }
 
 #[inline(always)]
@@ -115,7 +142,7 @@ fn multiply<T: Tiles, const C: usize, const A: usize, const B: usize>(
 }
 
 #[inline(always)]
-fn scale_and_add<S: Simd, const HALVES: bool, const MIN: bool>(
+fn scale_and_add<S: Simd, A: Affine>(
     s: S,
     sums: &Sums,
     group: &Group,
@@ -124,11 +151,11 @@ fn scale_and_add<S: Simd, const HALVES: bool, const MIN: bool>(
     acc: &mut [S::F; TILE_ROWS],
 ) {
     let (scale, min) = (s.load(&group.scales[part]), s.load(&group.mins[part]));
-    let offsets = if HALVES { &x.half_offsets[part] } else { &x.offsets };
+    let offsets = if A::PARTS == 2 { &x.half_offsets[part] } else { &x.offsets };
     for r in 0..TILE_ROWS {
         let dot = s.to_float(s.load_int(&sums.0[r]));
         acc[r] = s.fma(s.mul(scale, s.splat(x.scales[r])), dot, acc[r]);
-        if MIN {
+        if A::MIN {
             acc[r] = s.fma(min, s.splat(offsets[r]), acc[r]);
         }
     }

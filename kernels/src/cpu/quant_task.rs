@@ -1,128 +1,89 @@
-//! A task of a product with integer panels: opens records, a chunk at a time, and sends all rows through them.
+//! A task of a product with integer panels: all rows through some panels, by vectors or by tile registers.
 //!
-//! With tile registers a tile of 16 rows goes at once, and codes are opened signed; without, rows go in the register tiles of
-//! the level. Between the chunks of a panel the sums so far rest in the output, in f32, as they would in a register.
+//! Vectors: rows go in the register tiles of the level, and records are opened in registers for each of them. Tile registers:
+//! the records of some panels are opened to memory first, as many as the second-level cache holds, and tiles of 16 rows go
+//! through them. Where a panel has more records than that, the sums so far rest in the output between its stretches.
 
-use std::ops::Range;
-
-use super::amx::{TileWork, Tiles};
-use super::expand::{CHUNK, Expand, Group};
-use super::matmul::{Out, Rows, Task};
-use super::panel::Part;
+use super::amx::{TileUnit, Tiles, with_tiles};
+use super::matmul::Task;
+use super::open::{Affine, Planes, expand, with_kinds};
 use super::quant;
-use super::quantize::{QuantTile, TILE_ROWS};
-use super::record::{Codes, GROUP, Layout};
-use super::simd::{Kernel, Simd, for_row_tiles};
+use super::quantize::TILE_ROWS;
+use super::record::{GROUP, Layout};
+use super::simd::{Simd, for_row_tiles};
 
-/// Bytes of quantized activations that pass through a panel before the next panel is opened: they stay in the second-level
-/// cache.
-const PASS_BYTES: usize = 512 << 10;
+/// Records that a worker has open at once: 384 KiB of them.
+pub(super) const OPEN_RECORDS: usize = 512;
+/// Rows from which on tile products are worth more than vector products; a choice of speed alone.
+const TILE_PRODUCT_ROWS: usize = 5;
 
-/// A task over integer panels.
-pub(super) struct QuantTask<'a, S> {
-    pub(super) s: S,
-    pub(super) layout: Layout,
-    pub(super) data: &'a [u8],
-    pub(super) task: Task<'a>,
+/// Runs a task over the integer panels `data`.
+#[inline(always)]
+pub(super) fn run<S: Simd>(s: S, layout: Layout, data: &[u8], task: Task<'_>) {
+    let unit = if task.rows.count < TILE_PRODUCT_ROWS { TileUnit::None } else { task.unit };
+    with_kinds!(layout, |P, A| with_tiles!(
+        unit,
+        &quant::tile_shapes::<A>(),
+        |registers| by_tiles::<S, _, P, A>(s, registers, layout, data, task),
+        by_vectors::<S, P, A>(s, layout, data, &task)
+    ))
 }
 
-/// Some opened records of a panel, the first of which is number `first`.
-#[derive(Clone, Copy)]
-struct Opened<'a> {
-    groups: &'a [Group],
-    panel: usize,
-    first: usize,
+#[inline(always)]
+fn by_vectors<S: Simd, P: Planes, A: Affine>(s: S, layout: Layout, data: &[u8], task: &Task<'_>) {
+    let Task { part, rows, out, .. } = task;
+    let panel_bytes = part.panel_bytes();
+    for_row_tiles!(S, rows.count, |row, R| {
+        let x = rows.groups(row / TILE_ROWS, 0..rows.cols / GROUP);
+        for panel in task.panels.clone() {
+            let bytes = &data[panel * panel_bytes..][..panel_bytes];
+            let dots = quant::dots::<S, P, A, R>(s, layout, bytes, x, row % TILE_ROWS);
+            for r in 0..R {
+                // SAFETY: a task owns its panels.
+                unsafe { out.store(s, part, row + r, panel, dots[r]) };
+            }
+        }
+    });
 }
 
-impl<S: Simd> TileWork for QuantTask<'_, S> {
-    #[inline(always)]
-    fn run<T: Tiles>(self, mut registers: Option<T>) {
-        let QuantTask { s, layout, data, task: Task { part, panels, rows, out, scratch, .. } } = self;
-        let records = rows.cols / GROUP;
-        let (panel_bytes, tiles) = (part.panel_bytes(), rows.count.div_ceil(TILE_ROWS));
-        let pass = (PASS_BYTES / (records * size_of::<QuantTile>())).max(1);
-        for tiles in (0..tiles).step_by(pass).map(|tile| tile..tiles.min(tile + pass)) {
-            for panel in panels.clone() {
-                let bytes = &data[panel * panel_bytes..][..panel_bytes];
-                for first in (0..records).step_by(CHUNK) {
-                    let to = &mut scratch[..CHUNK.min(records - first)];
-                    Expand { layout, panel: bytes, first, signed: registers.is_some(), to }.run(s);
-                    let work = Through { s, layout, part, rows, out, opened: Opened { groups: to, panel, first } };
-                    work.run(tiles.clone(), &mut registers);
+#[inline(always)]
+fn by_tiles<S: Simd, T: Tiles, P: Planes, A: Affine>(
+    s: S,
+    mut registers: T,
+    layout: Layout,
+    data: &[u8],
+    task: Task<'_>,
+) {
+    let Task { part, panels, rows, out, scratch, .. } = task;
+    let (panel_bytes, records) = (part.panel_bytes(), rows.cols / GROUP);
+    let (stretch, at_once) = (records.min(OPEN_RECORDS), (OPEN_RECORDS / records).max(1));
+    for first_panel in panels.clone().step_by(at_once) {
+        let panels = first_panel..panels.end.min(first_panel + at_once);
+        for first in (0..records).step_by(stretch) {
+            let stretch = first..records.min(first + stretch);
+            let opened = scratch.chunks_exact_mut(stretch.len());
+            for (panel, to) in panels.clone().zip(opened) {
+                expand::<S, P, A>(s, layout.zero, &data[panel * panel_bytes..][..panel_bytes], first, to);
+            }
+            for tile in 0..rows.count.div_ceil(TILE_ROWS) {
+                let (first_row, x) = (tile * TILE_ROWS, rows.groups(tile, stretch.clone()));
+                let live = TILE_ROWS.min(rows.count - first_row);
+                for (panel, groups) in panels.clone().zip(scratch.chunks_exact(stretch.len())) {
+                    let mut acc = [s.splat(0.0); TILE_ROWS];
+                    if first > 0 {
+                        for (r, acc) in acc.iter_mut().enumerate().take(live) {
+                            // SAFETY: a task owns its panels.
+                            *acc = unsafe { out.load(s, part, first_row + r, panel) };
+                        }
+                    }
+                    let acc = quant::tile_dots::<S, T, A>(s, &mut registers, groups, x, acc);
+                    let out = if stretch.end < records { out.without_bias() } else { out };
+                    for (r, &dot) in acc.iter().enumerate().take(live) {
+                        // SAFETY: a task owns its panels.
+                        unsafe { out.store(s, part, first_row + r, panel, dot) };
+                    }
                 }
             }
-        }
-    }
-}
-
-/// Rows through some opened records.
-struct Through<'a, S> {
-    s: S,
-    layout: Layout,
-    part: &'a Part,
-    rows: Rows<'a>,
-    out: Out<'a>,
-    opened: Opened<'a>,
-}
-
-impl<S: Simd> Through<'_, S> {
-    /// The tiles of rows `tiles`.
-    #[inline(always)]
-    fn run<T: Tiles>(&self, tiles: Range<usize>, registers: &mut Option<T>) {
-        match (self.layout.halves(), self.layout.min(), self.layout.codes == Codes::Eight) {
-            (false, false, false) => self.tiles::<T, false, false, false>(tiles, registers),
-            (false, true, false) => self.tiles::<T, false, true, false>(tiles, registers),
-            (true, false, false) => self.tiles::<T, true, false, false>(tiles, registers),
-            (true, true, false) => self.tiles::<T, true, true, false>(tiles, registers),
-            (false, false, true) => self.tiles::<T, false, false, true>(tiles, registers),
-            _ => unreachable!("no format has the layout {:?}", self.layout),
-        }
-    }
-
-    #[inline(always)]
-    fn tiles<T: Tiles, const HALVES: bool, const MIN: bool, const BYTES: bool>(
-        &self,
-        tiles: Range<usize>,
-        registers: &mut Option<T>,
-    ) {
-        let Opened { groups, first, .. } = self.opened;
-        for tile in tiles {
-            let first_row = tile * TILE_ROWS;
-            let count = TILE_ROWS.min(self.rows.count - first_row);
-            let x = self.rows.groups(tile, first..first + groups.len());
-            if let Some(registers) = registers {
-                let acc = self.begin::<TILE_ROWS>(first_row, count);
-                let acc = quant::tile_dots::<S, T, HALVES, MIN>(self.s, registers, groups, x, acc);
-                self.end(first_row, &acc[..count]);
-            } else {
-                for_row_tiles!(S, count, |row, R| {
-                    let acc = self.begin::<R>(first_row + row, R);
-                    let acc = quant::dots::<S, R, HALVES, MIN, BYTES>(self.s, groups, x, row, self.layout.zero, acc);
-                    self.end(first_row + row, &acc);
-                });
-            }
-        }
-    }
-
-    /// The sums so far of `count` rows.
-    #[inline(always)]
-    fn begin<const R: usize>(&self, row: usize, count: usize) -> [S::F; R] {
-        std::array::from_fn(|r| match self.opened.first {
-            0 => self.s.splat(0.0),
-            // SAFETY: a task owns its panels.
-            _ if r < count => unsafe { self.out.load(self.s, self.part, row + r, self.opened.panel) },
-            _ => self.s.splat(0.0),
-        })
-    }
-
-    /// Stores the sums, which are results after the last record.
-    #[inline(always)]
-    fn end(&self, row: usize, acc: &[S::F]) {
-        let Opened { groups, panel, first } = self.opened;
-        let out = Out { bias: self.out.bias.filter(|_| first + groups.len() == self.rows.cols / GROUP), ..self.out };
-        for (r, &value) in acc.iter().enumerate() {
-            // SAFETY: a task owns its panels.
-            unsafe { out.store(self.s, self.part, row + r, panel, value) };
         }
     }
 }

@@ -107,9 +107,17 @@ fn quantize_group(x: &[f32; GROUP], row: usize, to: &mut QuantTile) {
             *code = (rounded.to_bits() as u8).cast_signed();
         }
     }
-    let half_sums = [0, 16].map(|half: usize| codes[half..half + 16].iter().map(|&code| i32::from(code)).sum::<i32>());
+    // Loops rather than closures over arrays, which are compiled without the level's instructions when not inlined.
+    for (to, codes) in to.codes[row].iter_mut().zip(codes.as_chunks::<4>().0) {
+        *to = *codes;
+    }
+    let mut half_sums = [0i32; 2];
+    for (sum, codes) in half_sums.iter_mut().zip(codes.as_chunks::<{ GROUP / 2 }>().0) {
+        for &code in codes {
+            *sum += i32::from(code);
+        }
+    }
     let sum = half_sums[0] + half_sums[1];
-    to.codes[row] = std::array::from_fn(|quad| std::array::from_fn(|i| codes[4 * quad + i]));
     (to.scales[row], to.sums[row], to.offsets[row]) = (scale, sum, scale * sum as f32);
     for (half, sum) in half_sums.into_iter().enumerate() {
         (to.half_sums[half][row], to.half_offsets[half][row]) = (sum, scale * sum as f32);

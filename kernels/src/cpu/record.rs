@@ -87,17 +87,14 @@ impl Layout {
         Layout { codes, scales, zero: format.zero_point() }
     }
 
-    /// Whether a scale covers 16 in features, else 32.
-    pub(crate) fn halves(self) -> bool {
-        matches!(self.scales, Scales::Halves | Scales::HalvesMin)
-    }
-
     /// Whether there are minimums.
+    #[inline(always)]
     pub(crate) fn min(self) -> bool {
         matches!(self.scales, Scales::HalfMin | Scales::UnitsMin | Scales::HalvesMin)
     }
 
     /// Bytes before the records of a block.
+    #[inline(always)]
     pub(crate) fn head_bytes(self) -> usize {
         match self.scales {
             Scales::Half | Scales::HalfMin => 0,
@@ -107,6 +104,7 @@ impl Layout {
     }
 
     /// Bytes of a record's planes.
+    #[inline(always)]
     pub(crate) fn code_bytes(self) -> usize {
         VECTOR
             * match self.codes {
@@ -120,6 +118,7 @@ impl Layout {
     }
 
     /// Bytes per record.
+    #[inline(always)]
     pub(crate) fn record_bytes(self) -> usize {
         self.code_bytes()
             + LANES
@@ -130,26 +129,29 @@ impl Layout {
     }
 
     /// Records per block: those under one head.
+    #[inline(always)]
     pub(crate) fn block_records(self) -> usize {
         if self.head_bytes() == 0 { 1 } else { BLOCK_RECORDS }
     }
 
     /// Bytes per block.
+    #[inline(always)]
     pub(crate) fn block_bytes(self) -> usize {
         self.head_bytes() + self.block_records() * self.record_bytes()
     }
 
     /// Bytes of a panel of `cols` in features, a whole number of blocks.
+    #[inline(always)]
     pub(crate) fn panel_bytes(self, cols: usize) -> usize {
         cols / GROUP / self.block_records() * self.block_bytes()
     }
 
-    /// Head and record number `record` of a panel.
+    /// The records of a panel, each with its head.
     #[inline(always)]
-    pub(crate) fn record(self, panel: &[u8], record: usize) -> (&[u8], &[u8]) {
-        let (block, at) = (record / self.block_records(), record % self.block_records());
-        let block = &panel[block * self.block_bytes()..][..self.block_bytes()];
-        let (head, records) = block.split_at(self.head_bytes());
-        (head, &records[at * self.record_bytes()..][..self.record_bytes()])
+    pub(crate) fn records(self, panel: &[u8]) -> impl Iterator<Item = (&[u8], &[u8])> {
+        panel.chunks_exact(self.block_bytes()).flat_map(move |block| {
+            let (head, records) = block.split_at(self.head_bytes());
+            records.chunks_exact(self.record_bytes()).map(move |record| (head, record))
+        })
     }
 }
