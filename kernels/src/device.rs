@@ -14,6 +14,8 @@ pub enum CpuIsa {
     Avx2,
     /// AVX-512 F, BW, DQ, VL and VNNI.
     Avx512,
+    /// The same with the tile registers of AMX: int8 and bf16.
+    Amx,
 }
 
 /// What the CPU backend runs on.

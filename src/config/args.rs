@@ -219,6 +219,7 @@ pub(super) enum CpuIsaArg {
     Scalar,
     Avx2,
     Avx512,
+    Amx,
 }
 
 /// Form of the log.

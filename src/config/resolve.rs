@@ -130,6 +130,7 @@ fn engine_config(args: EngineArgs) -> Result<EngineConfig, ConfigError> {
         CpuIsaArg::Scalar => Some(CpuIsa::Scalar),
         CpuIsaArg::Avx2 => Some(CpuIsa::Avx2),
         CpuIsaArg::Avx512 => Some(CpuIsa::Avx512),
+        CpuIsaArg::Amx => Some(CpuIsa::Amx),
     };
     let threads = args.threads.map(|threads| usize::try_from(threads).expect("a u32 fits usize"));
     Ok(EngineConfig {
