@@ -13,7 +13,7 @@
 //!
 //! Everything here trusts its arguments: shapes were checked in `ops.rs` and at packing.
 
-mod amx;
+pub(crate) mod amx;
 pub(crate) mod attend;
 mod dense;
 mod element;

@@ -29,10 +29,14 @@ pub enum Limit {
     DotI8,
     /// Operations of bf16 vector dot products with f32 sums.
     DotBf16,
+    /// Operations of i8 products of tile registers with i32 sums.
+    TileI8,
+    /// Operations of bf16 products of tile registers with f32 sums.
+    TileBf16,
 }
 
 impl Limit {
-    /// For tables and records: `read`, `fma f32`, `dot i8`, `dot bf16`.
+    /// For tables and records: `read`, `fma f32`, `dot i8`, `dot bf16`, `tile i8`, `tile bf16`.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -40,6 +44,8 @@ impl Limit {
             Limit::FmaF32 => "fma f32",
             Limit::DotI8 => "dot i8",
             Limit::DotBf16 => "dot bf16",
+            Limit::TileI8 => "tile i8",
+            Limit::TileBf16 => "tile bf16",
         }
     }
 
@@ -48,7 +54,7 @@ impl Limit {
     pub fn unit(self) -> &'static str {
         match self {
             Limit::Read => "bytes",
-            Limit::FmaF32 | Limit::DotI8 | Limit::DotBf16 => "operations",
+            _ => "operations",
         }
     }
 }
@@ -85,7 +91,7 @@ impl Gauge {
     /// The limits that this machine has.
     #[must_use]
     pub fn limits(&self) -> Vec<Limit> {
-        let all = [Limit::Read, Limit::FmaF32, Limit::DotI8, Limit::DotBf16];
+        let all = [Limit::Read, Limit::FmaF32, Limit::DotI8, Limit::DotBf16, Limit::TileI8, Limit::TileBf16];
         all.into_iter().filter(|&limit| limit == Limit::Read || routine_of(limit).is_some()).collect()
     }
 

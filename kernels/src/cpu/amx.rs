@@ -14,16 +14,18 @@
 #[cfg(test)]
 pub(super) mod emulated;
 #[cfg(target_arch = "x86_64")]
-pub(super) mod hardware;
+pub(crate) mod hardware;
 
 /// Rows of a tile register.
 pub(super) const TILE_ROWS: usize = 16;
 /// Bytes of a row of a tile register.
 pub(super) const TILE_ROW_BYTES: usize = 64;
 
-/// Registers of products: two of each kind, so that a product can begin while another one's result is stored.
+/// Registers of products: results, rows of activations, weights.
 pub(super) const C0: usize = 0;
 pub(super) const C1: usize = 1;
+pub(super) const C2: usize = 2;
+pub(super) const C3: usize = 3;
 pub(super) const A0: usize = 4;
 pub(super) const A1: usize = 5;
 pub(super) const B0: usize = 6;

@@ -1,9 +1,10 @@
 //! The loops behind the limits: chains of one instruction, enough of them to hide its latency, in registers only.
 //!
-//! The table is searched from the top, so the best instruction set of a limit comes first. To add one (AMX tiles, say):
-//! its variants in [`Limit`], a row here, and its loop with `asm!` below.
+//! The table is searched from the top, so the best instruction set of a limit comes first.
 
 use super::Limit;
+#[cfg(target_arch = "x86_64")]
+use crate::cpu::amx::hardware;
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
 use std::hint::black_box;
@@ -82,6 +83,20 @@ pub(super) const ROUTINES: &[Routine] = &[
         is_available: || is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16"),
         operations: 2 * 32 * CHAINS * TURNS,
         run: dot_bf16_avx512,
+    },
+    #[cfg(target_arch = "x86_64")]
+    Routine {
+        limit: Limit::TileI8,
+        is_available: hardware::available,
+        operations: 2 * 16 * 16 * 64 * hardware::PRODUCTS_PER_TURN * TURNS,
+        run: tile_i8,
+    },
+    #[cfg(target_arch = "x86_64")]
+    Routine {
+        limit: Limit::TileBf16,
+        is_available: hardware::available,
+        operations: 2 * 16 * 16 * 32 * hardware::PRODUCTS_PER_TURN * TURNS,
+        run: tile_bf16,
     },
 ];
 
@@ -198,4 +213,20 @@ fn dot_bf16_avx512() {
         }
     }
     black_box(sums);
+}
+
+/// # Safety
+/// The machine has AMX and lets the process use it.
+#[cfg(target_arch = "x86_64")]
+unsafe fn tile_i8() {
+    // SAFETY: the caller's promise.
+    unsafe { hardware::products::<false>(TURNS) }
+}
+
+/// # Safety
+/// As for [`tile_i8`].
+#[cfg(target_arch = "x86_64")]
+unsafe fn tile_bf16() {
+    // SAFETY: the caller's promise.
+    unsafe { hardware::products::<true>(TURNS) }
 }

@@ -3,11 +3,11 @@
 use std::arch::asm;
 use std::arch::x86_64::{__cpuid, __cpuid_count};
 
-use super::{TileShapes, Tiles};
+use super::{A0, A1, B0, B1, C0, C1, C2, C3, TILE_ROW_BYTES, TILE_ROWS, TileShapes, Tiles};
 
 /// Whether this machine has AMX with int8 and bf16, and the system lets this process use it. Asks the system for the
 /// permission, which holds for all threads from then on.
-pub(in crate::cpu) fn available() -> bool {
+pub(crate) fn available() -> bool {
     has_amx() && request_permission()
 }
 
@@ -115,5 +115,29 @@ impl Drop for Hardware {
     fn drop(&mut self) {
         // SAFETY: releasing the registers is always allowed where they may be used.
         unsafe { asm!("tilerelease", options(nostack, nomem, preserves_flags)) };
+    }
+}
+
+/// Products of whole registers in one turn of [`products`].
+pub(crate) const PRODUCTS_PER_TURN: usize = 4;
+
+/// Products of whole registers, over bf16 or i8, that do not wait for each other: what the unit can do at most.
+///
+/// # Safety
+/// [`available`] said that the process may use the registers.
+pub(crate) unsafe fn products<const BF16: bool>(turns: usize) {
+    let mut registers = Hardware::configure(&TileShapes::product(TILE_ROWS, TILE_ROW_BYTES));
+    for _ in 0..turns {
+        if BF16 {
+            registers.dot_bf16::<C0, A0, B0>();
+            registers.dot_bf16::<C1, A0, B1>();
+            registers.dot_bf16::<C2, A1, B0>();
+            registers.dot_bf16::<C3, A1, B1>();
+        } else {
+            registers.dot_i8::<C0, A0, B0>();
+            registers.dot_i8::<C1, A0, B1>();
+            registers.dot_i8::<C2, A1, B0>();
+            registers.dot_i8::<C3, A1, B1>();
+        }
     }
 }
