@@ -4,9 +4,9 @@
 //! simd     sixteen lanes at every instruction-set level; kernels are written once over it
 //! pool     the threads
 //! panel    packed weights; pack fills them, embed reads rows back
-//! quantize activations to int8 per group of 32
+//! quantize activations to int8 per group of 32; round: to pairs of bf16
 //! matmul   drives the tiles of dense (float panels) and quant (integer panels)
-//! attend   paged attention: tiles of positions, softmax state, splits
+//! attend   paged attention: scores, weights and outputs of a split of positions; splits merged
 //! rows     norms, gated activation, gather; rope: rotary embedding and the store to the KV cache
 //! ```
 //!
@@ -19,11 +19,13 @@ mod embed;
 mod exp;
 mod matmul;
 pub(crate) mod pack;
+pub(crate) mod pair;
 pub(crate) mod panel;
 pub(crate) mod pool;
 mod quant;
 mod quantize;
 mod rope;
+mod round;
 mod rows;
 mod shared;
 mod simd;
@@ -43,27 +45,34 @@ pub(crate) use rows::{add_rms_norm, gather_rows, rms_norm, silu_mul};
 /// Threads, level and scratch of one CPU device.
 pub(crate) struct CpuDevice {
     pub(crate) pool: pool::Pool,
-    pub(crate) isa: CpuIsa,
+    pub(crate) isa: simd::Isa,
     /// Quantized activations of the running matrix product; grows to the largest seen.
     activations: Mutex<quantize::QuantRows>,
+    /// Rounded ones, likewise.
+    pairs: Mutex<round::PairRows>,
     /// Where packed weights are placed.
     weights: Mutex<Arena>,
 }
 
 impl CpuDevice {
-    pub(crate) fn new(options: CpuOptions) -> Result<Self> {
+    /// `bf16`: whether to use the bf16 instructions that the machine may have beside its level.
+    pub(crate) fn new(options: CpuOptions, bf16: bool) -> Result<Self> {
         let best = simd::best_isa();
-        let isa = options.isa.unwrap_or(best);
-        if isa > best {
-            return Err(KernelError::Unsupported(format!("expected a machine with {isa:?}, found one with {best:?}")));
+        let level = options.isa.unwrap_or(best);
+        if level > best {
+            return Err(KernelError::Unsupported(format!(
+                "expected a machine with {level:?}, found one with {best:?}"
+            )));
         }
+        let isa = simd::Isa::new(level, bf16);
         let threads = options.threads.unwrap_or_else(|| thread::available_parallelism().map_or(1, usize::from));
         let activations = Mutex::new(quantize::QuantRows::new()?);
-        Ok(CpuDevice { pool: pool::Pool::new(threads)?, isa, activations, weights: Mutex::default() })
+        let pairs = Mutex::new(round::PairRows::new()?);
+        Ok(CpuDevice { pool: pool::Pool::new(threads)?, isa, activations, pairs, weights: Mutex::default() })
     }
 
     pub(crate) fn describe(&self) -> String {
-        let isa = match self.isa {
+        let isa = match self.isa.level {
             CpuIsa::Scalar => "scalar",
             CpuIsa::Avx2 => "avx2",
             CpuIsa::Avx512 => "avx512",
@@ -75,6 +84,11 @@ impl CpuDevice {
     /// The scratch for quantized activations. A panic of a former holder leaves nothing that matters behind.
     fn activations(&self) -> MutexGuard<'_, quantize::QuantRows> {
         self.activations.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The scratch for rounded activations, likewise.
+    fn pairs(&self) -> MutexGuard<'_, round::PairRows> {
+        self.pairs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The place for packed weights.

@@ -4,7 +4,7 @@
 //! the instruction set and of the other rows. Features missing in the last panel are zeros.
 //!
 //! ```text
-//! float panel    [cols][16]
+//! float panel    [cols][16], of bf16 [cols / 2][16][2] with odd cols rounded up
 //! integer panel  [cols / 32] records of
 //!                  codes   4 bits: [4][16 features][4]  low nibbles: in features 4j..4j+4, high nibbles: 16 on
 //!                          8 bits: [8][16 features][4]
@@ -14,6 +14,7 @@
 //!
 //! Four consecutive in features of one out feature are the 32 bits that `vpdpbusd` multiplies in a lane.
 
+use super::pair::Pair;
 use super::simd::LANES;
 use crate::Format;
 use crate::buffer::Buffer;
@@ -52,7 +53,7 @@ impl Part {
 pub(crate) enum Panels {
     F32(Buffer<f32>),
     F16(Buffer<u16>),
-    BF16(Buffer<u16>),
+    BF16(Buffer<Pair>),
     Quant(QuantLayout, Buffer<u8>),
 }
 
@@ -60,7 +61,8 @@ impl Panels {
     pub(crate) fn bytes(&self) -> usize {
         match self {
             Panels::F32(data) => data.bytes(),
-            Panels::F16(data) | Panels::BF16(data) => data.bytes(),
+            Panels::F16(data) => data.bytes(),
+            Panels::BF16(data) => data.bytes(),
             Panels::Quant(_, data) => data.bytes(),
         }
     }
