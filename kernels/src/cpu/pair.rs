@@ -43,7 +43,8 @@ impl Pair {
     /// Only the values whose bit is set in `mask` (1: even, 2: odd), the other one zero.
     #[inline(always)]
     pub(crate) fn only(self, mask: u32) -> Self {
-        Pair(self.0 & ((mask & 1) * 0xffff | (mask >> 1) * 0xffff_0000))
+        let halves = [0, 0xffff, 0xffff_0000, 0xffff_ffff];
+        Pair(self.0 & halves[mask as usize & 3])
     }
 }
 

@@ -63,6 +63,9 @@ pub(crate) trait Simd: Copy {
     /// The maximum over the same tree as [`sum`](Self::sum).
     fn max_lane(self, value: Self::F) -> f32;
 
+    /// Runs the kernel as a function of its own: its loops then have all registers to themselves.
+    fn outlined<K: Kernel>(self, kernel: K);
+
     /// Asks for the cache line of `at` to be brought near; any address will do.
     #[inline(always)]
     fn prefetch<T>(self, _at: &T) {}

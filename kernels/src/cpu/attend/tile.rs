@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use super::super::element::Cell;
 use super::super::exp::exp2;
-use super::super::simd::{LANES, Simd};
+use super::super::simd::{Kernel, LANES, Simd};
 use super::positions::{Positions, prefetch};
 use super::state::State;
 use crate::Result;
@@ -58,7 +58,7 @@ impl<C: Cell, const R: usize> Tile<'_, C, R> {
         let end = seen.map(|seen| seen.end).max().unwrap_or(start);
         self.score(s, start / LANES..end.div_ceil(LANES), &mut scratch.scores);
         for (r, seen) in self.seen.iter().enumerate().filter(|(_, seen)| !seen.is_empty()) {
-            let scores = (&mut scratch.scores[r * SPLIT..][..SPLIT]).as_mut_array().expect("the scores of a split");
+            let scores = scratch.scores[r * SPLIT..][..SPLIT].as_mut_array().expect("the scores of a split");
             let weights = &mut scratch.weights[r * SPLIT / C::VALUES..][..SPLIT / C::VALUES];
             let (max, sum) = weigh(s, scores, seen.clone(), weights);
             state.set(first + r, max, sum);
@@ -85,34 +85,13 @@ impl<C: Cell, const R: usize> Tile<'_, C, R> {
     /// `P` vectors of positions from `first`: one chain over the cells of the head per score. Returns `P`.
     #[inline(always)]
     fn score_vectors<S: Simd, const P: usize>(&self, s: S, first: usize, scores: &mut [f32]) -> usize {
-        let (cells, stride) = (self.q[0].len(), self.positions.k_stride);
         let k: [&[C]; P] = std::array::from_fn(|p| self.positions.k[first + p]);
         if self.fetch {
             for v in &self.positions.v[first..first + P] {
                 prefetch(s, v, Self::PER_VECTOR, self.positions.v_stride, self.positions.v_stride);
             }
         }
-        assert!(self.q.iter().all(|q| q.len() == cells), "queries of one length");
-        assert!(k.iter().all(|k| k.len() >= (cells - 1) * stride + LANES), "keys of that length");
-        let mut acc = [[s.splat(0.0); P]; R];
-        for i in 0..cells {
-            let k: [C::Vector<S>; P] = std::array::from_fn(|p| {
-                // SAFETY: row `i` of 16 is there, as asserted; the check would stay in the innermost loop.
-                C::load(s, unsafe { &*k[p].as_ptr().add(i * stride).cast::<[C; LANES]>() })
-            });
-            for r in 0..R {
-                // SAFETY: every query has `cells` cells, as asserted.
-                let q = C::splat(s, unsafe { *self.q[r].get_unchecked(i) });
-                for p in 0..P {
-                    acc[r][p] = C::dot(s, q, k[p], acc[r][p]);
-                }
-            }
-        }
-        for (r, acc) in acc.into_iter().enumerate() {
-            for (p, value) in acc.into_iter().enumerate() {
-                s.store(lanes(&mut scores[r * SPLIT + (first + p) * LANES..]), value);
-            }
-        }
+        s.outlined(Scores { q: self.q, k, k_stride: self.positions.k_stride, to: &mut scores[first * LANES..] });
         P
     }
 
@@ -130,10 +109,10 @@ impl<C: Cell, const R: usize> Tile<'_, C, R> {
                 self.accumulate_common(s, weights, part, state.outs(first, R));
                 continue;
             }
-            for r in 0..R {
+            for (r, weights) in weights.iter().enumerate() {
                 let seen = self.seen[r].start.max(part.start)..self.seen[r].end.min(part.end);
                 if !seen.is_empty() {
-                    self.accumulate_alone(s, weights[r], seen, row, state.outs(first + r, 1));
+                    self.accumulate_alone(s, weights, seen, row, state.outs(first + r, 1));
                 }
             }
         }
@@ -142,14 +121,15 @@ impl<C: Cell, const R: usize> Tile<'_, C, R> {
     /// Adds positions that one query sees to its output. Of a cell that it sees in part, the rest counts as zero.
     #[inline(always)]
     fn accumulate_alone<S: Simd>(&self, s: S, weights: &[C], seen: Range<usize>, row: &mut [C], out: &mut [f32]) {
-        for cell in seen.start / C::VALUES..seen.end.div_ceil(C::VALUES) {
+        let cells = seen.start / C::VALUES..seen.end.div_ceil(C::VALUES);
+        for (cell, &weight) in cells.clone().zip(&weights[cells]) {
             let first = cell * C::VALUES;
             let mask = (0..C::VALUES).fold(0, |mask, at| mask | u32::from(seen.contains(&(first + at))) << at);
             let v = &self.positions.v[cell / Self::PER_VECTOR][cell % Self::PER_VECTOR * self.positions.v_stride..];
             for (to, from) in row.iter_mut().zip(v) {
                 *to = from.only(mask);
             }
-            let weight = C::splat(s, weights[cell]);
+            let weight = C::splat(s, weight);
             for (out, v) in out.as_chunks_mut::<LANES>().0.iter_mut().zip(row.as_chunks::<LANES>().0) {
                 s.store(out, C::dot(s, weight, C::load(s, v), s.load(out)));
             }
@@ -163,56 +143,104 @@ impl<C: Cell, const R: usize> Tile<'_, C, R> {
         let vectors = out.len() / R / LANES;
         let mut vector = 0;
         while vector < vectors && !cells.is_empty() {
-            vector += if S::ATTEND_TILE.1 >= 4 && vectors - vector >= 4 {
-                self.accumulate_vectors::<S, 4>(s, weights, cells.clone(), vector, out)
+            let fetch = (self.fetch && vector == 0).then_some(self.q[0].len());
+            let (positions, cells, out) = (self.positions, cells.clone(), &mut *out);
+            if S::ATTEND_TILE.1 >= 4 && vectors - vector >= 4 {
+                s.outlined(Outputs::<C, R, 4> { weights, positions, cells, first: vector, out, fetch });
+                vector += 4;
             } else {
-                self.accumulate_vectors::<S, 1>(s, weights, cells.clone(), vector, out)
-            };
+                s.outlined(Outputs::<C, R, 1> { weights, positions, cells, first: vector, out, fetch });
+                vector += 1;
+            }
         }
     }
+}
 
-    /// `O` vectors of output values from `first`: one chain over the cells each. Returns `O`.
+/// `R` queries times 16 positions of each of `P` vectors: one chain over the cells of the head per score.
+struct Scores<'a, C, const R: usize, const P: usize> {
+    q: [&'a [C]; R],
+    k: [&'a [C]; P],
+    k_stride: usize,
+    /// Rows of `P` vectors, [`SPLIT`] apart.
+    to: &'a mut [f32],
+}
+
+impl<C: Cell, const R: usize, const P: usize> Kernel for Scores<'_, C, R, P> {
     #[inline(always)]
-    fn accumulate_vectors<S: Simd, const O: usize>(
-        &self,
-        s: S,
-        weights: [&[C]; R],
-        cells: Range<usize>,
-        first: usize,
-        out: &mut [f32],
-    ) -> usize {
-        let (padded, stride) = (out.len() / R, self.positions.v_stride);
-        let at = |q: usize, o: usize| q * padded + (first + o) * LANES;
-        let mut acc: [[S::F; O]; R] =
-            std::array::from_fn(|q| std::array::from_fn(|o| s.load(lanes(&mut out[at(q, o)..]))));
-        for vector in cells.start / Self::PER_VECTOR..cells.end.div_ceil(Self::PER_VECTOR) {
-            let rows = vector * Self::PER_VECTOR;
-            let rows = cells.start.max(rows)..cells.end.min(rows + Self::PER_VECTOR);
-            let v = &self.positions.v[vector][rows.start % Self::PER_VECTOR * stride + first * LANES..];
-            assert!(v.len() >= (rows.len() - 1) * stride + O * LANES, "values of {} rows", rows.len());
-            if self.fetch && first == 0 {
-                prefetch(s, self.positions.next_k[vector], self.q[0].len(), self.positions.k_stride, LANES);
+    fn run<S: Simd>(self, s: S) {
+        let Scores { q, k, k_stride, to } = self;
+        let cells = q[0].len();
+        assert!(q.iter().all(|q| q.len() == cells), "queries of one length");
+        assert!(k.iter().all(|k| k.len() >= (cells - 1) * k_stride + LANES), "keys of that length");
+        let mut acc = [[s.splat(0.0); P]; R];
+        for i in 0..cells {
+            for p in 0..P {
+                // SAFETY: row `i` of 16 is there, as asserted; the check would stay in the innermost loop.
+                let k = C::load(s, unsafe { &*k[p].as_ptr().add(i * k_stride).cast::<[C; LANES]>() });
+                for r in 0..R {
+                    // SAFETY: every query has `cells` cells, as asserted.
+                    let q = C::splat(s, unsafe { *q[r].get_unchecked(i) });
+                    acc[r][p] = C::dot(s, q, k, acc[r][p]);
+                }
             }
-            let weights = weights.map(|weights| &weights[rows.clone()]);
-            for i in 0..rows.len() {
-                let v: [C::Vector<S>; O] = std::array::from_fn(|o| {
+        }
+        for (r, acc) in acc.into_iter().enumerate() {
+            for (p, value) in acc.into_iter().enumerate() {
+                s.store(lanes(&mut to[r * SPLIT + p * LANES..]), value);
+            }
+        }
+    }
+}
+
+/// Adds whole cells of positions to `O` vectors of outputs of `R` queries: one chain over the cells each.
+struct Outputs<'a, C, const R: usize, const O: usize> {
+    weights: [&'a [C]; R],
+    positions: &'a Positions<'a, C>,
+    cells: Range<usize>,
+    /// The first vector.
+    first: usize,
+    /// `[R][padded]`.
+    out: &'a mut [f32],
+    /// Cells of the head, if the next split's keys are to be brought near.
+    fetch: Option<usize>,
+}
+
+impl<C: Cell, const R: usize, const O: usize> Kernel for Outputs<'_, C, R, O> {
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Outputs { weights, positions, cells, first, out, fetch } = self;
+        let (padded, stride, per_vector) = (out.len() / R, positions.v_stride, LANES / C::VALUES);
+        let mut acc = [[s.splat(0.0); R]; O];
+        for (o, acc) in acc.iter_mut().enumerate() {
+            for (r, acc) in acc.iter_mut().enumerate() {
+                *acc = s.load(lanes(&mut out[r * padded + (first + o) * LANES..]));
+            }
+        }
+        assert!(weights.iter().all(|weights| weights.len() >= cells.end), "a weight per cell");
+        for vector in cells.start / per_vector..cells.end.div_ceil(per_vector) {
+            let rows = cells.start.max(vector * per_vector)..cells.end.min((vector + 1) * per_vector);
+            let v = &positions.v[vector][rows.start % per_vector * stride + first * LANES..];
+            assert!(v.len() >= (rows.len() - 1) * stride + O * LANES, "values of {} rows", rows.len());
+            if let Some(cells) = fetch {
+                prefetch(s, positions.next_k[vector], cells, positions.k_stride, LANES);
+            }
+            for (i, row) in rows.enumerate() {
+                for (o, acc) in acc.iter_mut().enumerate() {
                     // SAFETY: row `i` has `O` vectors from `first` on, as asserted.
-                    C::load(s, unsafe { &*v.as_ptr().add(i * stride + o * LANES).cast::<[C; LANES]>() })
-                });
-                for q in 0..R {
-                    let weight = C::splat(s, weights[q][i]);
-                    for o in 0..O {
-                        acc[q][o] = C::dot(s, weight, v[o], acc[q][o]);
+                    let v = C::load(s, unsafe { &*v.as_ptr().add(i * stride + o * LANES).cast::<[C; LANES]>() });
+                    for r in 0..R {
+                        // SAFETY: there is a weight per cell, as asserted.
+                        let weight = C::splat(s, unsafe { *weights[r].get_unchecked(row) });
+                        acc[r] = C::dot(s, weight, v, acc[r]);
                     }
                 }
             }
         }
-        for (q, acc) in acc.into_iter().enumerate() {
-            for (o, value) in acc.into_iter().enumerate() {
-                s.store(lanes(&mut out[at(q, o)..]), value);
+        for (o, acc) in acc.into_iter().enumerate() {
+            for (r, value) in acc.into_iter().enumerate() {
+                s.store(lanes(&mut out[r * padded + (first + o) * LANES..]), value);
             }
         }
-        O
     }
 }
 
@@ -249,5 +277,5 @@ fn weigh<S: Simd, C: Cell>(s: S, scores: &mut [f32; SPLIT], seen: Range<usize>, 
 /// The first 16 values.
 #[inline(always)]
 fn lanes(values: &mut [f32]) -> &mut [f32; LANES] {
-    (&mut values[..LANES]).as_mut_array().expect("16 lanes")
+    values[..LANES].as_mut_array().expect("16 lanes")
 }

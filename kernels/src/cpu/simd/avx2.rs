@@ -12,6 +12,7 @@ pub(super) struct Avx2(());
 
 /// # Safety
 /// The machine has the features named here.
+#[inline(never)]
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) unsafe fn run<K: Kernel>(kernel: K) {
     kernel.run(Avx2(()));
@@ -107,6 +108,11 @@ impl Simd for Avx2 {
     // Two products of full bytes overflow the 16 bits of `vpmaddubsw`; centred codes fit.
     const BYTE_BIAS: i32 = 128;
 
+    #[inline(always)]
+    fn outlined<K: Kernel>(self, kernel: K) {
+        // SAFETY: `self` proves the features.
+        unsafe { run(kernel) }
+    }
     #[inline(always)]
     fn splat(self, value: f32) -> Pair {
         // SAFETY: `self` proves the features.

@@ -12,6 +12,7 @@ pub(super) struct Avx512<const BF16: bool>(());
 
 /// # Safety
 /// The machine has the features named here.
+#[inline(never)]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 pub(super) unsafe fn run<K: Kernel>(kernel: K) {
     kernel.run(Avx512::<false>(()));
@@ -19,6 +20,7 @@ pub(super) unsafe fn run<K: Kernel>(kernel: K) {
 
 /// # Safety
 /// The machine has the features named here.
+#[inline(never)]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")]
 pub(super) unsafe fn run_bf16<K: Kernel>(kernel: K) {
     kernel.run(Avx512::<true>(()));
@@ -49,6 +51,11 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     const ATTEND_TILE: (usize, usize) = (6, 4);
     const BYTE_BIAS: i32 = 0;
 
+    #[inline(always)]
+    fn outlined<K: Kernel>(self, kernel: K) {
+        // SAFETY: `self` proves the features.
+        unsafe { if BF16 { run_bf16(kernel) } else { run(kernel) } }
+    }
     #[inline(always)]
     fn splat(self, value: f32) -> __m512 {
         // SAFETY: `self` proves the features.

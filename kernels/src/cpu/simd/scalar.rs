@@ -3,7 +3,7 @@
 use half::f16;
 
 use super::super::pair::Pair;
-use super::{LANES, Simd};
+use super::{Kernel, LANES, Simd};
 
 #[derive(Clone, Copy)]
 pub(super) struct Scalar;
@@ -44,6 +44,10 @@ impl Simd for Scalar {
     const ATTEND_TILE: (usize, usize) = (1, 1);
     const BYTE_BIAS: i32 = 0;
 
+    #[inline(always)]
+    fn outlined<K: Kernel>(self, kernel: K) {
+        kernel.run(self);
+    }
     #[inline(always)]
     fn splat(self, value: f32) -> F {
         [value; LANES]
