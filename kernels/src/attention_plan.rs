@@ -2,7 +2,7 @@
 //!
 //! A task is some query rows of one sequence under one KV head, over all positions or, where a few rows see a long
 //! context, over one stretch of them. How work is divided cannot be seen in results: a row's reduction always goes over
-//! tiles of [`TILE`] positions within splits of [`SPLIT`], both counted from position 0, whoever computes them.
+//! splits of [`SPLIT`] positions, counted from position 0, whoever computes them.
 //!
 //! Time O(query rows + table entries) per update; memory is reserved at construction and reused.
 
@@ -12,9 +12,7 @@ use crate::cpu::attend::Scratch;
 use crate::device::Backend;
 use crate::{Device, KernelError, KvCache, Result};
 
-/// Positions per step of the online softmax.
-pub(crate) const TILE: usize = 32;
-/// Positions per partial result; a multiple of [`TILE`].
+/// Positions per partial result.
 pub(crate) const SPLIT: usize = 256;
 /// Query vectors (rows times heads per KV head) that a task holds at once, unless one row has more.
 const TASK_QUERIES: usize = 48;

@@ -5,9 +5,9 @@
 //! pool     the threads
 //! amx      tile registers
 //! panel    packed weights, record their bytes where they are integers; pack fills them, embed reads rows back
-//! quantize activations to int8 per group of 32
+//! quantize activations to int8 per group of 32; round: to pairs of bf16
 //! matmul   drives the tiles of dense (float panels) and, by quant_task, of quant (integer panels, opened by open)
-//! attend   paged attention: tiles of positions, softmax state, splits
+//! attend   paged attention: scores, weights and outputs of a split of positions; splits merged
 //! rows     norms, gated activation, gather; rope: rotary embedding and the store to the KV cache
 //! ```
 //!
@@ -22,6 +22,7 @@ mod exp;
 mod matmul;
 mod open;
 pub(crate) mod pack;
+pub(crate) mod pair;
 pub(crate) mod panel;
 pub(crate) mod pool;
 mod quant;
@@ -29,6 +30,7 @@ mod quant_task;
 mod quantize;
 pub(crate) mod record;
 mod rope;
+mod round;
 mod rows;
 mod shared;
 mod simd;
@@ -48,10 +50,12 @@ pub(crate) use rows::{add_rms_norm, gather_rows, rms_norm, silu_mul};
 /// Threads, level and scratch of one CPU device.
 pub(crate) struct CpuDevice {
     pub(crate) pool: pool::Pool,
-    pub(crate) isa: CpuIsa,
+    pub(crate) isa: simd::Isa,
     tile_unit: amx::TileUnit,
     /// Quantized activations of the running matrix product; grows to the largest seen.
     activations: Mutex<quantize::QuantRows>,
+    /// Rounded ones, likewise.
+    pairs: Mutex<round::PairRows>,
     /// Per worker, the records that it has open.
     opened: Vec<Mutex<Buffer<open::Group>>>,
     /// Where packed weights are placed.
@@ -59,23 +63,28 @@ pub(crate) struct CpuDevice {
 }
 
 impl CpuDevice {
-    pub(crate) fn new(options: CpuOptions) -> Result<Self> {
+    /// `bf16`: whether to use the bf16 instructions that the machine may have beside its level.
+    pub(crate) fn new(options: CpuOptions, bf16: bool) -> Result<Self> {
         let best = simd::best_isa();
-        let isa = options.isa.unwrap_or(best);
-        if isa > best {
-            return Err(KernelError::Unsupported(format!("expected a machine with {isa:?}, found one with {best:?}")));
+        let level = options.isa.unwrap_or(best);
+        if level > best {
+            return Err(KernelError::Unsupported(format!(
+                "expected a machine with {level:?}, found one with {best:?}"
+            )));
         }
+        let isa = simd::Isa::new(level, bf16);
         let threads = options.threads.unwrap_or_else(|| thread::available_parallelism().map_or(1, usize::from));
-        let tile_unit = simd::tile_unit(isa);
+        let tile_unit = simd::tile_unit(level);
         let activations = Mutex::new(quantize::QuantRows::new()?);
+        let pairs = Mutex::new(round::PairRows::new()?);
         let pool = pool::Pool::new(threads)?;
         let opened =
             (0..threads).map(|_| Ok(Mutex::new(Buffer::zeros(quant_task::OPEN_RECORDS)?))).collect::<Result<_>>()?;
-        Ok(CpuDevice { pool, isa, tile_unit, activations, opened, weights: Mutex::default() })
+        Ok(CpuDevice { pool, isa, tile_unit, activations, pairs, opened, weights: Mutex::default() })
     }
 
     pub(crate) fn describe(&self) -> String {
-        let isa = match self.isa {
+        let isa = match self.isa.level {
             CpuIsa::Scalar => "scalar",
             CpuIsa::Avx2 => "avx2",
             CpuIsa::Avx512 => "avx512",
@@ -88,6 +97,11 @@ impl CpuDevice {
     /// The scratch for quantized activations. A panic of a former holder leaves nothing that matters behind.
     fn activations(&self) -> MutexGuard<'_, quantize::QuantRows> {
         self.activations.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The scratch for rounded activations, likewise.
+    fn pairs(&self) -> MutexGuard<'_, round::PairRows> {
+        self.pairs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Room for the records that worker number `worker` opens.

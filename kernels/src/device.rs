@@ -5,14 +5,15 @@ use std::sync::Arc;
 use crate::cpu::CpuDevice;
 use crate::{Result, cuda};
 
-/// Instruction-set level of the CPU backend, lowest first. All levels give the same bits.
+/// Instruction-set level of the CPU backend, lowest first. All levels give the same bits, but for subnormal numbers in bf16
+/// products: where the machine has AVX512-BF16, these count as zero.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum CpuIsa {
     /// Plain Rust; any machine.
     Scalar,
     /// AVX2, FMA and F16C.
     Avx2,
-    /// AVX-512 F, BW, DQ, VL and VNNI.
+    /// AVX-512 F, BW, DQ, VL and VNNI; BF16 too where the machine has it.
     Avx512,
     /// The same with the tile registers of AMX: int8 and bf16.
     Amx,
@@ -44,7 +45,13 @@ impl Device {
     /// The CPU with a thread pool of its own. A level that the machine lacks, or zero threads, is
     /// [`Unsupported`](crate::KernelError::Unsupported).
     pub fn cpu(options: CpuOptions) -> Result<Device> {
-        Ok(Device { backend: Backend::Cpu(Arc::new(CpuDevice::new(options)?)) })
+        Ok(Device { backend: Backend::Cpu(Arc::new(CpuDevice::new(options, true)?)) })
+    }
+
+    /// As [`cpu`](Device::cpu), on a machine that lacks AVX512-BF16 or as if it did: for tests.
+    #[doc(hidden)]
+    pub fn cpu_without_bf16(options: CpuOptions) -> Result<Device> {
+        Ok(Device { backend: Backend::Cpu(Arc::new(CpuDevice::new(options, false)?)) })
     }
 
     /// GPU number `ordinal`.
@@ -65,7 +72,7 @@ impl Device {
     #[must_use]
     pub fn isa(&self) -> Option<CpuIsa> {
         match &self.backend {
-            Backend::Cpu(cpu) => Some(cpu.isa),
+            Backend::Cpu(cpu) => Some(cpu.isa.level),
             Backend::Cuda(_) => None,
         }
     }

@@ -1,6 +1,7 @@
 //! K and V of every layer, in blocks.
 
 use crate::buffer::Buffer;
+use crate::cpu::pair::Pair;
 use crate::device::Backend;
 use crate::{Device, KernelError, Result};
 
@@ -21,6 +22,14 @@ impl KvDType {
             KvDType::BF16 => 2,
         }
     }
+
+    /// Elements per cell, what one lane of a product takes at a time.
+    fn cell_values(self) -> usize {
+        match self {
+            KvDType::F32 => 1,
+            KvDType::BF16 => 2,
+        }
+    }
 }
 
 /// Shape of a KV cache.
@@ -36,35 +45,47 @@ pub struct KvShape {
 }
 
 impl KvShape {
-    /// Bytes of one block over all layers, K and V.
+    /// Bytes of one block over all layers, K and V, with what makes pairs of odd sizes.
     #[must_use]
     pub fn block_bytes(&self) -> usize {
-        2 * self.layers * self.block_size * self.kv_heads * self.head_dim * self.dtype.bytes()
+        2 * self.layers * self.kv_heads * self.padded_block() * self.padded_head() * self.dtype.bytes()
     }
 
-    /// Elements of K, or of V, of one head in one block of one layer.
+    /// Tokens per block, rounded up to whole cells of V.
+    pub(crate) fn padded_block(&self) -> usize {
+        self.block_size.next_multiple_of(self.dtype.cell_values())
+    }
+
+    /// Values per head, rounded up to whole cells of K.
+    pub(crate) fn padded_head(&self) -> usize {
+        self.head_dim.next_multiple_of(self.dtype.cell_values())
+    }
+
+    /// Cells of K, or of V, of one head in one block of one layer.
     pub(crate) fn page(&self) -> usize {
-        self.block_size * self.head_dim
+        self.padded_block() * self.padded_head() / self.dtype.cell_values()
     }
 }
 
 /// K and V of all layers in blocks. A slot is `block * block_size + offset`.
 ///
 /// On the CPU a block of a layer holds, per KV head, K transposed and then V, so that both products of attention run
-/// lane by lane without a horizontal sum:
+/// lane by lane without a horizontal sum. BF16 is stored in pairs along the sum, as bf16 products take them (the lanes of a
+/// vector, and the rows of a matrix unit's tile): two of a head's values in K, two positions in V. Odd sizes are rounded up.
 ///
 /// ```text
-/// [layer][block][kv_head] -> K [head_dim][block_size] | V [block_size][head_dim]
+/// F32  [layer][block][kv_head] -> K [head_dim][block_size]        | V [block_size][head_dim]
+/// BF16 [layer][block][kv_head] -> K [head_dim / 2][block_size][2] | V [block_size / 2][head_dim][2]
 /// ```
 pub struct KvCache {
     pub(crate) data: KvData,
     shape: KvShape,
 }
 
-/// The elements, by dtype.
+/// The cells, by dtype: an f32, or a pair of bf16.
 pub(crate) enum KvData {
     F32(Buffer<f32>),
-    BF16(Buffer<u16>),
+    BF16(Buffer<Pair>),
 }
 
 impl KvCache {
@@ -72,11 +93,13 @@ impl KvCache {
     /// [`Shape`](KernelError::Shape).
     pub fn new(device: &Device, shape: KvShape) -> Result<KvCache> {
         let Backend::Cpu(_) = &device.backend else { return Err(KernelError::BuiltWithoutCuda) };
-        let sizes = [shape.layers, shape.blocks, shape.kv_heads, 2, shape.block_size, shape.head_dim];
-        let elements = sizes.iter().try_fold(1usize, |product, &size| product.checked_mul(size));
+        let even = |size: usize| size.checked_next_multiple_of(shape.dtype.cell_values());
+        let sizes = [shape.layers, shape.blocks, shape.kv_heads, 2].map(Some);
+        let sizes = sizes.into_iter().chain([even(shape.block_size), even(shape.head_dim)]);
+        let elements = sizes.reduce(|product, size| product?.checked_mul(size?)).flatten();
         let slots = shape.blocks.checked_mul(shape.block_size).filter(|&slots| u32::try_from(slots).is_ok());
-        let elements = match (elements, slots) {
-            (Some(elements), Some(_)) if elements > 0 => elements,
+        let cells = match (elements, slots) {
+            (Some(elements), Some(_)) if elements > 0 => elements / shape.dtype.cell_values(),
             _ => {
                 return Err(KernelError::shape(
                     "kv cache",
@@ -86,8 +109,8 @@ impl KvCache {
             }
         };
         let data = match shape.dtype {
-            KvDType::F32 => KvData::F32(Buffer::zeros(elements)?),
-            KvDType::BF16 => KvData::BF16(Buffer::zeros(elements)?),
+            KvDType::F32 => KvData::F32(Buffer::zeros(cells)?),
+            KvDType::BF16 => KvData::BF16(Buffer::zeros(cells)?),
         };
         Ok(KvCache { data, shape })
     }
@@ -100,7 +123,7 @@ impl KvCache {
 }
 
 impl KvShape {
-    /// Where K of this layer, block and head starts in the elements; V follows after [`page`](Self::page) elements.
+    /// Where K of this layer, block and head starts in the cells; V follows after [`page`](Self::page) elements.
     pub(crate) fn page_start(&self, layer: usize, block: usize, head: usize) -> usize {
         ((layer * self.blocks + block) * self.kv_heads + head) * 2 * self.page()
     }

@@ -4,9 +4,10 @@
 //! level), and may differ by rounding where it does not. Matrices are row-major slices; sizes are the caller's to get
 //! right, and a slice that is too short panics. [`dequantize`](crate::dequantize) is the reference of the stored formats.
 
-use std::ops::Range;
+mod attention;
 
-use crate::attention_plan::{SPLIT, TILE};
+pub use attention::{Attend, Products, attention, exp2};
+
 use crate::format::Unpacked;
 use crate::{Format, HeadLayout};
 
@@ -39,6 +40,18 @@ pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
 #[must_use]
 pub fn dot(x: &[f32], w: &[f32]) -> f32 {
     x.iter().zip(w).fold(0.0, |acc, (x, w)| w.mul_add(*x, acc))
+}
+
+/// One output of a product with bf16 weights (or of attention with a BF16 cache): both factors rounded to bf16, taken in
+/// pairs in order, an odd size filled up with zeros; of a pair the odd product is added first, each by a fused multiply-add.
+#[must_use]
+pub fn dot_bf16(x: &[f32], w: &[f32]) -> f32 {
+    let round = |value: f32| half::bf16::from_f32(value).to_f32();
+    let product = |x: f32, w: f32, acc: f32| round(w).mul_add(round(x), acc);
+    x.chunks(2).zip(w.chunks(2)).fold(0.0, |acc, (x, w)| {
+        let odd = if x.len() == 2 { product(x[1], w[1], acc) } else { acc };
+        product(x[0], w[0], odd)
+    })
 }
 
 /// Int8 codes, scale and half sums of a group of activations.
@@ -118,67 +131,6 @@ pub fn rope(head: &mut [f32], cos: &[f32], sin: &[f32]) {
         head[i] = a * cos[i] - b * sin[i];
         head[i + half] = b * cos[i] + a * sin[i];
     }
-}
-
-/// Running softmax over positions: the maximum, 16 lanes of the sum, the weighted values.
-struct Softmax {
-    max: f32,
-    sum: [f32; LANES],
-    out: Vec<f32>,
-}
-
-/// Attention of one query vector at `position` over `k` and `v`, `[positions][head_dim]` each, of which it sees the last
-/// `window` up to itself.
-///
-/// Positions are taken in tiles of 32 within splits of 256, both counted from 0. In a tile: scores by fused multiply-adds
-/// over the head; the new maximum; sums and outputs so far scaled by `e^(old - new)`; then weights `e^(score - max)`, added
-/// to lane `position % 16` of the sum, and fused multiply-adds of the values. At the end of a split its lanes are folded,
-/// and it is merged with the splits before it.
-#[must_use]
-pub fn attention(q: &[f32], k: &[f32], v: &[f32], scale: f32, position: usize, window: Option<u32>) -> Vec<f32> {
-    let head_dim = q.len();
-    let seen = window.map_or(0, |window| (position + 1).saturating_sub(window as usize))..position + 1;
-    let mut total: Option<(f32, f32, Vec<f32>)> = None;
-    for split in seen.start / SPLIT..seen.end.div_ceil(SPLIT) {
-        let mut state = Softmax { max: f32::NEG_INFINITY, sum: [0.0; LANES], out: vec![0.0; head_dim] };
-        for start in (split * SPLIT..(split + 1) * SPLIT).step_by(TILE) {
-            let tile = start.max(seen.start)..(start + TILE).min(seen.end);
-            if !tile.is_empty() {
-                attend_tile(&mut state, q, k, v, scale, tile);
-            }
-        }
-        let later = (state.max, fold(state.sum, |a, b| a + b), state.out);
-        total = Some(match total {
-            None => later,
-            Some(earlier) => merge(earlier, later),
-        });
-    }
-    let (_, sum, out) = total.expect("a query sees itself");
-    let inverse = 1.0 / sum;
-    out.iter().map(|out| out * inverse).collect()
-}
-
-fn attend_tile(state: &mut Softmax, q: &[f32], k: &[f32], v: &[f32], scale: f32, tile: Range<usize>) {
-    let head_dim = q.len();
-    let scores: Vec<f32> = tile.clone().map(|at| dot(q, &k[at * head_dim..][..head_dim]) * scale).collect();
-    let max = scores.iter().fold(state.max, |max, &score| if max > score { max } else { score });
-    let factor = exp(state.max - max);
-    state.sum.iter_mut().chain(&mut state.out).for_each(|value| *value *= factor);
-    state.max = max;
-    for (score, at) in scores.into_iter().zip(tile) {
-        let weight = exp(score - max);
-        state.sum[at % LANES] += weight;
-        for (out, v) in state.out.iter_mut().zip(&v[at * head_dim..]) {
-            *out = weight.mul_add(*v, *out);
-        }
-    }
-}
-
-fn merge(earlier: (f32, f32, Vec<f32>), later: (f32, f32, Vec<f32>)) -> (f32, f32, Vec<f32>) {
-    let max = if earlier.0 > later.0 { earlier.0 } else { later.0 };
-    let (a, b) = (exp(earlier.0 - max), exp(later.0 - max));
-    let out = earlier.2.iter().zip(&later.2).map(|(x, y)| x.mul_add(a, y * b)).collect();
-    (max, earlier.1.mul_add(a, later.1 * b), out)
 }
 
 /// Where a head's values begin in a fused row: `[q: heads * head_dim | k: kv_heads * head_dim | v: same]`.

@@ -88,13 +88,13 @@ impl MatrixView<'_> {
 /// What a packed weight computes with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum Precision {
-    /// As stored: quantized formats keep their quantization (activations are quantized per 32 to int8), BF16 and F16
-    /// stay 16-bit in memory and are widened in registers.
+    /// As stored: quantized formats keep their quantization (activations are quantized per 32 to int8); BF16 is multiplied
+    /// with activations rounded to BF16; F16 stays 16-bit in memory and is widened in registers.
     #[default]
     AsStored,
     /// Dequantized to F32 at load; the oracle.
     F32,
-    /// Rounded to BF16 at load.
+    /// Rounded to BF16 at load, as are activations in each product.
     BF16,
 }
 

@@ -92,6 +92,22 @@ fn in_chunks(device: &Device, rows: &[f32], ends: &[usize], neighbours: usize, w
     all
 }
 
+/// A token whose K and V are NaN and infinite shows in the rows that see it, and in no earlier row of the same call.
+#[test]
+fn attention_reads_nothing_that_a_row_does_not_see() {
+    let (context, bad) = (45, 42);
+    let mut rows = Random(4).floats(context * ROW);
+    let clean = in_chunks(&devices()[0], &rows, &[context], 0, None);
+    rows[bad * ROW + 6 * 64..(bad + 1) * ROW].fill(f32::NAN);
+    rows[(bad + 1) * ROW - 2 * 64..(bad + 1) * ROW].fill(f32::INFINITY);
+    for device in devices() {
+        let found = in_chunks(&device, &rows, &[context], 0, None);
+        let (before, after) = found.split_at(bad * 6 * 64);
+        assert_bits(before, &clean[..before.len()], &device.describe());
+        assert!(after.iter().all(|value| value.is_nan()), "{}: a NaN is lost", device.describe());
+    }
+}
+
 /// Prefill at once, in chunks, token by token at the end, beside other sequences: the same bits.
 #[test]
 fn attention_does_not_see_chunks_or_neighbours() {

@@ -6,6 +6,7 @@ mod support;
 
 use half::bf16;
 use kvern_kernels::ops::{self, Attention, QkNorm, RopeAndStore};
+use kvern_kernels::reference::{Attend, Products};
 use kvern_kernels::{
     AttentionPlan, Device, Format, HeadLayout, KernelError, KvCache, KvDType, KvShape, MatrixView, Precision,
     RopeTable, RowOrder, SequenceBatch, Tensor, Weight, dequantize, reference,
@@ -28,6 +29,7 @@ fn check_matmul(device: &Device, format: Format, precision: Precision, [rows, co
     if precision == Precision::BF16 {
         values.iter_mut().for_each(|value| *value = bf16::from_f32(*value).to_f32());
     }
+    let rounded = precision == Precision::BF16 || precision == Precision::AsStored && format == Format::BF16;
     let quantized = precision == Precision::AsStored && format.block_elements() > 1;
     let expected: Vec<f32> = (0..rows * out_cols)
         .map(|i| {
@@ -35,6 +37,7 @@ fn check_matmul(device: &Device, format: Format, precision: Precision, [rows, co
             let x = &x[row * cols..][..cols];
             let dot = match quantized {
                 true => reference::dot_quantized(x, format, &bytes[col * row_bytes..][..row_bytes]),
+                false if rounded => reference::dot_bf16(x, &values[col * cols..][..cols]),
                 false => reference::dot(x, &values[col * cols..][..cols]),
             };
             dot + bias[col]
@@ -136,7 +139,7 @@ fn matmul_of_extreme_activations() {
             for (i, (&found, row)) in out.host().iter().zip((0..scales.len()).flat_map(|r| [r; 20])).enumerate() {
                 let (x, col) = (&x[row * cols..][..cols], i % out_cols);
                 let expected = match format {
-                    Format::BF16 => reference::dot(x, &values[col * cols..][..cols]),
+                    Format::BF16 => reference::dot_bf16(x, &values[col * cols..][..cols]),
                     _ => reference::dot_quantized(x, format, &bytes[col * row_bytes..][..row_bytes]),
                 };
                 assert_bits(&[found], &[expected], &format!("{} {format:?} scale {}", device.describe(), scales[row]));
@@ -185,18 +188,33 @@ fn norms_activation_and_gather() {
     }
 }
 
-/// The polynomial against the real function, so that the reference itself is right.
+/// The polynomials against the real functions, so that the reference itself is right.
 #[test]
-fn exp_and_silu_are_accurate() {
+fn exp_exp2_and_silu_are_accurate() {
     assert_eq!(reference::exp(0.0), 1.0);
     assert_eq!(reference::exp(f32::NEG_INFINITY), 0.0);
     assert!(reference::exp(f32::NAN).is_nan());
+    assert_eq!((reference::exp2(0.0), reference::exp2(f32::NEG_INFINITY)), (1.0, 0.0));
+    assert!(reference::exp2(f32::NAN).is_nan());
+    for i in -12600..12600 {
+        let x = i as f32 / 100.0;
+        let (found, expected) = (f64::from(reference::exp2(x)), f64::from(x).exp2());
+        assert!((found / expected - 1.0).abs() < 2e-7, "2^{x} is {found}, expected {expected}");
+    }
     for i in -8700..8800 {
         let x = i as f32 / 100.0;
         let (found, expected) = (f64::from(reference::exp(x)), f64::from(x).exp());
         assert!((found / expected - 1.0).abs() < 2e-7, "e^{x} is {found}, expected {expected}");
         let silu = f64::from(x) / (1.0 + (-f64::from(x)).exp());
         assert!((f64::from(reference::silu_mul(x, 1.0)) - silu).abs() <= 5e-7 * silu.abs() + 1e-35, "silu({x})");
+    }
+}
+
+/// How attention multiplies with such a cache.
+fn products(dtype: KvDType) -> Products {
+    match dtype {
+        KvDType::F32 => Products::F32,
+        KvDType::BF16 => Products::Bf16Pairs,
     }
 }
 
@@ -234,12 +252,17 @@ fn check_attention(device: &Device, case: &Case) {
     let mut kv = KvCache::new(device, shape).unwrap();
 
     let (rotary, eps) = (head_dim / 4 * 2, 1e-6);
+    let slots: Vec<u32> = (0..(blocks * block_size) as u32).collect();
     let inv_freq: Vec<f32> = (0..rotary / 2).map(|i| 0.5f32.powi(i as i32)).collect();
     let rope = RopeTable::new(device, &inv_freq, 1.25, 2000).unwrap();
     let (norm_q, norm_k) = (random.floats(head_dim), random.floats(head_dim));
     let tensor = |values: &[f32]| Tensor::from_f32(device, head_dim, values).unwrap();
     let (q_weight, k_weight) = (tensor(&norm_q), tensor(&norm_k));
     let norm = Some(QkNorm { q: &q_weight, k: &k_weight, eps });
+    // What no sequence writes may be anything, and must not be read.
+    let mut nan = poisoned(device, slots.len(), row_len);
+    let args = RopeAndStore { heads, norm, rope: &rope, positions: &vec![0; slots.len()], slots: &slots, layer: 1 };
+    ops::rope_and_store(device, &args, &mut nan, &mut kv).unwrap();
 
     let mut queries = Vec::new();
     let (mut expected, mut sums) = (Vec::new(), vec![0u32]);
@@ -279,7 +302,9 @@ fn check_attention(device: &Device, case: &Case) {
             for head in 0..q_heads {
                 let q = &wanted[position * row_len + q_start + head * head_dim..][..head_dim];
                 let kv_head = head / (q_heads / kv_heads);
-                expected.extend(reference::attention(q, &k[kv_head], &v[kv_head], 0.3, position, window));
+                let (k, v) = (&k[kv_head], &v[kv_head]);
+                let attend = Attend { q, k, v, scale: 0.3, position, window, products: products(dtype) };
+                expected.extend(reference::attention(&attend));
             }
         }
     }
@@ -313,6 +338,9 @@ fn rope_store_and_attention() {
         Case { heads: heads(3, 1, 256), block_size: 24, dtype: bf16, window: None, sequences: &[(40, 3), (2, 2)] },
         Case { heads: heads(1, 1, 4), block_size: 5, dtype: f32, window: None, sequences: &[(600, 1), (9, 9)] },
         Case { heads: heads(64, 1, 20), block_size: 8, dtype: bf16, window: None, sequences: &[(65, 40)] },
+        Case { heads: heads(5, 1, 33), block_size: 1, dtype: bf16, window: Some(3), sequences: ragged },
+        Case { heads: heads(2, 1, 64), block_size: 16, dtype: bf16, window: Some(1), sequences: ragged },
+        Case { heads: heads(7, 1, 32), block_size: 16, dtype: bf16, window: Some(5), sequences: &[(600, 600)] },
         Case { heads: heads(6, 3, 64), block_size: 16, dtype: bf16, window: None, sequences: &[(1000, 1)] },
         Case { heads: heads(6, 3, 64), block_size: 16, dtype: bf16, window: Some(260), sequences: &[(1000, 1)] },
     ];
@@ -323,25 +351,33 @@ fn rope_store_and_attention() {
     }
 }
 
-/// The reference of attention against softmax as it is defined, in f64.
+/// The reference of attention against softmax as it is defined, in f64: within f32's rounding, or that of the weights to bf16
+/// (2^-9 of each, with q, k and v taken as rounded).
 #[test]
 fn attention_reference_is_softmax() {
     let mut random = Random(3);
-    for (head_dim, position, window) in [(64, 0, None), (80, 31, None), (64, 700, None), (128, 600, Some(37))] {
-        let (k, v) = (random.floats((position + 1) * head_dim), random.floats((position + 1) * head_dim));
-        let q: Vec<f32> = random.floats(head_dim).iter().map(|x| x * 8.0).collect();
-        let first = window.map_or(0, |window| position + 1 - window as usize);
-        let dot = |at: usize| -> f64 {
-            q.iter().zip(&k[at * head_dim..]).map(|(&q, &k)| f64::from(q) * f64::from(k)).sum::<f64>() * 0.5
-        };
-        let scores: Vec<f64> = (first..=position).map(dot).collect();
-        let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-        let sum: f64 = scores.iter().map(|score| (score - max).exp()).sum();
-        let found = reference::attention(&q, &k, &v, 0.5, position, window);
-        for (i, found) in found.iter().enumerate() {
-            let weighted = |(at, score): (usize, &f64)| (score - max).exp() * f64::from(v[(first + at) * head_dim + i]);
-            let expected = scores.iter().enumerate().map(weighted).sum::<f64>() / sum;
-            assert!((f64::from(*found) - expected).abs() < 2e-5, "{found} against {expected}");
+    let cases = [(64, 0, None), (80, 31, None), (64, 700, None), (128, 600, Some(37)), (33, 257, Some(2))];
+    for (products, bound) in [(Products::F32, 2e-5), (Products::Bf16Pairs, 0.5f64.powi(9) * 1.01)] {
+        let round = |x: f32| if products == Products::F32 { x } else { bf16::from_f32(x).to_f32() };
+        for (head_dim, position, window) in cases {
+            let mut floats = |len: usize| -> Vec<f32> { random.floats(len).iter().map(|&x| round(x)).collect() };
+            let (k, v) = (floats((position + 1) * head_dim), floats((position + 1) * head_dim));
+            let q: Vec<f32> = floats(head_dim).iter().map(|x| x * 8.0).collect();
+            let first = window.map_or(0, |window| position + 1 - window as usize);
+            let scaled: Vec<f64> = q.iter().map(|q| f64::from(round(q * (0.5 * std::f32::consts::LOG2_E)))).collect();
+            let dot =
+                |at: usize| -> f64 { scaled.iter().zip(&k[at * head_dim..]).map(|(q, &k)| q * f64::from(k)).sum() };
+            let scores: Vec<f64> = (first..=position).map(dot).collect();
+            let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let weights: Vec<f64> = scores.iter().map(|score| (score - max).exp2()).collect();
+            let sum: f64 = weights.iter().sum();
+            let window = window.map(|window| window as u32);
+            let attend = Attend { q: &q, k: &k, v: &v, scale: 0.5, position, window, products };
+            for (i, &found) in reference::attention(&attend).iter().enumerate() {
+                let values = (first..=position).map(|at| f64::from(v[at * head_dim + i]));
+                let expected = weights.iter().zip(values).map(|(weight, value)| weight * value).sum::<f64>() / sum;
+                assert!((f64::from(found) - expected).abs() < bound, "{products:?}: {found} against {expected}");
+            }
         }
     }
 }

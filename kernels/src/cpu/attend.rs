@@ -1,35 +1,45 @@
-//! Paged attention: online softmax over tiles of positions, without a matrix of scores.
+//! Paged attention: softmax over splits of positions, without a matrix of scores.
 //!
-//! A task holds all query vectors that share a KV head, for some rows: each tile of K and V is widened once for all of
-//! them. Within a split of positions the softmax is updated tile by tile; splits are then folded in order. Both are counted
-//! from position 0, so that a row gets the same bits in a prefill chunk, in decode, and however the plan divides the work.
+//! A task holds all query vectors that share a KV head, for some rows. It goes over splits of positions; in each, a few query
+//! vectors at a time take three passes over the same keys and values, which stay in the cache. Splits are then merged in
+//! order. They are counted from position 0, so that a row gets the same bits in a prefill chunk, in decode, and however the
+//! plan divides the work.
 //!
 //! ```text
-//! scores  16 lanes are 16 positions: fma over the head's values in order (K is stored transposed for this)
-//! weights p = e^(score - max); their sum is kept in 16 lanes, folded at the end of a split
-//! output  16 lanes are 16 of the head's values: fma over positions in order
+//! scores  16 lanes are 16 positions: products over the head's cells in order (K is stored transposed for this)
+//! weights p = 2^(score - max of the split), from f32 scores; their sum is kept in 16 lanes, then folded; p is rounded
+//! output  16 lanes are 16 of the head's values: products over cells of positions in order
 //! ```
+//!
+//! A cell is an f32, or with a BF16 cache a pair of bf16 (see [`Cell`]). q is multiplied by `scale * log2(e)` and rounded to
+//! cells, once per task.
 
-mod softmax;
+mod positions;
+mod state;
 mod tile;
 
+use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
-use self::softmax::State;
+use self::positions::{Copied, Positions};
+use self::state::{State, View};
 use self::tile::Tile;
 use super::CpuDevice;
-use super::element::{Element, as_bf16};
+use super::element::Cell;
+use super::pair::Pair;
+use super::round::round_row;
 use super::shared::SharedSlice;
 use super::simd::{Kernel, LANES, Simd, dispatch};
-use crate::attention_plan::{SPLIT, TILE, Task};
+use crate::attention_plan::{SPLIT, Task};
 use crate::buffer::Buffer;
 use crate::kv_cache::KvData;
 use crate::ops::Attention;
 use crate::{KvCache, KvShape, Result};
 
-/// Memory of attention, allocated with its plan.
+/// Memory of attention, allocated with its plan. Only what belongs to the cache's cells is ever touched.
 pub(crate) struct Scratch {
-    workers: Vec<Mutex<Worker>>,
+    f32: Vec<Mutex<Worker<f32>>>,
+    bf16: Vec<Mutex<Worker<Pair>>>,
     /// `[partials][PARTIAL_HEAD + padded head]`: max, sum, output before division.
     partials: Mutex<Buffer<f32>>,
 }
@@ -38,28 +48,39 @@ pub(crate) struct Scratch {
 const PARTIAL_HEAD: usize = LANES;
 
 /// What one worker needs for one task.
-struct Worker {
-    /// `[queries][head_dim]`.
-    q: Buffer<f32>,
-    tile: Tile,
+struct Worker<C: Cell> {
+    /// `[queries][cells of the head]`.
+    q: Buffer<C>,
+    copied: Copied<C>,
+    tile: tile::Scratch<C>,
     split: State,
     total: State,
+}
+
+impl<C: Cell> Worker<C> {
+    /// One per thread.
+    fn new(threads: usize, queries: usize, head_dim: usize) -> Result<Vec<Mutex<Self>>> {
+        let padded = head_dim.next_multiple_of(LANES);
+        let worker = || {
+            Ok(Mutex::new(Worker {
+                q: Buffer::zeros(queries * head_dim.div_ceil(C::VALUES))?,
+                copied: Copied::new(head_dim)?,
+                tile: tile::Scratch::new(head_dim)?,
+                split: State::new(queries, padded)?,
+                total: State::new(queries, padded)?,
+            }))
+        };
+        (0..threads).map(|_| worker()).collect()
+    }
 }
 
 impl Scratch {
     /// For tasks of at most `queries` query vectors.
     pub(crate) fn new(threads: usize, queries: usize, head_dim: usize, partials: usize) -> Result<Self> {
         let padded = head_dim.next_multiple_of(LANES);
-        let worker = || {
-            Ok(Mutex::new(Worker {
-                q: Buffer::zeros(queries * head_dim)?,
-                tile: Tile::new(queries, head_dim)?,
-                split: State::new(queries, padded)?,
-                total: State::new(queries, padded)?,
-            }))
-        };
         Ok(Scratch {
-            workers: (0..threads).map(|_| worker()).collect::<Result<_>>()?,
+            f32: Worker::new(threads, queries, head_dim)?,
+            bf16: Worker::new(threads, queries, head_dim)?,
             partials: Mutex::new(Buffer::zeros(partials.saturating_mul(PARTIAL_HEAD + padded))?),
         })
     }
@@ -67,45 +88,44 @@ impl Scratch {
 
 /// Attention of all planned rows.
 pub(crate) fn attention(cpu: &CpuDevice, args: &Attention<'_>, qkv: &[f32], kv: &KvCache, out: &mut [f32]) {
+    let (shape, scratch, out) = (kv.shape(), &args.plan.scratch, &SharedSlice::new(out));
+    let mut partials = scratch.partials.lock().unwrap_or_else(PoisonError::into_inner);
+    let partials = &SharedSlice::new(&mut partials[..]);
     match &kv.data {
-        KvData::F32(data) => run(cpu, args, qkv, &data[..], kv.shape(), out),
-        KvData::BF16(data) => run(cpu, args, qkv, as_bf16(data), kv.shape(), out),
+        KvData::F32(kv) => run(cpu, &Job { args, qkv, kv, shape, out, partials }, &scratch.f32),
+        KvData::BF16(kv) => run(cpu, &Job { args, qkv, kv, shape, out, partials }, &scratch.bf16),
     }
 }
 
-fn run<E: Element>(cpu: &CpuDevice, args: &Attention<'_>, qkv: &[f32], kv: &[E], shape: KvShape, out: &mut [f32]) {
-    let (plan, out) = (args.plan, SharedSlice::new(out));
-    let mut partials = plan.scratch.partials.lock().unwrap_or_else(PoisonError::into_inner);
-    let partials = SharedSlice::new(&mut partials[..]);
-    let job = Job { args, qkv, kv, shape, out: &out, partials: &partials };
+fn run<C: Cell>(cpu: &CpuDevice, job: &Job<'_, C>, workers: &[Mutex<Worker<C>>]) {
     let run = |tasks: &[Task], merge: bool| {
         cpu.pool.run(tasks.len(), &|worker, index| {
-            let mut worker = plan.scratch.workers[worker].lock().unwrap_or_else(PoisonError::into_inner);
-            let (job, task) = (&job, &tasks[index]);
+            let mut worker = workers[worker].lock().unwrap_or_else(PoisonError::into_inner);
+            let (worker, task) = (&mut *worker, &tasks[index]);
             match merge {
-                false => dispatch(cpu.isa, Compute { job, task, worker: &mut worker }),
-                true => dispatch(cpu.isa, Merge { job, task, worker: &mut worker }),
+                false => dispatch(cpu.isa, Compute { job, task, worker }),
+                true => dispatch(cpu.isa, Merge { job, task, worker }),
             }
         });
     };
-    run(&plan.tasks, false);
-    run(&plan.merges, true);
+    run(&job.args.plan.tasks, false);
+    run(&job.args.plan.merges, true);
 }
 
 /// What all tasks of one call share.
-struct Job<'a, E> {
+struct Job<'a, C> {
     args: &'a Attention<'a>,
     qkv: &'a [f32],
-    kv: &'a [E],
+    kv: &'a [C],
     shape: KvShape,
     out: &'a SharedSlice<'a, f32>,
     partials: &'a SharedSlice<'a, f32>,
 }
 
-impl<E: Element> Job<'_, E> {
+impl<'a, C: Cell> Job<'a, C> {
     /// Positions that the query at `position` sees.
     #[inline(always)]
-    fn visible(&self, position: usize) -> std::ops::Range<usize> {
+    fn visible(&self, position: usize) -> Range<usize> {
         let window = self.args.window.map_or(usize::MAX, |window| window as usize);
         (position + 1).saturating_sub(window)..position + 1
     }
@@ -115,6 +135,14 @@ impl<E: Element> Job<'_, E> {
     fn query(&self, task: &Task, query: usize) -> (usize, usize) {
         let group = self.args.heads.group();
         (task.row + query / group, (task.kv_head * group + query % group) * self.shape.head_dim)
+    }
+
+    /// K and V of a task's head in block number `block` of its sequence.
+    #[inline(always)]
+    fn pages(&self, task: &Task, block: usize) -> (&'a [C], &'a [C]) {
+        let id = self.args.plan.tables[task.table + block] as usize;
+        let (start, page) = (self.shape.page_start(self.args.layer, id, task.kv_head), self.shape.page());
+        self.kv[start..start + 2 * page].split_at(page)
     }
 
     /// Divides the outputs of a task by their sums and stores them.
@@ -143,48 +171,28 @@ impl<E: Element> Job<'_, E> {
 }
 
 /// A task over its splits, finished or left as partial results.
-struct Compute<'a, E> {
-    job: &'a Job<'a, E>,
+struct Compute<'a, C: Cell> {
+    job: &'a Job<'a, C>,
     task: &'a Task,
-    worker: &'a mut Worker,
+    worker: &'a mut Worker<C>,
 }
 
-impl<E: Element> Kernel for Compute<'_, E> {
+impl<C: Cell> Kernel for Compute<'_, C> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let Compute { job, task, worker } = self;
-        let (head_dim, group) = (job.shape.head_dim, job.args.heads.group());
-        let queries = task.rows * group;
+        let queries = task.rows * job.args.heads.group();
         let row_len = job.args.heads.row_len();
-        for (query, q) in worker.q.chunks_exact_mut(head_dim).take(queries).enumerate() {
+        let factor = s.splat(job.args.scale * std::f32::consts::LOG2_E);
+        let head_cells = job.shape.head_dim.div_ceil(C::VALUES);
+        for (query, q) in worker.q.chunks_exact_mut(head_cells).take(queries).enumerate() {
             let (row, col) = job.query(task, query);
-            q.copy_from_slice(&job.qkv[row * row_len + col..][..head_dim]);
+            round_row(s, &job.qkv[row * row_len + col..][..job.shape.head_dim], factor, q);
         }
         worker.total.clear(queries);
-        // The first row looks back furthest, the last one sees most.
-        let seen = job.visible(task.position).start..task.position + task.rows;
         for (number, split) in task.splits.clone().enumerate() {
-            worker.split.clear(queries);
-            let span = seen.start.max(split * SPLIT)..seen.end.min((split + 1) * SPLIT);
-            for start in (span.start / TILE * TILE..span.end).step_by(TILE) {
-                let span = span.start.max(start)..span.end.min(start + TILE);
-                // The next tile comes while this one is computed, the first of the next split included.
-                Tile::prefetch(s, job, task, span.end..(span.end + TILE).min(task.splits.end * SPLIT).min(seen.end));
-                worker.tile.load(s, job, task, start, span);
-                worker.tile.score(s, &worker.q[..queries * head_dim]);
-                let visible = |query: usize| {
-                    let seen = job.visible(task.position + query / group);
-                    let tile = |position: usize| position.clamp(start, start + TILE) - start;
-                    tile(seen.start)..tile(seen.end)
-                };
-                for query in 0..queries {
-                    let scores = worker.tile.scores(query);
-                    worker.split.update(s, query, scores, job.args.scale, visible(query));
-                }
-                worker.tile.accumulate(s, queries, &mut worker.split, visible);
-            }
+            self::split(s, job, task, split, worker);
             for query in 0..queries {
-                worker.split.fold_sum(s, query);
                 match task.partials {
                     // SAFETY: splits and queries of a task are its own.
                     Some(first) => worker
@@ -200,14 +208,62 @@ impl<E: Element> Kernel for Compute<'_, E> {
     }
 }
 
-/// Folds the partial results of a task's splits in order.
-struct Merge<'a, E> {
-    job: &'a Job<'a, E>,
-    task: &'a Task,
-    worker: &'a mut Worker,
+/// All queries of a task over one split, into the worker's state of it.
+#[inline(always)]
+fn split<S: Simd, C: Cell>(s: S, job: &Job<'_, C>, task: &Task, split: usize, worker: &mut Worker<C>) {
+    let group = job.args.heads.group();
+    let (queries, head_cells) = (task.rows * group, job.shape.head_dim.div_ceil(C::VALUES));
+    let Worker { q, copied, tile, split: state, .. } = worker;
+    state.clear(queries);
+    // The first row looks back furthest, the last one sees most.
+    let seen = job.visible(task.position).start..task.position + task.rows;
+    let within = |split: usize, seen: Range<usize>| {
+        let (start, end) = (split * SPLIT, (split + 1) * SPLIT);
+        seen.start.clamp(start, end)..seen.end.clamp(start, end)
+    };
+    let end = seen.end.min(task.splits.end * SPLIT);
+    let positions = Positions::new(job, task, within(split, seen), end, copied);
+    let mut first = 0;
+    while first < queries {
+        // Tiles of about one size rather than whole ones and a small rest; of 6, 4, 3, 2 or 1.
+        let left = queries - first;
+        let count = match left.div_ceil(left.div_ceil(S::ATTEND_TILE.0)) {
+            5 => 3,
+            count => count,
+        };
+        macro_rules! tile {
+            ($count:literal) => {
+                Tile::<C, $count> {
+                    q: std::array::from_fn(|r| &q[(first + r) * head_cells..][..head_cells]),
+                    seen: std::array::from_fn(|r| {
+                        let seen = within(split, job.visible(task.position + (first + r) / group));
+                        seen.start - split * SPLIT..seen.end - split * SPLIT
+                    }),
+                    positions: &positions,
+                    fetch: first == 0,
+                }
+                .run(s, tile, first, state)
+            };
+        }
+        match count {
+            6 if S::ATTEND_TILE.0 >= 6 => tile!(6),
+            4 if S::ATTEND_TILE.0 >= 4 => tile!(4),
+            3 if S::ATTEND_TILE.0 >= 3 => tile!(3),
+            2 if S::ATTEND_TILE.0 >= 2 => tile!(2),
+            _ => tile!(1),
+        }
+        first += count;
+    }
 }
 
-impl<E: Element> Kernel for Merge<'_, E> {
+/// Folds the partial results of a task's splits in order.
+struct Merge<'a, C: Cell> {
+    job: &'a Job<'a, C>,
+    task: &'a Task,
+    worker: &'a mut Worker<C>,
+}
+
+impl<C: Cell> Kernel for Merge<'_, C> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let Merge { job, task, worker } = self;
@@ -218,7 +274,7 @@ impl<E: Element> Kernel for Merge<'_, E> {
             for query in 0..queries {
                 // SAFETY: a merge's partial results are its own, and the tasks that wrote them are done.
                 let partial = unsafe { job.partial(first, number, queries, query, worker.total.padded()) };
-                worker.total.merge(s, query, softmax::View::of(partial));
+                worker.total.merge(s, query, View::of(partial));
             }
         }
         job.finish(s, task, &worker.total);

@@ -1,6 +1,6 @@
 //! Rows of a packed weight, widened: the embedding of tokens, tied to the head or not.
 
-use half::{bf16, f16};
+use half::f16;
 
 use super::CpuDevice;
 use super::panel::{Panels, Part};
@@ -27,11 +27,10 @@ pub(crate) fn embed(cpu: &CpuDevice, table: &Weight, ids: &[u32], out: &mut [f32
 
 fn widen_row(part: &Part, row: usize, out: &mut [f32]) {
     let (panel, lane) = (row / LANES, row % LANES);
-    let floats = panel * part.cols * LANES;
     match &part.panels {
-        Panels::F32(data) => gather(&data[floats..], lane, out, |x| x),
-        Panels::F16(data) => gather(&data[floats..], lane, out, |x| f16::from_bits(x).to_f32()),
-        Panels::BF16(data) => gather(&data[floats..], lane, out, |x| bf16::from_bits(x).to_f32()),
+        Panels::F32(data) => gather(data, part.cols, row, out, |x| [x]),
+        Panels::F16(data) => gather(data, part.cols, row, out, |x| [f16::from_bits(x).to_f32()]),
+        Panels::BF16(data) => gather(data, part.cols, row, out, |x| [x.even(), x.odd()]),
         Panels::Quant(layout, data) => {
             let panel = &data[panel * part.panel_bytes()..][..part.panel_bytes()];
             for ((head, record), out) in layout.records(panel).zip(out.as_chunks_mut::<GROUP>().0) {
@@ -41,9 +40,18 @@ fn widen_row(part: &Part, row: usize, out: &mut [f32]) {
     }
 }
 
-fn gather<T: Copy>(panel: &[T], lane: usize, out: &mut [f32], widen: impl Fn(T) -> f32) {
-    for (value, lanes) in out.iter_mut().zip(panel.as_chunks::<LANES>().0) {
-        *value = widen(lanes[lane]);
+/// One row of float panels, `cols` values in elements of `N`.
+fn gather<T: Copy, const N: usize>(
+    data: &[T],
+    cols: usize,
+    row: usize,
+    out: &mut [f32],
+    widen: impl Fn(T) -> [f32; N],
+) {
+    let elements = cols.div_ceil(N);
+    let panel = &data[row / LANES * elements * LANES..][..elements * LANES];
+    for (out, lanes) in out.chunks_mut(N).zip(panel.as_chunks::<LANES>().0) {
+        out.copy_from_slice(&widen(lanes[row % LANES])[..out.len()]);
     }
 }
 

@@ -1,4 +1,4 @@
-//! The exponential function, the same at every level.
+//! The exponential functions, the same at every level.
 
 use super::simd::Simd;
 
@@ -30,10 +30,30 @@ pub(super) fn exp<S: Simd>(s: S, x: S::F) -> S::F {
     s.select_less(x, s.splat(MIN), s.splat(0.0), value)
 }
 
-/// e^x of one number.
+/// 2^f - 1 on |f| <= 1/2, divided by f, highest power first: minimax in the relative error of 2^f (2.6e-9), by Remez'
+/// algorithm.
+const POLYNOMIAL_2: [f32; 6] =
+    [1.559_467_8e-4, 1.340_664_3e-3, 9.617_693e-3, 5.550_310_4e-2, 2.402_265_2e-1, 6.931_472_4e-1];
+/// Below this the result of [`exp2`] is zero.
+const MIN_2: f32 = -126.0;
+
+/// 2^x for x below 127, within 2 units in the last place; exactly 1 at 0, 0 below -126, NaN for NaN.
 #[inline(always)]
-pub(super) fn exp_one<S: Simd>(s: S, x: f32) -> f32 {
+pub(super) fn exp2<S: Simd>(s: S, x: S::F) -> S::F {
+    let shifted = s.add(x, s.splat(ROUND));
+    let f = s.sub(x, s.sub(shifted, s.splat(ROUND)));
+    let mut p = s.splat(POLYNOMIAL_2[0]);
+    for &coefficient in &POLYNOMIAL_2[1..] {
+        p = s.fma(p, f, s.splat(coefficient));
+    }
+    let value = s.mul(s.fma(p, f, s.splat(1.0)), s.power_of_two(shifted));
+    s.select_less(x, s.splat(MIN_2), s.splat(0.0), value)
+}
+
+/// 2^x of one number.
+#[inline(always)]
+pub(super) fn exp2_one<S: Simd>(s: S, x: f32) -> f32 {
     let mut lanes = [0.0; 16];
-    s.store(&mut lanes, exp(s, s.splat(x)));
+    s.store(&mut lanes, exp2(s, s.splat(x)));
     lanes[0]
 }

@@ -8,8 +8,9 @@ use std::ops::Range;
 use super::CpuDevice;
 use super::amx::TileUnit;
 use super::dense;
-use super::element::{Element, as_bf16, as_f16};
+use super::element::{Element, as_f16};
 use super::open::Group;
+use super::pair::Pair;
 use super::panel::{Panels, Part};
 use super::quant_task;
 use super::quantize::QuantTile;
@@ -31,7 +32,12 @@ pub(crate) fn matmul(cpu: &CpuDevice, x: &[f32], weight: &Weight, bias: Option<&
         true => scratch.quantize(cpu, x, cols)?,
         false => &[],
     };
-    let rows = Rows { x, quantized, cols, count: x.len() / cols };
+    let mut pairs = cpu.pairs();
+    let pairs = match weight.parts.iter().any(|part| matches!(part.panels, Panels::BF16(_))) {
+        true => pairs.round(cpu, x, cols)?,
+        false => &[],
+    };
+    let rows = Rows { x, pairs, quantized, cols, count: x.len() / cols };
     let out = Out { values: &SharedSlice::new(out), cols: out_cols, bias };
     // Tasks are numbered through the parts, so that stacked matrices cost one fork and join.
     let panels: usize = weight.parts.iter().map(Part::panel_count).sum();
@@ -57,10 +63,11 @@ fn task_panels(part: &Part, balanced: usize) -> usize {
     balanced.min(TASK_BYTES / part.panel_bytes()).max(1).next_multiple_of(2)
 }
 
-/// The activations, as given and (if the weight asks for it) quantized.
+/// The activations: as given and, if the weight asks for it, rounded or quantized.
 #[derive(Clone, Copy)]
 pub(super) struct Rows<'a> {
     pub(super) x: &'a [f32],
+    pub(super) pairs: &'a [Pair],
     /// `[rows / 16][cols / 32]`.
     pub(super) quantized: &'a [QuantTile],
     pub(super) cols: usize,
@@ -68,11 +75,6 @@ pub(super) struct Rows<'a> {
 }
 
 impl<'a> Rows<'a> {
-    #[inline(always)]
-    fn floats(&self, row: usize) -> &'a [f32] {
-        &self.x[row * self.cols..(row + 1) * self.cols]
-    }
-
     /// Groups `groups` of the tile of rows number `tile`.
     #[inline(always)]
     pub(super) fn groups(&self, tile: usize, groups: Range<usize>) -> &'a [QuantTile] {
@@ -146,9 +148,9 @@ impl Kernel for Task<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         match &self.part.panels {
-            Panels::F32(data) => self.dense(s, data),
-            Panels::F16(data) => self.dense(s, as_f16(data)),
-            Panels::BF16(data) => self.dense(s, as_bf16(data)),
+            Panels::F32(data) => self.dense::<S, f32>(s, data, self.rows.x),
+            Panels::F16(data) => self.dense(s, as_f16(data), self.rows.x),
+            Panels::BF16(data) => self.dense::<S, Pair>(s, data, self.rows.pairs),
             Panels::Quant(layout, data) => quant_task::run(s, *layout, data, self),
         }
     }
@@ -156,9 +158,10 @@ impl Kernel for Task<'_> {
 
 impl Task<'_> {
     #[inline(always)]
-    fn dense<S: Simd, E: Element>(&self, s: S, data: &[E]) {
+    fn dense<S: Simd, E: Element>(&self, s: S, data: &[E], x: &[E::Cell]) {
+        let cells = x.len() / self.rows.count.max(1);
         for_row_tiles!(S, self.rows.count, |row, R| {
-            let rows: [&[f32]; R] = std::array::from_fn(|r| self.rows.floats(row + r));
+            let rows: [&[E::Cell]; R] = std::array::from_fn(|r| &x[(row + r) * cells..][..cells]);
             let mut panel = self.panels.start;
             while S::PANEL_PAIRS && panel + 1 < self.panels.end {
                 self.dense_tile::<S, E, R, 2>(s, data, rows, row, panel);
@@ -176,11 +179,11 @@ impl Task<'_> {
         &self,
         s: S,
         data: &[E],
-        rows: [&[f32]; R],
+        rows: [&[E::Cell]; R],
         row: usize,
         panel: usize,
     ) {
-        let len = self.rows.cols * LANES;
+        let len = rows[0].len() * LANES;
         let panels = std::array::from_fn(|p| data[(panel + p) * len..][..len].as_chunks::<LANES>().0);
         let dots = dense::dots::<S, E, R, P>(s, panels, rows);
         for (p, dots) in dots.into_iter().enumerate() {

@@ -1,8 +1,9 @@
 //! Packing of stored matrices into panels, in parallel over panels, at load.
 
-use half::{bf16, f16};
+use half::f16;
 
 use super::CpuDevice;
+use super::pair::Pair;
 use super::panel::{Panels, Part};
 use super::record::{Codes, GROUP, Layout, Scales, VECTOR};
 use super::shared::SharedSlice;
@@ -14,11 +15,15 @@ use crate::{Format, MatrixView, Precision, Result, dequantize};
 /// Packs a matrix whose shape has been checked.
 pub(crate) fn pack(cpu: &CpuDevice, matrix: &MatrixView<'_>, precision: Precision, first_row: usize) -> Result<Part> {
     let panels = match (precision, matrix.format) {
-        (Precision::F32, _) | (Precision::AsStored, Format::F32) => Panels::F32(pack_floats(cpu, matrix, |x| x)?),
-        (Precision::BF16, _) | (Precision::AsStored, Format::BF16) => {
-            Panels::BF16(pack_floats(cpu, matrix, |x| bf16::from_f32(x).to_bits())?)
+        (Precision::F32, _) | (Precision::AsStored, Format::F32) => {
+            Panels::F32(pack_floats(cpu, matrix, 1, |to, _, x| *to = x)?)
         }
-        (Precision::AsStored, Format::F16) => Panels::F16(pack_floats(cpu, matrix, |x| f16::from_f32(x).to_bits())?),
+        (Precision::BF16, _) | (Precision::AsStored, Format::BF16) => {
+            Panels::BF16(pack_floats(cpu, matrix, 2, |to: &mut Pair, at, x| *to = to.with(at, x))?)
+        }
+        (Precision::AsStored, Format::F16) => {
+            Panels::F16(pack_floats(cpu, matrix, 1, |to, _, x| *to = f16::from_f32(x).to_bits())?)
+        }
         (Precision::AsStored, format) => {
             let layout = Layout::of(format);
             Panels::Quant(layout, pack_codes(cpu, matrix, layout)?)
@@ -50,25 +55,28 @@ fn lane_row<'a>(matrix: &'a MatrixView<'_>, panel: usize, lane: usize) -> Option
     (row < matrix.rows).then(|| matrix.row(matrix.row_order.stored_row(row, matrix.rows)))
 }
 
-/// `[cols][16]` panels of `convert(value)`.
+/// `[cols / per_element][16]` panels of elements, each filled by `put(element, which of its values, value)`.
 fn pack_floats<T: Plain>(
     cpu: &CpuDevice,
     matrix: &MatrixView<'_>,
-    convert: impl Fn(f32) -> T + Sync,
+    per_element: usize,
+    put: impl Fn(&mut T, usize, f32) + Sync,
 ) -> Result<Buffer<T>> {
     /// Elements widened at a time: a whole number of blocks of every format.
     const STRETCH: usize = 256;
     let format = matrix.format;
     let stretch_bytes = STRETCH / format.block_elements() * format.block_bytes();
-    for_panels(cpu, matrix, matrix.cols * LANES, |panel, out| {
+    for_panels(cpu, matrix, matrix.cols.div_ceil(per_element) * LANES, |panel, out| {
         let mut values = [0.0; STRETCH];
         for lane in 0..LANES {
             let Some(row) = lane_row(matrix, panel, lane) else { break };
-            for (bytes, out) in row.chunks(stretch_bytes).zip(out.chunks_mut(STRETCH * LANES)) {
-                let values = &mut values[..out.len() / LANES];
+            for (bytes, out) in row.chunks(stretch_bytes).zip(out.chunks_mut(STRETCH / per_element * LANES)) {
+                let values = &mut values[..bytes.len() / format.block_bytes() * format.block_elements()];
                 dequantize(format, bytes, values).expect("a stretch is whole blocks");
-                for (out, &value) in out.as_chunks_mut::<LANES>().0.iter_mut().zip(values.iter()) {
-                    out[lane] = convert(value);
+                for (values, out) in values.chunks(per_element).zip(out.as_chunks_mut::<LANES>().0) {
+                    for (at, &value) in values.iter().enumerate() {
+                        put(&mut out[lane], at, value);
+                    }
                 }
             }
         }

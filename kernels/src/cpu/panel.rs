@@ -4,10 +4,11 @@
 //! the instruction set and of the other rows. Features missing in the last panel are zeros.
 //!
 //! ```text
-//! float panel    [cols][16]
+//! float panel    [cols][16], of bf16 [cols / 2][16][2] with odd cols rounded up
 //! integer panel  [cols / 32] records of 32 in features, laid out by `record.rs`
 //! ```
 
+use super::pair::Pair;
 use super::record::Layout;
 use super::simd::LANES;
 use crate::buffer::Buffer;
@@ -43,7 +44,7 @@ impl Part {
 pub(crate) enum Panels {
     F32(Buffer<f32>),
     F16(Buffer<u16>),
-    BF16(Buffer<u16>),
+    BF16(Buffer<Pair>),
     Quant(Layout, Buffer<u8>),
 }
 
@@ -51,7 +52,8 @@ impl Panels {
     pub(crate) fn bytes(&self) -> usize {
         match self {
             Panels::F32(data) => data.bytes(),
-            Panels::F16(data) | Panels::BF16(data) => data.bytes(),
+            Panels::F16(data) => data.bytes(),
+            Panels::BF16(data) => data.bytes(),
             Panels::Quant(_, data) => data.bytes(),
         }
     }

@@ -1,12 +1,10 @@
 //! Rotary embedding of q and k, and the store of k and v to the KV cache.
 
-use half::bf16;
-
 use super::CpuDevice;
+use super::element::Cell;
 use super::rows::norm_in_place;
 use super::shared::SharedSlice;
 use super::simd::{Kernel, LANES, Simd, dispatch};
-use crate::buffer::Plain;
 use crate::kv_cache::KvData;
 use crate::ops::RopeAndStore;
 use crate::{KvCache, KvShape};
@@ -24,8 +22,8 @@ pub(crate) fn rope_and_store(cpu: &CpuDevice, args: &RopeAndStore<'_>, qkv: &mut
     });
     let shape = kv.shape();
     match &mut kv.data {
-        KvData::F32(data) => store(cpu, args, qkv, data, shape, |x| x),
-        KvData::BF16(data) => store(cpu, args, qkv, data, shape, |x| bf16::from_f32(x).to_bits()),
+        KvData::F32(data) => store(cpu, args, qkv, data, shape),
+        KvData::BF16(data) => store(cpu, args, qkv, data, shape),
     }
 }
 
@@ -66,33 +64,45 @@ fn rotate<S: Simd>(s: S, head: &mut [f32], cos: &[f32], sin: &[f32]) {
 }
 
 /// Writes k, transposed, and v of all rows to their slots.
-fn store<T: Plain>(
-    cpu: &CpuDevice,
-    args: &RopeAndStore<'_>,
-    qkv: &[f32],
-    data: &mut [T],
-    shape: KvShape,
-    convert: impl Fn(f32) -> T + Sync,
-) {
-    let KvShape { block_size, head_dim, kv_heads, .. } = shape;
+fn store<C: Cell>(cpu: &CpuDevice, args: &RopeAndStore<'_>, qkv: &[f32], data: &mut [C], shape: KvShape) {
     let data = SharedSlice::new(data);
-    cpu.for_row_chunks(kv_heads, args.slots.len() * head_dim, &|heads| {
+    cpu.for_row_chunks(shape.kv_heads, args.slots.len() * shape.head_dim, &|heads| {
         for head in heads {
-            let k_start = (args.heads.heads + head) * head_dim;
-            for (qkv, &slot) in qkv.chunks_exact(args.heads.row_len()).zip(args.slots) {
-                let (block, offset) = (slot as usize / block_size, slot as usize % block_size);
-                let start = shape.page_start(args.layer, block, head);
-                // SAFETY: the pages of a head are one task's.
-                let pages = unsafe { data.part(start..start + 2 * shape.page()) };
-                let (k_page, v_page) = pages.split_at_mut(shape.page());
-                for (i, &k) in qkv[k_start..][..head_dim].iter().enumerate() {
-                    k_page[i * block_size + offset] = convert(k);
-                }
-                let v = &qkv[k_start + kv_heads * head_dim..][..head_dim];
-                for (to, &v) in v_page[offset * head_dim..][..head_dim].iter_mut().zip(v) {
-                    *to = convert(v);
-                }
-            }
+            dispatch(cpu.isa, StoreHead { args, qkv, data: &data, shape, head });
         }
     });
+}
+
+struct StoreHead<'a, C> {
+    args: &'a RopeAndStore<'a>,
+    qkv: &'a [f32],
+    data: &'a SharedSlice<'a, C>,
+    shape: KvShape,
+    head: usize,
+}
+
+impl<C: Cell> Kernel for StoreHead<'_, C> {
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        let StoreHead { args, qkv, data, shape, head } = self;
+        let KvShape { block_size, head_dim, kv_heads, .. } = shape;
+        let (k_stride, v_stride) = (shape.padded_block(), shape.padded_head());
+        let k_start = (args.heads.heads + head) * head_dim;
+        for (qkv, &slot) in qkv.chunks_exact(args.heads.row_len()).zip(args.slots) {
+            let (block, offset) = (slot as usize / block_size, slot as usize % block_size);
+            let start = shape.page_start(args.layer, block, head);
+            // SAFETY: the pages of a head are one task's.
+            let pages = unsafe { data.part(start..start + 2 * shape.page()) };
+            let (k_page, v_page) = pages.split_at_mut(shape.page());
+            let k = qkv[k_start..][..head_dim].chunks(C::VALUES);
+            for (cells, values) in k_page.chunks_exact_mut(k_stride).zip(k) {
+                cells[offset] = C::of(values);
+            }
+            let v = &qkv[k_start + kv_heads * head_dim..][..head_dim];
+            let at = offset % C::VALUES;
+            for (cell, &value) in v_page[offset / C::VALUES * v_stride..].iter_mut().zip(v) {
+                *cell = cell.with(at, value);
+            }
+        }
+    }
 }

@@ -32,10 +32,7 @@ pub(crate) fn add_rms_norm(
         let range = rows.start * cols..rows.end * cols;
         // SAFETY: each row is one task's.
         let (residual, out) = unsafe { (residual.part(range.clone()), out.part(range.clone())) };
-        for (sum, delta) in residual.iter_mut().zip(&delta[range]) {
-            *sum += delta;
-        }
-        dispatch(cpu.isa, Norm { x: residual, weight, eps, out });
+        dispatch(cpu.isa, AddNorm { residual, delta: &delta[range], weight, eps, out });
     });
 }
 
@@ -51,17 +48,41 @@ impl Kernel for Norm<'_> {
     fn run<S: Simd>(self, s: S) {
         let cols = self.weight.len();
         for (x, out) in self.x.chunks_exact(cols).zip(self.out.chunks_exact_mut(cols)) {
-            let scale = inverse_rms(s, x, self.eps);
-            let (x, x_tail) = x.as_chunks::<LANES>();
-            let (weight, weight_tail) = self.weight.as_chunks::<LANES>();
-            let (out, out_tail) = out.as_chunks_mut::<LANES>();
-            for ((x, weight), out) in x.iter().zip(weight).zip(out) {
-                s.store(out, s.mul(s.mul(s.load(x), s.splat(scale)), s.load(weight)));
-            }
-            for ((x, weight), out) in x_tail.iter().zip(weight_tail).zip(out_tail) {
-                *out = x * scale * weight;
-            }
+            scale_row(s, x, inverse_rms(s, x, self.eps), self.weight, out);
         }
+    }
+}
+
+struct AddNorm<'a> {
+    residual: &'a mut [f32],
+    delta: &'a [f32],
+    weight: &'a [f32],
+    eps: f32,
+    out: &'a mut [f32],
+}
+
+impl Kernel for AddNorm<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let cols = self.weight.len();
+        let rows = self.residual.chunks_exact_mut(cols).zip(self.delta.chunks_exact(cols));
+        for ((x, delta), out) in rows.zip(self.out.chunks_exact_mut(cols)) {
+            let mut squares = s.splat(0.0);
+            for (x, delta) in x.chunks_mut(LANES).zip(delta.chunks(LANES)) {
+                let sum = s.add(s.load_partial(x), s.load_partial(delta));
+                s.store_partial(x, sum);
+                squares = s.fma(sum, sum, squares);
+            }
+            scale_row(s, x, inverse_root(s, squares, cols, self.eps), self.weight, out);
+        }
+    }
+}
+
+/// `out = x * scale * weight`.
+#[inline(always)]
+fn scale_row<S: Simd>(s: S, x: &[f32], scale: f32, weight: &[f32], out: &mut [f32]) {
+    for ((x, weight), out) in x.chunks(LANES).zip(weight.chunks(LANES)).zip(out.chunks_mut(LANES)) {
+        s.store_partial(out, s.mul(s.mul(s.load_partial(x), s.splat(scale)), s.load_partial(weight)));
     }
 }
 
@@ -77,17 +98,18 @@ pub(super) fn norm_in_place<S: Simd>(s: S, x: &mut [f32], weight: &[f32], eps: f
 /// `1 / sqrt(mean(x^2) + eps)`: squares are summed in 16 lanes, which are then folded.
 #[inline(always)]
 fn inverse_rms<S: Simd>(s: S, x: &[f32], eps: f32) -> f32 {
-    let (lanes, tail) = x.as_chunks::<LANES>();
     let mut squares = s.splat(0.0);
-    for lanes in lanes {
-        let lanes = s.load(lanes);
+    for lanes in x.chunks(LANES) {
+        let lanes = s.load_partial(lanes);
         squares = s.fma(lanes, lanes, squares);
     }
-    if !tail.is_empty() {
-        let lanes = s.load_partial(tail);
-        squares = s.fma(lanes, lanes, squares);
-    }
-    1.0 / (s.sum(squares) / x.len() as f32 + eps).sqrt()
+    inverse_root(s, squares, x.len(), eps)
+}
+
+/// `1 / sqrt(mean + eps)` of squares summed in lanes.
+#[inline(always)]
+fn inverse_root<S: Simd>(s: S, squares: S::F, count: usize, eps: f32) -> f32 {
+    1.0 / (s.sum(squares) / count as f32 + eps).sqrt()
 }
 
 /// `out[t, i] = silu(x[t, i]) * x[t, cols + i]`, `out [rows, cols]`.
@@ -113,11 +135,7 @@ impl Kernel for SiluMul<'_> {
         for (x, out) in self.x.chunks_exact(2 * self.cols).zip(self.out.chunks_exact_mut(self.cols)) {
             let (gate, up) = x.split_at(self.cols);
             for ((gate, up), out) in gate.chunks(LANES).zip(up.chunks(LANES)).zip(out.chunks_mut(LANES)) {
-                if let (Some(gate), Some(up), Some(out)) = (gate.as_array(), up.as_array(), out.as_mut_array()) {
-                    s.store(out, silu_mul_lanes(s, s.load(gate), s.load(up)));
-                } else {
-                    s.store_partial(out, silu_mul_lanes(s, s.load_partial(gate), s.load_partial(up)));
-                }
+                s.store_partial(out, silu_mul_lanes(s, s.load_partial(gate), s.load_partial(up)));
             }
         }
     }

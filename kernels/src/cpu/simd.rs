@@ -1,8 +1,9 @@
 //! Sixteen lanes at every instruction-set level.
 //!
-//! A kernel is written once, over [`Simd`], and compiled per level by [`dispatch`]. The three levels give the same bits
-//! because each method means the same IEEE operation in each lane, and because the only operations across lanes
-//! ([`Simd::sum`], [`Simd::max_lane`]) go through one fixed tree. Integer products are exact.
+//! A kernel is written once, over [`Simd`], and compiled per level by [`dispatch`]. All levels give the same bits because
+//! each method means the same IEEE operation in each lane, and because the only operations across lanes ([`Simd::sum`],
+//! [`Simd::max_lane`]) go through one fixed tree. Integer products are exact. The one exception: the instructions of
+//! AVX512-BF16 take and give zero for subnormal numbers in [`Simd::dot2`] and [`Simd::round_pairs`].
 //!
 //! A value of a level's type is the proof that the machine has it: only [`dispatch`], behind the detection in
 //! [`best_isa`], makes one. That is why the methods are safe.
@@ -16,6 +17,7 @@ mod scalar;
 use super::amx::TileUnit;
 #[cfg(target_arch = "x86_64")]
 use super::amx::hardware;
+use super::pair::Pair;
 use crate::CpuIsa;
 
 /// Lanes of a vector: values of [`Simd::F`] and [`Simd::I`].
@@ -29,17 +31,20 @@ pub(crate) trait Simd: Copy {
     type I: Copy;
     /// 64 x u8: four consecutive codes per lane.
     type B: Copy;
+    /// 16 pairs of bf16.
+    type P: Copy;
 
     /// Rows of activations that a matrix-product tile keeps in registers.
     const TILE_ROWS: usize;
     /// Whether a float tile is two panels wide.
     const PANEL_PAIRS: bool;
+    /// Query vectors, and vectors of positions or of output values, that a tile of attention keeps in registers.
+    const ATTEND_TILE: (usize, usize);
     /// What [`dot4_bytes`](Self::dot4_bytes) subtracts from each code.
     const BYTE_BIAS: i32;
 
     fn splat(self, value: f32) -> Self::F;
     fn load(self, from: &[f32; LANES]) -> Self::F;
-    fn load_bf16(self, from: &[u16; LANES]) -> Self::F;
     fn load_f16(self, from: &[u16; LANES]) -> Self::F;
     fn store(self, to: &mut [f32; LANES], value: Self::F);
     fn add(self, a: Self::F, b: Self::F) -> Self::F;
@@ -61,9 +66,19 @@ pub(crate) trait Simd: Copy {
     /// The maximum over the same tree as [`sum`](Self::sum).
     fn max_lane(self, value: Self::F) -> f32;
 
+    /// Runs the kernel as a function of its own: its loops then have all registers to themselves.
+    fn outlined<K: Kernel>(self, kernel: K);
+
     /// Asks for the cache line of `at` to be brought near; any address will do.
     #[inline(always)]
     fn prefetch<T>(self, _at: &T) {}
+
+    fn load_pairs(self, from: &[Pair; LANES]) -> Self::P;
+    fn splat_pair(self, pair: Pair) -> Self::P;
+    /// Per lane `fma(a.odd, b.odd, acc)`, then `fma(a.even, b.even, that)`: the order of `vdpbf16ps`.
+    fn dot2(self, acc: Self::F, a: Self::P, b: Self::P) -> Self::F;
+    /// Neighbouring lanes rounded to bf16, ties to even, as pairs.
+    fn round_pairs(self, value: Self::F, to: &mut [Pair; LANES / 2]);
 
     fn splat_int(self, value: i32) -> Self::I;
     fn load_int(self, from: &[i32; LANES]) -> Self::I;
@@ -83,17 +98,23 @@ pub(crate) trait Simd: Copy {
     /// Per lane `acc + sum of (code[j] - BYTE_BIAS) * x[j]` over its four codes; `x` is in -127..=127.
     fn dot4_bytes(self, acc: Self::I, codes: Self::B, x: [i8; 4]) -> Self::I;
 
-    /// The first lanes from a short slice, zeros after.
+    /// The first lanes from a slice of at most 16, zeros after.
     #[inline(always)]
     fn load_partial(self, from: &[f32]) -> Self::F {
+        if let Some(from) = from.as_array() {
+            return self.load(from);
+        }
         let mut lanes = [0.0; LANES];
         lanes[..from.len()].copy_from_slice(from);
         self.load(&lanes)
     }
 
-    /// The first lanes to a short slice.
+    /// The first lanes to a slice of at most 16.
     #[inline(always)]
     fn store_partial(self, to: &mut [f32], value: Self::F) {
+        if let Some(to) = to.as_mut_array() {
+            return self.store(to, value);
+        }
         let mut lanes = [0.0; LANES];
         self.store(&mut lanes, value);
         to.copy_from_slice(&lanes[..to.len()]);
@@ -127,22 +148,42 @@ pub(crate) fn best_isa() -> CpuIsa {
 }
 
 /// The tile registers of a level, which the device has checked against [`best_isa`].
-pub(crate) fn tile_unit(isa: CpuIsa) -> TileUnit {
-    match isa {
+pub(crate) fn tile_unit(level: CpuIsa) -> TileUnit {
+    match level {
         #[cfg(target_arch = "x86_64")]
         CpuIsa::Amx => TileUnit::Hardware,
         _ => TileUnit::None,
     }
 }
 
+/// What a device runs on: a level, and within it what only some of its machines have.
+#[derive(Clone, Copy)]
+pub(crate) struct Isa {
+    pub(crate) level: CpuIsa,
+    /// The bf16 instructions of AVX-512.
+    bf16: bool,
+}
+
+impl Isa {
+    /// A level that [`best_isa`] reaches, with the machine's bf16 instructions if they are wanted.
+    pub(crate) fn new(level: CpuIsa, bf16: bool) -> Self {
+        #[cfg(target_arch = "x86_64")]
+        let bf16 = bf16 && level >= CpuIsa::Avx512 && is_x86_feature_detected!("avx512bf16");
+        Isa { level, bf16 }
+    }
+}
+
 /// Runs the kernel at a level, which the device has checked against [`best_isa`] when it was made.
 #[inline]
-pub(crate) fn dispatch<K: Kernel>(isa: CpuIsa, kernel: K) {
-    match isa {
+pub(crate) fn dispatch<K: Kernel>(isa: Isa, kernel: K) {
+    match isa.level {
         CpuIsa::Scalar => kernel.run(scalar::Scalar),
         #[cfg(target_arch = "x86_64")]
         // SAFETY: a device has a level only where `best_isa` found its features.
         CpuIsa::Avx2 => unsafe { avx2::run(kernel) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above, and `Isa::new` found the bf16 instructions.
+        CpuIsa::Avx512 | CpuIsa::Amx if isa.bf16 => unsafe { avx512::run_bf16(kernel) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
         CpuIsa::Avx512 | CpuIsa::Amx => unsafe { avx512::run(kernel) },

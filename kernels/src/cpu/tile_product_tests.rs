@@ -23,7 +23,7 @@ const FORMATS: [Format; 10] = [
 ];
 
 fn emulated() -> Device {
-    let mut cpu = CpuDevice::new(CpuOptions { threads: Some(2), isa: Some(CpuIsa::Scalar) }).unwrap();
+    let mut cpu = CpuDevice::new(CpuOptions { threads: Some(2), isa: Some(CpuIsa::Scalar) }, true).unwrap();
     cpu.tile_unit = TileUnit::Emulated;
     Device { backend: Backend::Cpu(Arc::new(cpu)) }
 }

@@ -87,7 +87,8 @@ pub fn devices() -> Vec<Device> {
         .filter_map(|&(isa, threads)| Device::cpu(CpuOptions { threads: Some(threads), isa: Some(isa) }).ok())
         .collect();
     assert!(!devices.is_empty(), "every machine has the scalar level");
-    devices
+    let without_bf16 = CpuOptions { threads: Some(2), isa: Some(CpuIsa::Avx512) };
+    devices.into_iter().chain(Device::cpu_without_bf16(without_bf16)).collect()
 }
 
 /// An output full of NaN: whatever an op forgets to write shows.

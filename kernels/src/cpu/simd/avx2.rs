@@ -3,6 +3,7 @@
 use std::arch::x86_64::*;
 use std::ptr;
 
+use super::super::pair::Pair as Bf16Pair;
 use super::{Kernel, LANES, Simd};
 
 /// Proof of AVX2, FMA and F16C.
@@ -11,6 +12,7 @@ pub(super) struct Avx2(());
 
 /// # Safety
 /// The machine has the features named here.
+#[inline(never)]
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) unsafe fn run<K: Kernel>(kernel: K) {
     kernel.run(Avx2(()));
@@ -59,17 +61,58 @@ unsafe fn dot4(acc: __m256i, unsigned: __m256i, signed: __m256i) -> __m256i {
     }
 }
 
+/// `acc` plus the products of the odd halves of `a` and `b`, then of the even ones.
+///
+/// # Safety
+/// The machine has AVX2 and FMA.
+#[inline(always)]
+unsafe fn dot2(acc: __m256, a: __m256i, b: __m256i) -> __m256 {
+    // SAFETY: the caller has AVX2 and FMA.
+    unsafe {
+        let upper = _mm256_set1_epi32(!0xffff);
+        let (odd_a, odd_b) = (_mm256_and_si256(a, upper), _mm256_and_si256(b, upper));
+        let (even_a, even_b) = (_mm256_slli_epi32::<16>(a), _mm256_slli_epi32::<16>(b));
+        let odd = _mm256_fmadd_ps(_mm256_castsi256_ps(odd_a), _mm256_castsi256_ps(odd_b), acc);
+        _mm256_fmadd_ps(_mm256_castsi256_ps(even_a), _mm256_castsi256_ps(even_b), odd)
+    }
+}
+
+/// The nearest bf16 of each lane in its lower half, ties to even; a NaN stays one.
+///
+/// # Safety
+/// The machine has AVX2.
+#[inline(always)]
+unsafe fn round_bf16(value: __m256) -> __m256i {
+    // SAFETY: the caller has AVX2.
+    unsafe {
+        let bits = _mm256_castps_si256(value);
+        let upper = _mm256_srli_epi32::<16>(bits);
+        let half = _mm256_add_epi32(_mm256_and_si256(upper, _mm256_set1_epi32(1)), _mm256_set1_epi32(0x7fff));
+        let nearest = _mm256_srli_epi32::<16>(_mm256_add_epi32(bits, half));
+        let quiet = _mm256_or_si256(upper, _mm256_set1_epi32(0x40));
+        let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(value, value));
+        _mm256_blendv_epi8(nearest, quiet, nan)
+    }
+}
+
 // As for AVX-512: an `Avx2` exists only inside `run`, whose caller has checked the features.
 impl Simd for Avx2 {
     type F = Pair;
     type I = IntPair;
     type B = IntPair;
+    type P = IntPair;
 
     const TILE_ROWS: usize = 4;
     const PANEL_PAIRS: bool = false;
+    const ATTEND_TILE: (usize, usize) = (4, 1);
     // Two products of full bytes overflow the 16 bits of `vpmaddubsw`; centred codes fit.
     const BYTE_BIAS: i32 = 128;
 
+    #[inline(always)]
+    fn outlined<K: Kernel>(self, kernel: K) {
+        // SAFETY: `self` proves the features.
+        unsafe { run(kernel) }
+    }
     #[inline(always)]
     fn splat(self, value: f32) -> Pair {
         // SAFETY: `self` proves the features.
@@ -79,15 +122,6 @@ impl Simd for Avx2 {
     fn load(self, from: &[f32; LANES]) -> Pair {
         // SAFETY: `self` proves the features; the array is 64 readable bytes.
         unsafe { Pair(_mm256_loadu_ps(from.as_ptr()), _mm256_loadu_ps(from.as_ptr().add(8))) }
-    }
-    #[inline(always)]
-    fn load_bf16(self, from: &[u16; LANES]) -> Pair {
-        // SAFETY: `self` proves the features; the array is 32 readable bytes.
-        unsafe {
-            let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.as_ptr().cast()));
-            let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.as_ptr().add(8).cast()));
-            Pair(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(low)), _mm256_castsi256_ps(_mm256_slli_epi32::<16>(high)))
-        }
     }
     #[inline(always)]
     fn load_f16(self, from: &[u16; LANES]) -> Pair {
@@ -176,6 +210,29 @@ impl Simd for Avx2 {
     fn prefetch<T>(self, at: &T) {
         // SAFETY: a prefetch has no effect but on the cache.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(ptr::from_ref(at).cast()) }
+    }
+    #[inline(always)]
+    fn load_pairs(self, from: &[Bf16Pair; LANES]) -> IntPair {
+        // SAFETY: `self` proves the features; the array is 64 readable bytes.
+        unsafe { IntPair(_mm256_loadu_si256(from.as_ptr().cast()), _mm256_loadu_si256(from.as_ptr().add(8).cast())) }
+    }
+    #[inline(always)]
+    fn splat_pair(self, pair: Bf16Pair) -> IntPair {
+        self.splat_int(pair.bits().cast_signed())
+    }
+    #[inline(always)]
+    fn dot2(self, acc: Pair, a: IntPair, b: IntPair) -> Pair {
+        // SAFETY: `self` proves the features.
+        unsafe { Pair(dot2(acc.0, a.0, b.0), dot2(acc.1, a.1, b.1)) }
+    }
+    #[inline(always)]
+    fn round_pairs(self, value: Pair, to: &mut [Bf16Pair; LANES / 2]) {
+        // SAFETY: `self` proves the features; the array is 32 writable bytes.
+        unsafe {
+            // Packing works within halves of the registers: their middle quarters have to change places.
+            let packed = _mm256_packus_epi32(round_bf16(value.0), round_bf16(value.1));
+            _mm256_storeu_si256(to.as_mut_ptr().cast(), _mm256_permute4x64_epi64::<0b11_01_10_00>(packed));
+        }
     }
     #[inline(always)]
     fn splat_int(self, value: i32) -> IntPair {

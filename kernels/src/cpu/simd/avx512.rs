@@ -1,19 +1,29 @@
-//! AVX-512 with VNNI: one register is a vector.
+//! AVX-512 with VNNI, with or without BF16: one register is a vector.
 
 use std::arch::x86_64::*;
-use std::ptr;
+use std::{mem, ptr};
 
+use super::super::pair::Pair;
 use super::{Kernel, LANES, Simd};
 
-/// Proof of AVX-512 F, BW, DQ, VL and VNNI.
+/// Proof of AVX-512 F, BW, DQ, VL and VNNI, and of BF16 where it says so.
 #[derive(Clone, Copy)]
-pub(super) struct Avx512(());
+pub(super) struct Avx512<const BF16: bool>(());
 
 /// # Safety
 /// The machine has the features named here.
+#[inline(never)]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 pub(super) unsafe fn run<K: Kernel>(kernel: K) {
-    kernel.run(Avx512(()));
+    kernel.run(Avx512::<false>(()));
+}
+
+/// # Safety
+/// The machine has the features named here.
+#[inline(never)]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")]
+pub(super) unsafe fn run_bf16<K: Kernel>(kernel: K) {
+    kernel.run(Avx512::<true>(()));
 }
 
 /// The upper halves of `value` folded on the lower ones until one lane is left.
@@ -29,16 +39,23 @@ macro_rules! fold {
 }
 
 // Every `unsafe` block below rests on the same argument, so that it is written once here and named at each of them:
-// an `Avx512` exists only inside `run`, whose caller has checked the features.
-impl Simd for Avx512 {
+// an `Avx512` exists only inside `run` and `run_bf16`, whose callers have checked the features.
+impl<const BF16: bool> Simd for Avx512<BF16> {
     type F = __m512;
     type I = __m512i;
     type B = __m512i;
+    type P = __m512i;
 
     const TILE_ROWS: usize = 8;
     const PANEL_PAIRS: bool = true;
+    const ATTEND_TILE: (usize, usize) = (6, 4);
     const BYTE_BIAS: i32 = 0;
 
+    #[inline(always)]
+    fn outlined<K: Kernel>(self, kernel: K) {
+        // SAFETY: `self` proves the features.
+        unsafe { if BF16 { run_bf16(kernel) } else { run(kernel) } }
+    }
     #[inline(always)]
     fn splat(self, value: f32) -> __m512 {
         // SAFETY: `self` proves the features.
@@ -48,14 +65,6 @@ impl Simd for Avx512 {
     fn load(self, from: &[f32; LANES]) -> __m512 {
         // SAFETY: `self` proves the features; the array is 64 readable bytes.
         unsafe { _mm512_loadu_ps(from.as_ptr()) }
-    }
-    #[inline(always)]
-    fn load_bf16(self, from: &[u16; LANES]) -> __m512 {
-        // SAFETY: `self` proves the features; the array is 32 readable bytes.
-        unsafe {
-            let halves = _mm256_loadu_si256(from.as_ptr().cast());
-            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves)))
-        }
     }
     #[inline(always)]
     fn load_f16(self, from: &[u16; LANES]) -> __m512 {
@@ -129,6 +138,47 @@ impl Simd for Avx512 {
     fn prefetch<T>(self, at: &T) {
         // SAFETY: a prefetch has no effect but on the cache.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(ptr::from_ref(at).cast()) }
+    }
+    #[inline(always)]
+    fn load_pairs(self, from: &[Pair; LANES]) -> __m512i {
+        // SAFETY: `self` proves the features; the array is 64 readable bytes.
+        unsafe { _mm512_loadu_si512(from.as_ptr().cast()) }
+    }
+    #[inline(always)]
+    fn splat_pair(self, pair: Pair) -> __m512i {
+        self.splat_int(pair.bits().cast_signed())
+    }
+    #[inline(always)]
+    fn dot2(self, acc: __m512, a: __m512i, b: __m512i) -> __m512 {
+        // SAFETY: `self` proves the features; both vectors are 64 bytes of any content.
+        unsafe {
+            if BF16 {
+                let (a, b) = (mem::transmute::<__m512i, __m512bh>(a), mem::transmute::<__m512i, __m512bh>(b));
+                return _mm512_dpbf16_ps(acc, a, b);
+            }
+            let upper = _mm512_set1_epi32(!0xffff);
+            let (odd_a, odd_b) = (_mm512_and_si512(a, upper), _mm512_and_si512(b, upper));
+            let (even_a, even_b) = (_mm512_slli_epi32::<16>(a), _mm512_slli_epi32::<16>(b));
+            let odd = _mm512_fmadd_ps(_mm512_castsi512_ps(odd_a), _mm512_castsi512_ps(odd_b), acc);
+            _mm512_fmadd_ps(_mm512_castsi512_ps(even_a), _mm512_castsi512_ps(even_b), odd)
+        }
+    }
+    #[inline(always)]
+    fn round_pairs(self, value: __m512, to: &mut [Pair; LANES / 2]) {
+        // SAFETY: `self` proves the features; the array is 32 writable bytes.
+        unsafe {
+            let rounded = if BF16 {
+                mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(value))
+            } else {
+                let bits = _mm512_castps_si512(value);
+                let upper = _mm512_srli_epi32::<16>(bits);
+                let half = _mm512_add_epi32(_mm512_and_si512(upper, _mm512_set1_epi32(1)), _mm512_set1_epi32(0x7fff));
+                let nearest = _mm512_srli_epi32::<16>(_mm512_add_epi32(bits, half));
+                let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(value, value);
+                _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(nearest, nan, upper, _mm512_set1_epi32(0x40)))
+            };
+            _mm256_storeu_si256(to.as_mut_ptr().cast(), rounded);
+        }
     }
     #[inline(always)]
     fn splat_int(self, value: i32) -> __m512i {

@@ -1,8 +1,9 @@
 //! The level that every machine has: arrays and loops.
 
-use half::{bf16, f16};
+use half::f16;
 
-use super::{LANES, Simd};
+use super::super::pair::Pair;
+use super::{Kernel, LANES, Simd};
 
 #[derive(Clone, Copy)]
 pub(super) struct Scalar;
@@ -36,11 +37,17 @@ impl Simd for Scalar {
     type F = F;
     type I = [i32; LANES];
     type B = [u8; 4 * LANES];
+    type P = [Pair; LANES];
 
     const TILE_ROWS: usize = 1;
     const PANEL_PAIRS: bool = false;
+    const ATTEND_TILE: (usize, usize) = (1, 1);
     const BYTE_BIAS: i32 = 0;
 
+    #[inline(always)]
+    fn outlined<K: Kernel>(self, kernel: K) {
+        kernel.run(self);
+    }
     #[inline(always)]
     fn splat(self, value: f32) -> F {
         [value; LANES]
@@ -48,10 +55,6 @@ impl Simd for Scalar {
     #[inline(always)]
     fn load(self, from: &[f32; LANES]) -> F {
         *from
-    }
-    #[inline(always)]
-    fn load_bf16(self, from: &[u16; LANES]) -> F {
-        from.map(|bits| bf16::from_bits(bits).to_f32())
     }
     #[inline(always)]
     fn load_f16(self, from: &[u16; LANES]) -> F {
@@ -104,6 +107,22 @@ impl Simd for Scalar {
     #[inline(always)]
     fn max_lane(self, value: F) -> f32 {
         fold(value, larger)
+    }
+    #[inline(always)]
+    fn load_pairs(self, from: &[Pair; LANES]) -> [Pair; LANES] {
+        *from
+    }
+    #[inline(always)]
+    fn splat_pair(self, pair: Pair) -> [Pair; LANES] {
+        [pair; LANES]
+    }
+    #[inline(always)]
+    fn dot2(self, acc: F, a: [Pair; LANES], b: [Pair; LANES]) -> F {
+        std::array::from_fn(|i| a[i].even().mul_add(b[i].even(), a[i].odd().mul_add(b[i].odd(), acc[i])))
+    }
+    #[inline(always)]
+    fn round_pairs(self, value: F, to: &mut [Pair; LANES / 2]) {
+        *to = std::array::from_fn(|i| Pair::new(value[2 * i], value[2 * i + 1]));
     }
     #[inline(always)]
     fn splat_int(self, value: i32) -> [i32; LANES] {
