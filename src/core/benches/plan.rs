@@ -2,8 +2,8 @@
 
 use divan::Bencher;
 use kvern_core::{
-    CacheSalt, CoreConfig, Effect, Engine, Input, Micros, RequestId, Role, Sampled, StepPlan, Submission, Timed,
-    WorkerId, WorkerSpec,
+    CacheSalt, ClassId, CoreConfig, Effect, Engine, Input, Micros, RequestId, Sampled, StepPlan, Submission, TenantId,
+    Timed, WorkerId,
 };
 
 fn main() {
@@ -15,14 +15,11 @@ const PROMPT: u32 = 512;
 
 fn engine(num_running: u32) -> Engine {
     let mut engine = Engine::new(CoreConfig {
-        workers: vec![WorkerSpec { role: Role::Mixed, num_blocks: num_running * 256 }],
-        block_size: 16,
         step_tokens_max: 8192,
         running_max: num_running,
         waiting_max: num_running,
         request_tokens_max: 1 << 20,
-        prefix_caching: true,
-        hash_bits: 128,
+        ..CoreConfig::mixed(num_running * 256, 16)
     });
     for request in 0..num_running {
         let submission = Submission {
@@ -33,6 +30,9 @@ fn engine(num_running: u32) -> Engine {
             min_new_tokens: 0,
             stop_tokens: vec![1, 2, 3],
             salt: CacheSalt(0),
+            tenant: TenantId(0),
+            class: ClassId(0),
+            deadline: None,
         };
         engine.apply(Timed { at: Micros(0), input: Input::Submit(submission) }, &mut Vec::new());
     }
@@ -45,7 +45,7 @@ fn turn(engine: &mut Engine, plan: &mut StepPlan, effects: &mut Vec<Effect>) {
     let mut sampled = engine.recycle_sampled();
     let samples = plan.slices.iter().filter(|slice| slice.sample);
     sampled.extend(samples.map(|slice| (slice.request, Sampled::Token(100))));
-    let input = Input::StepDone { worker: plan.worker, step: plan.step, sampled };
+    let input = Input::StepDone { worker: plan.worker, step: plan.step, device_us: 0, sampled };
     engine.apply(Timed { at: Micros(0), input }, effects);
 }
 

@@ -1,8 +1,8 @@
 //! In the steady state of a running batch neither verb of the core allocates.
 
 use kvern_core::{
-    CacheSalt, CoreConfig, Effect, Engine, Input, Micros, RequestId, Role, Sampled, StepPlan, Submission, Timed,
-    WorkerId, WorkerSpec,
+    CacheSalt, ClassId, CoreConfig, Effect, Engine, Input, Micros, RequestId, Sampled, StepPlan, Submission, TenantId,
+    Timed, WorkerId,
 };
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -37,14 +37,11 @@ const NUM_REQUESTS: u64 = 64;
 
 fn engine() -> Engine {
     let mut engine = Engine::new(CoreConfig {
-        workers: vec![WorkerSpec { role: Role::Mixed, num_blocks: 8192 }],
-        block_size: 16,
         step_tokens_max: 512,
         running_max: NUM_REQUESTS as u32,
         waiting_max: 1000,
         request_tokens_max: 4096,
-        prefix_caching: true,
-        hash_bits: 128,
+        ..CoreConfig::mixed(8192, 16)
     });
     for request in 0..NUM_REQUESTS {
         let submission = Submission {
@@ -54,6 +51,9 @@ fn engine() -> Engine {
             min_new_tokens: 0,
             stop_tokens: vec![2, 3],
             salt: CacheSalt(0),
+            tenant: TenantId(0),
+            class: ClassId(0),
+            deadline: None,
         };
         engine.apply(Timed { at: Micros(0), input: Input::Submit(submission) }, &mut Vec::new());
     }
@@ -67,7 +67,7 @@ fn turn(engine: &mut Engine, plan: &mut StepPlan, effects: &mut Vec<Effect>, tok
     let mut sampled = engine.recycle_sampled();
     let samples = plan.slices.iter().filter(|slice| slice.sample);
     sampled.extend(samples.map(|slice| (slice.request, Sampled::Token(token))));
-    let input = Input::StepDone { worker: plan.worker, step: plan.step, sampled };
+    let input = Input::StepDone { worker: plan.worker, step: plan.step, device_us: 0, sampled };
     engine.apply(Timed { at: Micros(0), input }, effects);
     plan.slices.len()
 }
