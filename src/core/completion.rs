@@ -102,11 +102,12 @@ impl Engine {
         tenant.charged += 1;
         self.waiting.charge(request.class, request.tenant, tenant.weight(), 1);
         request.tokens.push(token);
-        if request.num_tokens().is_multiple_of(self.config.block_size) {
+        let next_full = (request.hashes.len() as u64 + 1) * u64::from(self.config.block_size);
+        if u64::from(request.num_tokens()) == next_full {
             request.hash_blocks(&self.config);
         }
         let may_stop = request.num_new() >= request.min_new_tokens || planted!(self, IgnoreMinNewTokens);
-        if may_stop && request.stop_tokens.binary_search(&token).is_ok() {
+        if may_stop && request.stops_at(token) {
             return Some(FinishReason::Stop);
         }
         (request.num_new() >= request.max_new_tokens).then_some(FinishReason::Length)
@@ -187,6 +188,8 @@ fn publish(request: &mut Request, pool: &mut KvPool, block_size: u32) {
             hash: request.hashes[at],
             parent: request.node,
             salt: request.salt,
+            before: at.checked_sub(1).map(|before| request.table[before]),
+            hits: request.found,
             tokens: &request.tokens[first..first + block_size as usize],
         });
         request.num_published += 1;

@@ -6,7 +6,7 @@
 use crate::fault::planted;
 use crate::invariants::InvariantId;
 use crate::kv::NodeId;
-use crate::request::{Arrival, Arriving, Phase, Request, RequestIndex};
+use crate::request::{Arrival, Arriving, Phase, Request, RequestIndex, stop_bit};
 use crate::tenants::TenantSlot;
 use crate::{CancelReason, ClassId, Effect, Engine, FinishReason, Refusal, RequestId, Submission, Usage};
 
@@ -77,6 +77,7 @@ impl Engine {
             num_computed: 0,
             num_published: 0,
             node: NodeId::ROOT,
+            found: 0,
             prompt_len: submission.prompt.len() as u32,
             tokens: submission.prompt,
             hashes: Vec::new(),
@@ -85,6 +86,7 @@ impl Engine {
             salt: submission.salt,
             max_new_tokens: submission.max_new_tokens,
             min_new_tokens: submission.min_new_tokens,
+            stop_mask: stop_tokens.iter().fold(0, |mask, token| mask | stop_bit(*token)),
             stop_tokens,
             cached_tokens: None,
             preemptions: 0,

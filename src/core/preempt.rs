@@ -57,7 +57,7 @@ impl StepFiller<'_> {
         let worker = &self.engine.workers[usize::from(self.id.0)];
         let decodes = worker.iter_running().map(|(_, _, index)| &self.engine.requests[index]);
         let own = decodes.filter(|request| request.remaining() == 1 && tenant.is_none_or(|own| own == request.tenant));
-        own.map(|request| self.blocks_for(request.num_tokens()) - request.table.len() as u32).sum()
+        own.map(|request| request.blocks_missing(self.engine.config.block_size)).sum()
     }
 
     /// Takes the blocks of the pool's victim, of one tenant or of all; `false` when that has to wait.

@@ -70,6 +70,8 @@ pub(crate) struct Request {
     pub(crate) num_published: u32,
     /// The place of the last of those in the prefix tree.
     pub(crate) node: NodeId,
+    /// Times that its sequence was found again when it started.
+    pub(crate) found: u8,
     /// Prompt and output.
     pub(crate) tokens: Vec<TokenId>,
     /// Of the full blocks of `tokens`; empty when prefixes are not cached.
@@ -81,11 +83,17 @@ pub(crate) struct Request {
     pub(crate) prompt_len: u32,
     pub(crate) max_new_tokens: u32,
     pub(crate) min_new_tokens: u32,
-    /// Sorted.
+    /// Sorted, and a bit for each.
     pub(crate) stop_tokens: Vec<TokenId>,
+    pub(crate) stop_mask: u64,
     /// Of the first scheduling.
     pub(crate) cached_tokens: Option<u32>,
     pub(crate) preemptions: u32,
+}
+
+/// The bit of a stop token in [`Request::stop_mask`].
+pub(crate) fn stop_bit(token: TokenId) -> u64 {
+    1 << (token % 64)
 }
 
 /// The other side of a transfer.
@@ -109,6 +117,18 @@ impl Request {
     /// Known tokens that are not computed; at least 1 of a request that is not in flight.
     pub(crate) fn remaining(&self) -> u32 {
         self.num_tokens() - self.num_computed
+    }
+
+    /// Blocks that the table lacks for all known tokens. Without a division where none lacks, as nearly always.
+    pub(crate) fn blocks_missing(&self, block_size: u32) -> u32 {
+        let num_blocks = self.table.len() as u32;
+        let covered = u64::from(num_blocks) * u64::from(block_size);
+        if covered >= u64::from(self.num_tokens()) { 0 } else { self.num_tokens().div_ceil(block_size) - num_blocks }
+    }
+
+    /// Whether a token is a stop token. Most tokens are told apart without a look at the list.
+    pub(crate) fn stops_at(&self, token: TokenId) -> bool {
+        self.stop_mask & stop_bit(token) != 0 && self.stop_tokens.binary_search(&token).is_ok()
     }
 
     pub(crate) fn num_new(&self) -> u32 {

@@ -92,10 +92,6 @@ impl<'a> StepFiller<'a> {
         }
     }
 
-    pub(crate) fn blocks_for(&self, num_tokens: u32) -> u32 {
-        num_tokens.div_ceil(self.engine.config.block_size)
-    }
-
     fn grow(&mut self, index: RequestIndex, missing: u32) {
         let Engine { requests, pools, tenants, .. } = &mut *self.engine;
         let request = &mut requests[index];
@@ -117,7 +113,7 @@ impl<'a> StepFiller<'a> {
                 prefills.push(index);
                 continue;
             }
-            let missing = self.blocks_for(request.num_tokens()) - request.table.len() as u32;
+            let missing = request.blocks_missing(self.engine.config.block_size);
             if missing > 0 && !self.may_grow(index) {
                 is_stalled = true;
                 continue;
@@ -126,7 +122,9 @@ impl<'a> StepFiller<'a> {
             if let Some(itl) = objective {
                 self.itl_us = Some(self.itl_us.map_or(itl.0, |strictest| strictest.min(itl.0)));
             }
-            self.grow(index, missing);
+            if missing > 0 {
+                self.grow(index, missing);
+            }
             self.push_slice(index, 1, true);
         }
         self.worker().is_stalled = is_stalled;
@@ -243,7 +241,9 @@ impl<'a> StepFiller<'a> {
             num_tokens += 1;
         }
         let (start, end) = (request.num_computed, request.num_computed + num_tokens);
-        let covered = &request.table[..end.div_ceil(block_size) as usize];
+        // A decode has grown its table to just what it needs.
+        let num_blocks = if is_decode { request.table.len() } else { end.div_ceil(block_size) as usize };
+        let covered = &request.table[..num_blocks];
         let plan = &mut *self.plan;
         let (first_token, first_block) = (plan.tokens.len() as u32, plan.block_tables.len() as u32);
         match request.tokens[start as usize..end as usize] {
@@ -378,6 +378,7 @@ impl<'a> StepFiller<'a> {
         let id = self.id;
         let Engine { requests, waiting, tenants, pools, workers, config, totals, .. } = &mut *self.engine;
         let request = &mut requests[index];
+        request.found = pools[self.pool].found(&request.table);
         request.table.iter().for_each(|block| pools[self.pool].acquire(*block, request.tenant));
         request.reserve(config);
         request.node = node;

@@ -29,7 +29,7 @@ const BLANK: u32 = u32::MAX;
 /// How often a block was found again, up to this many times less one, is told apart.
 pub(crate) const LEVELS: usize = 4;
 /// By how many eighths of the pool's turnover a block of each level counts as released later than it was.
-pub(super) const BONUS: [u64; LEVELS] = [0, 8, 12, 16];
+const BONUS: [u64; LEVELS] = [0, 4, 6, 8];
 
 #[derive(Clone, Copy, Debug)]
 struct Cell {
@@ -63,6 +63,8 @@ pub(crate) struct FreeLists {
     blank: List,
     cached: Vec<Cached>,
     len: u32,
+    /// Of each level, in blocks handed out.
+    bonus: [u64; LEVELS],
 }
 
 impl FreeLists {
@@ -70,11 +72,18 @@ impl FreeLists {
     pub(crate) fn full(num_blocks: u32) -> Self {
         let cell = Cell { prev: OFF, next: OFF, tenant: BLANK, level: 0, stamp: 0 };
         let cells = vec![cell; num_blocks as usize];
-        let mut lists = FreeLists { cells, blank: EMPTY, cached: Vec::new(), len: 0 };
+        let bonus = BONUS.map(|eighths| u64::from(num_blocks) * eighths / 8);
+        let mut lists = FreeLists { cells, blank: EMPTY, cached: Vec::new(), len: 0, bonus };
         for block in (0..num_blocks).rev() {
             lists.push_blank(BlockId(block));
         }
         lists
+    }
+
+    /// The least recently used goes first, to compare with.
+    #[cfg(test)]
+    pub(crate) fn lru(self) -> Self {
+        FreeLists { bonus: [0; LEVELS], ..self }
     }
 
     /// Makes room for the lists of `num_tenants` tenants.
@@ -135,8 +144,7 @@ impl FreeLists {
             if list.front == END {
                 continue;
             }
-            let bonus = self.cells.len() as u64 * BONUS[level] / 8;
-            let age = self.cells[list.front as usize].stamp + bonus;
+            let age = self.cells[list.front as usize].stamp + self.bonus[level];
             // On a tie the lower level goes first: of one prefix it is the end.
             if oldest.is_none_or(|(least, _)| age < least) {
                 oldest = Some((age, BlockId(list.front)));
@@ -215,7 +223,7 @@ mod tests {
                         let stamp = stamp * 1_000;
                         let level = usize::from(hits).min(LEVELS - 1);
                         lists.push_cached(block, TenantSlot(tenant), hits, stamp + level as u64);
-                        let age = stamp + level as u64 + u64::from(num_blocks) * BONUS[level] / 8;
+                        let age = stamp + level as u64 + lists.bonus[level];
                         model.push((block, Some((tenant, age))));
                     }
                     2 if on => { lists.remove(block); model.retain(|(other, _)| *other != block) }

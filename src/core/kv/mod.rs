@@ -51,6 +51,9 @@ impl NodeId {
 /// Most cached blocks that are taken from one tenant before the choice is made anew.
 const PLUNDER_MAX: u32 = 32;
 
+/// In place of a block before the first.
+const NO_BLOCK: u32 = u32::MAX;
+
 /// What a lookup compares before it reads the tokens.
 #[derive(Clone, Copy, Debug)]
 struct Card {
@@ -68,6 +71,9 @@ pub(crate) struct FullBlock<'a> {
     pub(crate) hash: BlockHash,
     pub(crate) parent: NodeId,
     pub(crate) salt: CacheSalt,
+    /// The block before it in its table, and what its sequence has been found to be good for: [`KvPool::found`].
+    pub(crate) before: Option<BlockId>,
+    pub(crate) hits: u8,
     /// `block_size` of them.
     pub(crate) tokens: &'a [TokenId],
 }
@@ -83,6 +89,9 @@ pub(crate) struct KvPool {
     owners: Vec<TenantSlot>,
     /// How often each published block was found again, up to the number of levels.
     hits: Vec<u8>,
+    /// The block that each published block continues, if that is still the same, and how many continue each.
+    parents: Vec<u32>,
+    children: Vec<u32>,
     free: FreeLists,
     index: PrefixIndex,
     next_node: u64,
@@ -110,6 +119,8 @@ impl KvPool {
             refs: vec![0; blocks],
             owners: vec![TenantSlot::FIRST; blocks],
             hits: vec![0; blocks],
+            parents: vec![NO_BLOCK; blocks],
+            children: vec![0; blocks],
             free: FreeLists::full(num_blocks),
             index: PrefixIndex::new(num_blocks),
             next_node: 1,
@@ -209,6 +220,16 @@ impl KvPool {
     fn contents(&self, block: BlockId) -> &[TokenId] {
         let size = self.block_size as usize;
         &self.contents[block.0 as usize * size..][..size]
+    }
+
+    /// How often a sequence was found again whose cached prefix is `table`, this time included: 0 where it branches off from
+    /// others (a system prompt), one more than its last block where it goes on where nobody went on (a conversation's next
+    /// turn). Its new blocks are as likely to be found again as those.
+    pub(crate) fn found(&self, table: &[BlockId]) -> u8 {
+        match table.last() {
+            Some(last) if self.children[last.0 as usize] == 0 => self.hits[last.0 as usize].saturating_add(1),
+            _ => 0,
+        }
     }
 
     /// Takes a reference to a block that a lookup found; one that was free is this tenant's from now on.
@@ -321,7 +342,7 @@ impl KvPool {
     /// Makes a full block findable and gives its node. When its content is published already, by a request that computed
     /// it at the same time, the block stays private and the node is that of the published one.
     pub(crate) fn publish(&mut self, full: FullBlock<'_>) -> NodeId {
-        let FullBlock { block, hash, parent, salt, tokens } = full;
+        let FullBlock { block, hash, parent, salt, before, hits, tokens } = full;
         assert!(tokens.len() == self.block_size as usize, "KV-4: {block:?} is published with {} tokens", tokens.len());
         assert!(self.refs[block.0 as usize] > 0, "KV-4: free {block:?} is published");
         assert!(self.cards[block.0 as usize].node == NodeId::NONE, "KV-4: {block:?} is published twice");
@@ -337,7 +358,14 @@ impl KvPool {
         self.contents[block.0 as usize * size..][..size].copy_from_slice(tokens);
         self.salts[block.0 as usize] = salt;
         self.cards[block.0 as usize] = Card { hash, parent, node };
-        self.hits[block.0 as usize] = 0;
+        self.hits[block.0 as usize] = hits;
+        // The block before may be private, with the same content published under another: then nobody is its child.
+        let before = before.filter(|before| self.cards[before.0 as usize].node == parent);
+        self.parents[block.0 as usize] = before.map_or(NO_BLOCK, |before| before.0);
+        if let Some(before) = before {
+            self.children[before.0 as usize] += 1;
+        }
+        self.children[block.0 as usize] = 0;
         self.index.insert(hash, block);
         node
     }
@@ -351,6 +379,11 @@ impl KvPool {
         let cards = &self.cards;
         self.index.remove(card.hash, block, |other| cards[other.0 as usize].hash);
         self.cards[block.0 as usize] = UNPUBLISHED;
+        // A parent that was forgotten, or published anew, has another node.
+        let parent = self.parents[block.0 as usize];
+        if parent != NO_BLOCK && self.cards[parent as usize].node == card.parent {
+            self.children[parent as usize] -= 1;
+        }
     }
 
     /// Makes everything unfindable: the memory behind the pool is lost. No table may hold a block. O(blocks).
@@ -389,6 +422,11 @@ fn equal_tokens(a: &[TokenId], b: &[TokenId]) -> bool {
 
 /// For the full check; see `invariants.rs`.
 impl KvPool {
+    #[cfg(test)]
+    fn num_blank(&self) -> u64 {
+        (0..self.num_blocks()).map(BlockId).filter(|block| self.published(*block).is_none()).count() as u64
+    }
+
     pub(crate) fn ref_count(&self, block: BlockId) -> u32 {
         self.refs[block.0 as usize]
     }
@@ -428,5 +466,7 @@ impl KvPool {
     }
 }
 
+#[cfg(test)]
+mod reuse_tests;
 #[cfg(test)]
 mod tests;

@@ -58,12 +58,14 @@ fn hold(pool: &mut KvPool, holder: &mut Holder, hash_bits: u32) -> Option<usize>
         holder.table.clear();
         return None;
     }
+    let found = pool.found(&holder.table);
     holder.table.iter().for_each(|block| pool.acquire(*block, TenantSlot::FIRST));
     holder.table.extend((0..needed).map(|_| pool.allocate(TenantSlot::FIRST, &Tenants::new()).unwrap()));
     for (at, hash) in hashes.iter().copied().enumerate().skip(hits) {
         let tokens = &holder.tokens[at * BLOCK_SIZE as usize..][..BLOCK_SIZE as usize];
         let (block, salt) = (holder.table[at], holder.salt);
-        node = pool.publish(FullBlock { block, hash, parent: node, salt, tokens });
+        let before = at.checked_sub(1).map(|before| holder.table[before]);
+        node = pool.publish(FullBlock { block, hash, parent: node, salt, before, hits: found, tokens });
     }
     Some(hits)
 }
@@ -175,6 +177,8 @@ fn a_child_does_not_outlive_its_parent_under_a_stranger() {
         hash: hashes_ab[at],
         parent,
         salt: CacheSalt(0),
+        before: None,
+        hits: 0,
         tokens,
     };
     // A second request computed the same two blocks: its first stays private, its second becomes a child of the first's.
@@ -189,6 +193,8 @@ fn a_child_does_not_outlive_its_parent_under_a_stranger() {
         hash: hashes(&sequence(&[b, b]), 1)[0],
         parent: NodeId::ROOT,
         salt: CacheSalt(0),
+        before: None,
+        hits: 0,
         tokens: &[9, 9],
     };
     pool.publish(x(9));

@@ -14,7 +14,7 @@ mod device;
 mod faults;
 mod order;
 mod replay;
-mod rng;
+pub(crate) mod rng;
 mod run;
 mod watch;
 mod workload;
