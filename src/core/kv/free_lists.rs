@@ -3,15 +3,15 @@
 //!
 //! ```text
 //!   blank                reused before all others
-//!   tenant 0   level 0   [released long ago] ... [released just now]     never found again since it was published
-//!              level 1   [released long ago] ... [released just now]     found once, ...
+//!   tenant 0   level 0   [released long ago] ... [released just now]     of a sequence that was never found again
+//!              level 1   [released long ago] ... [released just now]     of one that was
 //!   tenant 1   level 0   ...
 //! ```
 //!
-//! A block that was found again is likely to be found once more, so it counts as released later than it was: by a part of
-//! the pool's turnover for each level ([`BONUS`]). That keeps the conversations that go on over those that asked once, which
-//! the least-recently-used order cannot tell apart, and is the idea of 2Q (Johnson and Shasha, 1994) and of the frequency
-//! term of GDSF (Cherkasova, 1998), here in whole numbers and with each step O(levels).
+//! A sequence that was found again is likely to be found once more, so its blocks count as released later than they were: by
+//! half of the pool's turnover ([`BONUS`]). That keeps the conversations that go on over those that asked once, which the
+//! least-recently-used order cannot tell apart, and is the idea of 2Q (Johnson and Shasha, 1994) and of the frequency term of
+//! GDSF (Cherkasova, 1998), here in whole numbers and with each step O(levels). What it is worth is in `reuse_tests.rs`.
 //!
 //! Doubly linked lists threaded through one array, so that a block anywhere can be taken out again when a prefix hit
 //! revives it. Nothing allocates after construction but [`FreeLists::make_tenants`].
@@ -26,10 +26,10 @@ const OFF: u32 = u32::MAX - 1;
 /// In place of a tenant: on the blank list.
 const BLANK: u32 = u32::MAX;
 
-/// How often a block was found again, up to this many times less one, is told apart.
-pub(crate) const LEVELS: usize = 4;
+/// How often a sequence was found again, up to this many times less one, is told apart.
+const LEVELS: usize = 2;
 /// By how many eighths of the pool's turnover a block of each level counts as released later than it was.
-const BONUS: [u64; LEVELS] = [0, 4, 6, 8];
+const BONUS: [u64; LEVELS] = [0, 4];
 
 #[derive(Clone, Copy, Debug)]
 struct Cell {

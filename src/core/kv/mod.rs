@@ -87,7 +87,7 @@ pub(crate) struct KvPool {
     salts: Vec<CacheSalt>,
     refs: Vec<u32>,
     owners: Vec<TenantSlot>,
-    /// How often each published block was found again, up to the number of levels.
+    /// How often each published block, or the sequence that it was published with, was found again.
     hits: Vec<u8>,
     /// The block that each published block continues, if that is still the same, and how many continue each.
     parents: Vec<u32>,

@@ -1,4 +1,4 @@
-//! In the steady state of a running batch neither verb of the core allocates.
+//! In the steady state of a running batch neither verb of the core allocates, however many requests wait.
 
 use kvern_core::{
     CacheSalt, ClassId, CoreConfig, Effect, Engine, Input, Micros, RequestId, Sampled, StepPlan, Submission, TenantId,
@@ -34,16 +34,18 @@ unsafe impl GlobalAlloc for Counting {
 static ALLOCATOR: Counting = Counting;
 
 const NUM_REQUESTS: u64 = 64;
+/// Those that find no place.
+const NUM_WAITING: u64 = 1000;
 
 fn engine() -> Engine {
     let mut engine = Engine::new(CoreConfig {
         step_tokens_max: 512,
         running_max: NUM_REQUESTS as u32,
-        waiting_max: 1000,
+        waiting_max: 2000,
         request_tokens_max: 4096,
         ..CoreConfig::mixed(8192, 16)
     });
-    for request in 0..NUM_REQUESTS {
+    for request in 0..NUM_REQUESTS + NUM_WAITING {
         let submission = Submission {
             request: RequestId(request),
             prompt: (0..100 + request as u32).map(|at| at * (1 + request as u32 % 3)).collect(),
@@ -91,6 +93,7 @@ fn decoding_allocates_nothing() {
         assert_eq!(turn(&mut engine, &mut plan, &mut effects, 100 + step % 7), NUM_REQUESTS as usize);
         assert_eq!(effects.len(), NUM_REQUESTS as usize);
     }
+    assert_eq!(u64::from(engine.stats().waiting), NUM_WAITING);
     let allocations = ALLOCATIONS.load(Ordering::Relaxed) - before;
     assert_eq!(allocations, 0, "allocations in 800 steps of 64 decoding requests");
     assert_eq!(engine.check(), Ok(()));
