@@ -8,7 +8,6 @@
 use crate::request::{Phase, Request, RequestIndex};
 use crate::worker::Worker;
 use crate::{BlockId, Engine, WorkerId};
-use std::collections::HashMap;
 use std::fmt;
 
 /// An invariant of the core.
@@ -222,14 +221,16 @@ impl Engine {
             let blocks = self.tables(at, request).flatten();
             blocks.for_each(|block| holders[block.0 as usize] += 1);
         }
-        for (slot, _) in self.tenants.iter() {
-            let blocks = || (0..num_blocks).map(BlockId).filter(|block| pool.owner(*block) == slot);
-            let live = blocks().filter(|block| pool.ref_count(*block) > 0).count() as u32;
-            let cached =
-                blocks().filter(|block| pool.is_free(*block) && pool.published(*block).is_some()).count() as u32;
-            let agrees = live == pool.num_live_of(slot) && cached == pool.num_cached_of(slot);
-            ensure(agrees, InvariantId::Kv1, || {
-                format!("pool {at}: {slot:?} has {live} live and {cached} cached blocks")
+        let mut held = vec![(0, 0); self.tenants.len()];
+        for block in (0..num_blocks).map(BlockId) {
+            let (live, cached) = &mut held[pool.owner(block).0 as usize];
+            *live += u32::from(pool.ref_count(block) > 0);
+            *cached += u32::from(pool.is_free(block) && pool.published(block).is_some());
+        }
+        for ((slot, _), held) in self.tenants.iter().zip(held) {
+            let counted = (pool.num_live_of(slot), pool.num_cached_of(slot));
+            ensure(counted == held, InvariantId::Kv1, || {
+                format!("pool {at}: {slot:?} has {held:?} live and cached blocks, counted {counted:?}")
             })?;
         }
         for block in (0..num_blocks).map(BlockId) {
@@ -246,7 +247,7 @@ impl Engine {
     /// KV-4 and KV-5: every holder of a block agrees with all others, and with what it is published under.
     fn check_sharing(&self, pool: usize) -> Check {
         let size = self.config.block_size as usize;
-        let mut first_holder: HashMap<BlockId, (RequestIndex, usize)> = HashMap::new();
+        let mut first_holder = vec![None; self.pools[pool].num_blocks() as usize];
         for (index, request) in self.requests.iter() {
             for table in self.tables(pool, request) {
                 self.check_table(pool, (index, table), size, &mut first_holder)?;
@@ -261,7 +262,7 @@ impl Engine {
         pool: usize,
         (index, table): (RequestIndex, &[BlockId]),
         size: usize,
-        first_holder: &mut HashMap<BlockId, (RequestIndex, usize)>,
+        first_holder: &mut [Option<(RequestIndex, usize)>],
     ) -> Check {
         let request = &self.requests[index];
         for (at, block) in table.iter().enumerate() {
@@ -274,7 +275,7 @@ impl Engine {
                 let same = published == &request.tokens[at * size..end];
                 ensure(same, InvariantId::Kv5, || format!("{block:?} is not what {:?} takes it for", request.id))?;
             }
-            let (first, place) = *first_holder.entry(*block).or_insert((index, at));
+            let (first, place) = *first_holder[block.0 as usize].get_or_insert((index, at));
             let other = &self.requests[first];
             let alone = first == index && place == at;
             let equal = place == at

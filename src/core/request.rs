@@ -42,50 +42,54 @@ pub(crate) enum Phase {
 ///   table   [block 0][block 1][block 2][block 3][block 4][block 5]
 ///           |-- num_published ----|
 /// ```
+///
+/// What every step of a decode reads and writes comes first, in two cache lines.
 #[derive(Clone, Debug)]
+#[repr(C, align(64))]
 pub(crate) struct Request {
     pub(crate) id: RequestId,
-    pub(crate) arrival: Arrival,
-    pub(crate) phase: Phase,
+    /// Prompt and output.
+    pub(crate) tokens: Vec<TokenId>,
+    pub(crate) table: Vec<BlockId>,
+    /// Tokens whose K/V are in the blocks of `table`.
+    pub(crate) num_computed: u32,
     /// A planned slice has not been reported back: the device reads and writes the blocks.
     pub(crate) in_flight: bool,
-    /// To be finished when the slice in flight, or the transfer, is reported back.
-    pub(crate) ending: Option<FinishReason>,
     /// Loses its blocks when the slice in flight is reported back.
     pub(crate) yields: bool,
     /// In one of its worker's groups of suspects.
     pub(crate) is_suspect: bool,
+    pub(crate) class: ClassId,
+    /// Of the full blocks of `tokens`; empty when prefixes are not cached.
+    pub(crate) hashes: Vec<BlockHash>,
+    /// Blocks of `table` that lookups know, or whose content they know under another block.
+    pub(crate) num_published: u32,
+    pub(crate) tenant: TenantSlot,
+    pub(crate) prompt_len: u32,
+    pub(crate) max_new_tokens: u32,
+    pub(crate) min_new_tokens: u32,
+    /// A bit for each stop token.
+    pub(crate) stop_mask: u64,
+    /// To be finished when the slice in flight, or the transfer, is reported back.
+    pub(crate) ending: Option<FinishReason>,
     /// A transfer of it failed: it is computed where it decodes.
     pub(crate) stays: bool,
-    pub(crate) tenant: TenantSlot,
-    pub(crate) class: ClassId,
+    pub(crate) phase: Phase,
+    pub(crate) arrival: Arrival,
+    /// The place of the last published block in the prefix tree.
+    pub(crate) node: NodeId,
+    /// Times that its sequence was found again when it started.
+    pub(crate) found: u8,
+    pub(crate) salt: CacheSalt,
     pub(crate) deadline: Option<Micros>,
     /// Its place in the waiting queue: the blocks of its prefix that were cached when it came there.
     pub(crate) cached_blocks: u32,
     /// The blocks that it lacked when a pool could last not take it.
     pub(crate) lacking: Option<(PoolId, u32)>,
-    /// Tokens whose K/V are in the blocks of `table`.
-    pub(crate) num_computed: u32,
-    /// Blocks of `table` that lookups know, or whose content they know under another block.
-    pub(crate) num_published: u32,
-    /// The place of the last of those in the prefix tree.
-    pub(crate) node: NodeId,
-    /// Times that its sequence was found again when it started.
-    pub(crate) found: u8,
-    /// Prompt and output.
-    pub(crate) tokens: Vec<TokenId>,
-    /// Of the full blocks of `tokens`; empty when prefixes are not cached.
-    pub(crate) hashes: Vec<BlockHash>,
-    pub(crate) table: Vec<BlockId>,
     /// Blocks of the pool that it moves to, while it moves: those that were cached there, then those that are filled.
     pub(crate) arriving: Arriving,
-    pub(crate) salt: CacheSalt,
-    pub(crate) prompt_len: u32,
-    pub(crate) max_new_tokens: u32,
-    pub(crate) min_new_tokens: u32,
-    /// Sorted, and a bit for each.
+    /// Sorted.
     pub(crate) stop_tokens: Vec<TokenId>,
-    pub(crate) stop_mask: u64,
     /// Of the first scheduling.
     pub(crate) cached_tokens: Option<u32>,
     pub(crate) preemptions: u32,
