@@ -1,4 +1,5 @@
-//! Whether a request would wait too long, and how long it would wait: the prediction of its time to the first token.
+//! Whether a request would wait too long, and how long it would wait: the prediction of its time to the first token, and,
+//! against its deadline, of its end.
 //!
 //! Two things hold a request up, and the prediction is the longer of the two. Computing: the rest of the steps in flight,
 //! the prompts that run, those that start before it (`queue.rs` knows whose), and its own, at the rate that the decodes and
@@ -101,6 +102,22 @@ impl Engine {
         (num_before + 1).saturating_sub(places).saturating_mul(self.finish_interval_us)
     }
 
+    /// A request has made all its tokens.
+    pub(crate) fn note_output(&mut self, tokens: u32) {
+        let tokens = u64::from(tokens) * 256;
+        self.output_tokens = match self.output_tokens {
+            0 => tokens,
+            average => average - average / 16 + tokens / 16,
+        };
+    }
+
+    /// What a request's tokens after the first will take: as many as others made lately, each a step like the last.
+    fn decode_us(&self, request: &Request) -> u64 {
+        let tokens = (self.output_tokens / 256).min(u64::from(request.max_new_tokens)).saturating_sub(1);
+        let decodes = self.workers.iter().filter(|worker| worker.is_alive && worker.work.decode_sequences > 0);
+        tokens.saturating_mul(decodes.map(|worker| worker.predicted_us).max().unwrap_or(0))
+    }
+
     /// A running request has ended: its place is free.
     pub(crate) fn note_finish(&mut self) {
         if let Some(last) = self.last_finish.filter(|_| !self.waiting.is_empty()) {
@@ -141,7 +158,11 @@ impl Engine {
         // What nobody is ahead of is as fast as it will ever be.
         let is_behind = queued.requests > 0 || self.backlog() > 0;
         let promised = promised.filter(|_| is_behind).map_or(u64::MAX, |promised| promised.0);
-        let excess = predicted.saturating_sub(until_deadline.min(promised));
+        let beyond_promise = predicted.saturating_sub(promised);
+        // A little early: who is stopped at its deadline has cost more than who is refused.
+        let end = predicted.saturating_add(if is_behind { self.decode_us(request) } else { 0 });
+        let end = end.saturating_add(end / 16);
+        let excess = beyond_promise.max(end.saturating_sub(until_deadline));
         let misses = excess > 0 || until_deadline == 0;
         if misses { Err(Refusal::Deadline(self.backoff(excess))) } else { Ok(()) }
     }

@@ -128,6 +128,9 @@ impl Engine {
             self.note_finish();
         }
         let request = self.requests.remove(index);
+        if matches!(reason, FinishReason::Stop | FinishReason::Length) {
+            self.note_output(request.num_new());
+        }
         self.tenants[request.tenant].requests -= 1;
         if let Some(deadline) = request.deadline {
             self.deadlines.remove(&(deadline, index));

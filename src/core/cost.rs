@@ -60,7 +60,7 @@ const ONE: u64 = 1 << 16;
 /// Factors stay within 1/64 and 64 of what was measured at start.
 const FACTORS: (u64, u64) = (ONE / 64, ONE * 64);
 /// A measured step moves the factors by this part of what would explain it.
-const GAIN: i128 = 8;
+const GAIN: i128 = 4;
 /// A step that took longer than this many times its prediction counts as if it took that: it was disturbed.
 const OUTLIER: u64 = 8;
 

@@ -45,6 +45,8 @@ pub struct Engine {
     /// When a running request last finished, and the moving average of the time between two.
     pub(crate) last_finish: Option<Micros>,
     pub(crate) finish_interval_us: u64,
+    /// The moving average of the output of requests that ended by themselves, in 1/256 tokens.
+    pub(crate) output_tokens: u64,
     pub(crate) next_arrival: u64,
     pub(crate) next_transfer: u64,
     next_step: u64,
@@ -103,6 +105,7 @@ impl Engine {
             hand_off_blocked_at: None,
             last_finish: None,
             finish_interval_us: 0,
+            output_tokens: 0,
             config,
             next_arrival: 0,
             next_transfer: 0,

@@ -161,7 +161,8 @@ pub enum Refusal {
     QueueFull(Backoff),
     /// More prompt tokens than `queue_tokens_max` would wait.
     QueueTokens(Backoff),
-    /// The first token is predicted for after the deadline, or after what the class is promised.
+    /// It would end after its deadline, if its output is as long as others' lately, or the first token is predicted for after
+    /// what the class is promised.
     Deadline(Backoff),
     /// The same prompt made a step fail a short while ago.
     Quarantined(Backoff),

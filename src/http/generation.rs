@@ -201,7 +201,9 @@ impl Generation {
         let reason = match reason {
             EngineFinish::Stop => FinishReason::Stop,
             EngineFinish::Length => FinishReason::Length,
-            EngineFinish::Error | EngineFinish::Refused(Refusal::Quarantined(_)) => return Err(ServeError::GenerationFailed),
+            EngineFinish::Error | EngineFinish::Refused(Refusal::Quarantined(_)) => {
+                return Err(ServeError::GenerationFailed);
+            }
             EngineFinish::Refused(Refusal::QueueFull(_) | Refusal::QueueTokens(_) | Refusal::Deadline(_)) => {
                 return Err(ServeError::Overloaded);
             }
