@@ -1,17 +1,18 @@
 # Every command of the project is one target; `make help` lists them.
 CARGO ?= cargo
 PYTHON ?= python3
-# For `make serve`: a model other than the default, and further flags, as in `make serve ARGS="--port 9000"`.
+# For `make serve`: a model other than the default, and further flags, as in `make serve ARGS="--port 9000"`; ARGS also for the
+# scripts of bench-peer and bench-scaling, as in `make bench-peer ARGS="--only prefill --rounds 3"`.
 MODEL ?=
 ARGS ?=
 SEEDS ?= 1000000
 BENCHES ?= forward plan prefix kernels frontend text
 
 .DEFAULT_GOAL := help
-.PHONY: help serve model test unit clients sim lint bench openapi doc
+.PHONY: help serve model test unit clients sim lint bench bench-peer bench-scaling openapi doc
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 serve: model ## Serve the default model (or MODEL=...) on port 8000
 	$(CARGO) run --release -- serve $(MODEL) $(ARGS)
@@ -38,6 +39,12 @@ lint: ## Check the formatting, clippy, the docs and the scripts; warnings are er
 
 bench: model ## Run the benchmarks, each beside its peer in the same run
 	$(CARGO) bench --workspace $(addprefix --bench ,$(BENCHES))
+
+bench-peer: model ## Build llama.cpp and measure Kvern beside it; ARGS=--help says how to run a part
+	$(PYTHON) scripts/bench_peer.py $(ARGS)
+
+bench-scaling: model ## Measure batches and contexts; writes docs/performance.md and its plot
+	$(PYTHON) scripts/bench_scaling.py $(ARGS)
 
 openapi: ## Write docs/openapi.json anew from the code
 	KVERN_WRITE_OPENAPI=1 $(CARGO) test --test http openapi

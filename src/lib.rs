@@ -10,6 +10,7 @@
 //! and nothing flows backwards but step results.
 
 pub mod admission;
+pub mod bench;
 pub mod config;
 pub mod engine;
 pub mod error;

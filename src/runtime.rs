@@ -164,7 +164,7 @@ fn share_of(bytes: u64) -> u64 {
 }
 
 /// Bytes that this process may still take: the free memory of the machine, or what its control group leaves.
-fn available_memory() -> Option<u64> {
+pub(crate) fn available_memory() -> Option<u64> {
     let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = meminfo.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
     let machine = line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)?;

@@ -3,26 +3,31 @@
 //! ```text
 //! simd     sixteen lanes at every instruction-set level; kernels are written once over it
 //! pool     the threads
-//! panel    packed weights; pack fills them, embed reads rows back
+//! amx      tile registers
+//! panel    packed weights, record their bytes where they are integers; pack fills them, embed reads rows back
 //! quantize activations to int8 per group of 32
-//! matmul   drives the tiles of dense (float panels) and quant (integer panels)
+//! matmul   drives the tiles of dense (float panels) and, by quant_task, of quant (integer panels, opened by open)
 //! attend   paged attention: tiles of positions, softmax state, splits
 //! rows     norms, gated activation, gather; rope: rotary embedding and the store to the KV cache
 //! ```
 //!
 //! Everything here trusts its arguments: shapes were checked in `ops.rs` and at packing.
 
+pub(crate) mod amx;
 pub(crate) mod attend;
 mod dense;
 mod element;
 mod embed;
 mod exp;
 mod matmul;
+mod open;
 pub(crate) mod pack;
 pub(crate) mod panel;
 pub(crate) mod pool;
 mod quant;
+mod quant_task;
 mod quantize;
+pub(crate) mod record;
 mod rope;
 mod rows;
 mod shared;
@@ -31,7 +36,7 @@ mod simd;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 
-use crate::buffer::Arena;
+use crate::buffer::{Arena, Buffer};
 use crate::{CpuIsa, CpuOptions, KernelError, Result};
 
 pub(crate) use attend::attention;
@@ -44,8 +49,11 @@ pub(crate) use rows::{add_rms_norm, gather_rows, rms_norm, silu_mul};
 pub(crate) struct CpuDevice {
     pub(crate) pool: pool::Pool,
     pub(crate) isa: CpuIsa,
+    tile_unit: amx::TileUnit,
     /// Quantized activations of the running matrix product; grows to the largest seen.
     activations: Mutex<quantize::QuantRows>,
+    /// Per worker, the records that it has open.
+    opened: Vec<Mutex<Buffer<open::Group>>>,
     /// Where packed weights are placed.
     weights: Mutex<Arena>,
 }
@@ -58,8 +66,12 @@ impl CpuDevice {
             return Err(KernelError::Unsupported(format!("expected a machine with {isa:?}, found one with {best:?}")));
         }
         let threads = options.threads.unwrap_or_else(|| thread::available_parallelism().map_or(1, usize::from));
+        let tile_unit = simd::tile_unit(isa);
         let activations = Mutex::new(quantize::QuantRows::new()?);
-        Ok(CpuDevice { pool: pool::Pool::new(threads)?, isa, activations, weights: Mutex::default() })
+        let pool = pool::Pool::new(threads)?;
+        let opened =
+            (0..threads).map(|_| Ok(Mutex::new(Buffer::zeros(quant_task::OPEN_RECORDS)?))).collect::<Result<_>>()?;
+        Ok(CpuDevice { pool, isa, tile_unit, activations, opened, weights: Mutex::default() })
     }
 
     pub(crate) fn describe(&self) -> String {
@@ -67,6 +79,7 @@ impl CpuDevice {
             CpuIsa::Scalar => "scalar",
             CpuIsa::Avx2 => "avx2",
             CpuIsa::Avx512 => "avx512",
+            CpuIsa::Amx => "amx",
         };
         let threads = self.pool.threads();
         format!("cpu ({isa}, {threads} {})", if threads == 1 { "thread" } else { "threads" })
@@ -75,6 +88,11 @@ impl CpuDevice {
     /// The scratch for quantized activations. A panic of a former holder leaves nothing that matters behind.
     fn activations(&self) -> MutexGuard<'_, quantize::QuantRows> {
         self.activations.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Room for the records that worker number `worker` opens.
+    fn opened_records(&self, worker: usize) -> MutexGuard<'_, Buffer<open::Group>> {
+        self.opened[worker].lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The place for packed weights.

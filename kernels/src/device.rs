@@ -14,6 +14,8 @@ pub enum CpuIsa {
     Avx2,
     /// AVX-512 F, BW, DQ, VL and VNNI.
     Avx512,
+    /// The same with the tile registers of AMX: int8 and bf16.
+    Amx,
 }
 
 /// What the CPU backend runs on.
@@ -56,6 +58,15 @@ impl Device {
         match &self.backend {
             Backend::Cpu(cpu) => cpu.describe(),
             Backend::Cuda(gpu) => cuda::describe(gpu),
+        }
+    }
+
+    /// The level that ops run at; `None` on a GPU.
+    #[must_use]
+    pub fn isa(&self) -> Option<CpuIsa> {
+        match &self.backend {
+            Backend::Cpu(cpu) => Some(cpu.isa),
+            Backend::Cuda(_) => None,
         }
     }
 

@@ -36,15 +36,28 @@ pub(crate) const BLOCK_ELEMENTS_MAX: usize = 256;
 /// One block of a quantized format, taken apart. Only the first `block_elements` codes and their groups are meaningful.
 pub(crate) struct Unpacked {
     pub(crate) codes: [u8; BLOCK_ELEMENTS_MAX],
-    /// Per group of [`Format::group`] codes.
-    pub(crate) scales: [f32; BLOCK_ELEMENTS_MAX / 16],
-    /// As `scales`; zeros where the format has none.
-    pub(crate) mins: [f32; BLOCK_ELEMENTS_MAX / 16],
+    /// What the scales, and the minimums, of the block's groups are multiples of; f16 values, the second one perhaps negated.
+    pub(crate) scale_unit: f32,
+    pub(crate) min_unit: f32,
+    /// Per group of [`Format::group`] codes: its scale in units, 1 where a block is one group.
+    pub(crate) scales: [i8; BLOCK_ELEMENTS_MAX / 16],
+    /// As `scales`; below 64. Meaningless where the format has no minimums.
+    pub(crate) mins: [i8; BLOCK_ELEMENTS_MAX / 16],
 }
 
 impl Unpacked {
     pub(crate) fn new() -> Self {
-        Unpacked { codes: [0; BLOCK_ELEMENTS_MAX], scales: [0.0; 16], mins: [0.0; 16] }
+        Unpacked { codes: [0; BLOCK_ELEMENTS_MAX], scale_unit: 0.0, min_unit: 0.0, scales: [1; 16], mins: [1; 16] }
+    }
+
+    /// The scale of a group. The product is exact: 11 bits by at most 8.
+    pub(crate) fn scale(&self, group: usize) -> f32 {
+        self.scale_unit * f32::from(self.scales[group])
+    }
+
+    /// The minimum of a group; exact as the scale is.
+    pub(crate) fn min(&self, group: usize) -> f32 {
+        self.min_unit * f32::from(self.mins[group])
     }
 }
 
@@ -103,40 +116,30 @@ impl Format {
         matches!(self, Format::Q4_1 | Format::Q5_1 | Format::Q2_K | Format::Q4_K | Format::Q5_K)
     }
 
-    /// Whether codes are below 16.
-    pub(crate) fn fits_nibbles(self) -> bool {
-        matches!(self, Format::Q4_0 | Format::Q4_1 | Format::Q4_K)
-    }
-
-    /// Whether scales and minimums are stored as they are, in f16 (and not as products, which need f32).
-    pub(crate) fn has_half_scales(self) -> bool {
-        matches!(self, Format::Q4_0 | Format::Q4_1 | Format::Q5_0 | Format::Q5_1 | Format::Q8_0)
-    }
-
     /// Takes one block of a quantized format apart.
     pub(crate) fn unpack(self, block: &[u8], out: &mut Unpacked) {
         assert_eq!(block.len(), self.block_bytes(), "a block of {self:?}");
         match self {
             Format::Q4_0 => {
-                out.scales[0] = half_at(block, 0);
+                out.scale_unit = half_at(block, 0);
                 unpack_nibbles(&block[2..18], &mut out.codes);
             }
             Format::Q4_1 => {
-                (out.scales[0], out.mins[0]) = (half_at(block, 0), half_at(block, 2));
+                (out.scale_unit, out.min_unit) = (half_at(block, 0), half_at(block, 2));
                 unpack_nibbles(&block[4..20], &mut out.codes);
             }
             Format::Q5_0 => {
-                out.scales[0] = half_at(block, 0);
+                out.scale_unit = half_at(block, 0);
                 unpack_nibbles(&block[6..22], &mut out.codes);
                 add_fifth_bits(&block[2..6], &mut out.codes);
             }
             Format::Q5_1 => {
-                (out.scales[0], out.mins[0]) = (half_at(block, 0), half_at(block, 2));
+                (out.scale_unit, out.min_unit) = (half_at(block, 0), half_at(block, 2));
                 unpack_nibbles(&block[8..24], &mut out.codes);
                 add_fifth_bits(&block[4..8], &mut out.codes);
             }
             Format::Q8_0 => {
-                out.scales[0] = half_at(block, 0);
+                out.scale_unit = half_at(block, 0);
                 for (code, &byte) in out.codes.iter_mut().zip(&block[2..34]) {
                     *code = byte ^ 0x80;
                 }
@@ -202,7 +205,7 @@ pub fn dequantize(format: Format, bytes: &[u8], out: &mut [f32]) -> Result<()> {
                 for (i, value) in values.iter_mut().enumerate() {
                     let group = i / format.group();
                     let code = i32::from(unpacked.codes[i]) - format.zero_point();
-                    *value = affine(format.has_min(), unpacked.scales[group], code, unpacked.mins[group]);
+                    *value = affine(format.has_min(), unpacked.scale(group), code, unpacked.min(group));
                 }
             }
         }

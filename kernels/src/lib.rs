@@ -9,6 +9,7 @@
 //! reference.rs   what each op computes, as plain loops: the specification
 //! format.rs      stored weight formats and their values
 //! cpu/           the CPU backend, one file per op
+//! limits.rs      what the machine allows: reads, products
 //! cuda_absent.rs the CUDA backend's signatures in a build without it
 //! ```
 
@@ -24,6 +25,7 @@ mod device;
 mod error;
 mod format;
 mod kv_cache;
+pub mod limits;
 pub mod ops;
 pub mod reference;
 mod rope_table;

@@ -79,9 +79,9 @@ pub fn dot_quantized(x: &[f32], format: Format, row: &[u8]) -> f32 {
                 sum += code;
             }
             let at = start / group;
-            acc = (block.scales[at] * scale).mul_add(dot as f32, acc);
+            acc = (block.scale(at) * scale).mul_add(dot as f32, acc);
             if format.has_min() {
-                acc = block.mins[at].mul_add(scale * sum as f32, acc);
+                acc = block.min(at).mul_add(scale * sum as f32, acc);
             }
         }
     }

@@ -1,5 +1,6 @@
 //! The command line as typed. Flags carry vLLM's names where vLLM has the flag; the text of a flag's help is here only.
 
+use super::bench::{Workload, parse_decode, parse_prefill};
 use super::values::{
     Secret, parse_amount, parse_count, parse_filled, parse_host, parse_log_level, parse_seconds, parse_secret,
     parse_temperature,
@@ -29,6 +30,9 @@ pub(super) enum Command {
     /// Answer one prompt on the terminal
     #[command(after_help = LAYERS_HELP)]
     Generate(GenerateArgs),
+    /// Time a model's prefill and decoding, without the server
+    #[command(after_help = LAYERS_HELP)]
+    Bench(BenchArgs),
 }
 
 #[derive(Debug, Args)]
@@ -63,6 +67,37 @@ pub(super) struct GenerateArgs {
     /// Continue the prompt as it is, without the chat template
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value = "false")]
     pub(super) raw: bool,
+    #[command(flatten)]
+    pub(super) model: ModelArgs,
+    #[command(flatten)]
+    pub(super) engine: EngineArgs,
+    #[command(flatten)]
+    pub(super) log: LogArgs,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct BenchArgs {
+    /// As for serve
+    #[arg(value_name = "MODEL", value_parser = parse_filled)]
+    pub(super) model_given: Option<String>,
+    /// Lengths of prompts to time, in tokens [default, without --decode: 512,2048]
+    #[arg(long, value_name = "TOKENS,..", value_delimiter = ',', value_parser = parse_prefill)]
+    pub(super) prefill: Vec<Workload>,
+    /// Decoding to time: streams, and tokens that each holds [default, without --prefill: 1x4096 and 1 to 64 by 128]
+    #[arg(long, value_name = "STREAMSxCONTEXT,..", value_delimiter = ',', value_parser = parse_decode)]
+    pub(super) decode: Vec<Workload>,
+    /// Rounds of each workload, after one that does not count; workloads take turns
+    #[arg(long, value_name = "N", default_value = "5", value_parser = parse_count)]
+    pub(super) rounds: u32,
+    /// Steps of a round of decoding
+    #[arg(long, value_name = "N", default_value = "32", value_parser = parse_count)]
+    pub(super) steps: u32,
+    /// Measure in the same rounds what the machine allows: memory reads and products per second
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value = "false")]
+    pub(super) limits: bool,
+    /// One JSON object per line instead of a table
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value = "false")]
+    pub(super) json: bool,
     #[command(flatten)]
     pub(super) model: ModelArgs,
     #[command(flatten)]
@@ -184,6 +219,7 @@ pub(super) enum CpuIsaArg {
     Scalar,
     Avx2,
     Avx512,
+    Amx,
 }
 
 /// Form of the log.

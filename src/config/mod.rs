@@ -14,12 +14,14 @@
 //! (or `max-model-len`) in the file. All three pass the same parser.
 
 mod args;
+mod bench;
 mod environment;
 mod layers;
 mod resolve;
 mod values;
 
 pub use args::LogFormat;
+pub use bench::{BenchConfig, Workload};
 pub use environment::Environment;
 pub use layers::{Origin, Setting};
 pub use values::Secret;
@@ -53,6 +55,7 @@ pub struct Config {
 pub enum Action {
     Serve(ServerConfig),
     Generate(GenerateConfig),
+    Bench(BenchConfig),
 }
 
 /// `kvern serve`.

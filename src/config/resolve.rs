@@ -1,9 +1,11 @@
 //! Args as typed -> Config as meant: defaults that depend on other settings, and checks across settings.
 
-use super::args::{Cli, Command, CpuIsaArg, DtypeArg, EngineArgs, GenerateArgs, LogArgs, ModelArgs, ServeArgs};
+use super::args::{
+    BenchArgs, Cli, Command, CpuIsaArg, DtypeArg, EngineArgs, GenerateArgs, LogArgs, ModelArgs, ServeArgs,
+};
 use super::{
-    Action, Config, ConfigError, EngineConfig, Environment, GenerateConfig, HubConfig, LogConfig, ModelSource, Secret,
-    ServerConfig, layers,
+    Action, BenchConfig, Config, ConfigError, EngineConfig, Environment, GenerateConfig, HubConfig, LogConfig,
+    ModelSource, Secret, ServerConfig, layers,
 };
 use clap::{CommandFactory, FromArgMatches};
 use kvern_kernels::{CpuIsa, CpuOptions, KvDType, Precision};
@@ -23,10 +25,10 @@ pub(super) fn resolve(argv: Vec<OsString>, environment: &Environment) -> Result<
     let cli = Cli::command();
     let name = argv.get(1).cloned();
     let layered = layers::merge(&cli, argv, environment)?;
-    let command = if name.is_some_and(|name| name == "generate") {
-        Command::Generate(GenerateArgs::from_arg_matches(&layered.matches)?)
-    } else {
-        Command::Serve(ServeArgs::from_arg_matches(&layered.matches)?)
+    let command = match name.as_ref().and_then(|name| name.to_str()) {
+        Some("generate") => Command::Generate(GenerateArgs::from_arg_matches(&layered.matches)?),
+        Some("bench") => Command::Bench(BenchArgs::from_arg_matches(&layered.matches)?),
+        _ => Command::Serve(ServeArgs::from_arg_matches(&layered.matches)?),
     };
     let (action, model, engine, log) = match command {
         Command::Serve(args) => {
@@ -44,6 +46,12 @@ pub(super) fn resolve(argv: Vec<OsString>, environment: &Environment) -> Result<
             let GenerateArgs { prompt, max_tokens, temperature, seed, raw, .. } = args;
             let generate = GenerateConfig { prompt, max_tokens, temperature, seed, raw };
             (Action::Generate(generate), args.model, args.engine, args.log)
+        }
+        Command::Bench(args) => {
+            let model = ModelArgs { model: one_model(args.model_given, args.model.model)?, ..args.model };
+            let BenchArgs { prefill, decode, rounds, steps, limits, json, .. } = args;
+            let bench = BenchConfig { workloads: [prefill, decode].concat(), rounds, steps, limits, json };
+            (Action::Bench(bench), model, args.engine, args.log)
         }
     };
     Ok(Config {
@@ -122,6 +130,7 @@ fn engine_config(args: EngineArgs) -> Result<EngineConfig, ConfigError> {
         CpuIsaArg::Scalar => Some(CpuIsa::Scalar),
         CpuIsaArg::Avx2 => Some(CpuIsa::Avx2),
         CpuIsaArg::Avx512 => Some(CpuIsa::Avx512),
+        CpuIsaArg::Amx => Some(CpuIsa::Amx),
     };
     let threads = args.threads.map(|threads| usize::try_from(threads).expect("a u32 fits usize"));
     Ok(EngineConfig {

@@ -13,7 +13,7 @@ fn resolve(args: &[&str], env: Variables<'_>) -> Result<Config, ConfigError> {
 fn server(config: &Config) -> &ServerConfig {
     match &config.action {
         Action::Serve(server) => server,
-        Action::Generate(_) => panic!("expected serve"),
+        other => panic!("expected serve, found {other:?}"),
     }
 }
 
@@ -107,6 +107,47 @@ fn the_environment_finds_the_file_and_a_file_may_hold_settings_of_the_other_comm
     assert_eq!((generate.prompt.as_str(), generate.temperature), ("hello", 0.5));
     assert_eq!(config.engine.cpu.threads, Some(3));
     assert!(config.describe().contains(path));
+}
+
+#[test]
+fn benchmarks() {
+    let bench = |args: &[&str], env| match resolve(&[&["bench"], args].concat(), env).unwrap().action {
+        Action::Bench(bench) => bench,
+        other => panic!("expected bench, found {other:?}"),
+    };
+    let found = bench(&[], &[]);
+    assert_eq!((found.rounds, found.steps, found.limits, found.json), (5, 32, false, false));
+    assert_eq!(found.workloads, []);
+    let prefill = |tokens| Workload::Prefill { tokens };
+    let decode = |streams, context| Workload::Decode { streams, context };
+    let cases: [(&[&str], Variables<'_>, &[Workload]); 4] = [
+        (&["--prefill", "512,2k"], &[], &[prefill(512), prefill(2000)]),
+        (&["--decode", "1x128,16x4K", "--prefill=7"], &[], &[prefill(7), decode(1, 128), decode(16, 4096)]),
+        (&[], &[("KVERN_DECODE", "2x3,4x5")], &[decode(2, 3), decode(4, 5)]),
+        (&["--decode=1x1"], &[("KVERN_DECODE", "2x3")], &[decode(1, 1)]),
+    ];
+    for (args, env, expected) in cases {
+        assert_eq!(bench(args, env).workloads, expected, "{args:?} {env:?}");
+    }
+    let found = bench(&["--json", "--limits", "--rounds", "3", "--steps=8", "--threads=2", "the/model"], &[]);
+    assert_eq!((found.rounds, found.steps, found.limits, found.json), (3, 8, true, true));
+    for args in [["--decode", "16"], ["--decode", "x5"], ["--decode", "1x0"], ["--prefill", "0"], ["--rounds", "0"]] {
+        let error = resolve(&[&["bench"][..], &args].concat(), &[]).unwrap_err();
+        assert!(matches!(error, ConfigError::Usage(_)), "{args:?}: {error}");
+    }
+}
+
+#[test]
+fn workloads_say_what_they_take() {
+    let cases = [
+        (Workload::Prefill { tokens: 512 }, "prefill 512", 1, 512, 512),
+        (Workload::Decode { streams: 16, context: 128 }, "decode 16x128", 16, 160, 512),
+    ];
+    for (workload, name, streams, context_max, tokens) in cases {
+        assert_eq!(workload.to_string(), name);
+        let found = (workload.streams(), workload.context_max(32), workload.tokens(32));
+        assert_eq!(found, (streams, context_max, tokens), "{name}");
+    }
 }
 
 #[test]

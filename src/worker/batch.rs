@@ -5,7 +5,7 @@ use kvern_models::{ForwardBatch, StepLimits};
 
 /// Owner of the arrays behind a [`ForwardBatch`].
 #[derive(Debug)]
-pub(super) struct BatchBuffers {
+pub(crate) struct BatchBuffers {
     block_size: u32,
     positions: Vec<u32>,
     slot_mapping: Vec<u32>,
@@ -18,7 +18,7 @@ pub(super) struct BatchBuffers {
 
 impl BatchBuffers {
     #[must_use]
-    pub(super) fn new(limits: StepLimits, block_size: u32) -> Self {
+    pub(crate) fn new(limits: StepLimits, block_size: u32) -> Self {
         let stride = limits.context_max.div_ceil(block_size as usize);
         BatchBuffers {
             block_size,
@@ -33,7 +33,7 @@ impl BatchBuffers {
     }
 
     /// Lays out `plan`. Block tables are padded with block 0 to the longest of the step; padding is never read.
-    pub(super) fn fill<'a>(&'a mut self, plan: &'a StepPlan) -> ForwardBatch<'a> {
+    pub(crate) fn fill<'a>(&'a mut self, plan: &'a StepPlan) -> ForwardBatch<'a> {
         self.positions.clear();
         self.slot_mapping.clear();
         self.cu_seqlens_q.clear();

@@ -4,7 +4,7 @@
 //! A step that fails, or panics, fails nothing else: the thread goes on with the next step, and the core finds out whose
 //! fault it was.
 
-mod batch;
+pub(crate) mod batch;
 mod sampler;
 
 pub use sampler::{Draw, Scratch, TokenCounts, sample};

@@ -6,11 +6,14 @@
 use std::ops::Range;
 
 use super::CpuDevice;
+use super::amx::TileUnit;
 use super::dense;
 use super::element::{Element, as_bf16, as_f16};
-use super::panel::{GROUP, Panels, Part, QuantLayout};
-use super::quant;
-use super::quantize::QuantGroup;
+use super::open::Group;
+use super::panel::{Panels, Part};
+use super::quant_task;
+use super::quantize::QuantTile;
+use super::record::GROUP;
 use super::shared::SharedSlice;
 use super::simd::{Kernel, LANES, Simd, dispatch, for_row_tiles};
 use crate::{Result, Weight};
@@ -34,12 +37,13 @@ pub(crate) fn matmul(cpu: &CpuDevice, x: &[f32], weight: &Weight, bias: Option<&
     let panels: usize = weight.parts.iter().map(Part::panel_count).sum();
     let step = |part: &Part| task_panels(part, panels.div_ceil(TASKS_PER_THREAD * cpu.pool.threads()));
     let tasks = weight.parts.iter().map(|part| part.panel_count().div_ceil(step(part))).sum();
-    cpu.pool.run(tasks, &|_, mut task| {
+    cpu.pool.run(tasks, &|worker, mut task| {
         for part in &weight.parts {
             let (panels, step) = (part.panel_count(), step(part));
             if task < panels.div_ceil(step) {
                 let panels = task * step..panels.min((task + 1) * step);
-                return dispatch(cpu.isa, Task { part, panels, rows, out });
+                let scratch = &mut cpu.opened_records(worker)[..];
+                return dispatch(cpu.isa, Task { part, panels, rows, out, unit: cpu.tile_unit, scratch });
             }
             task -= panels.div_ceil(step);
         }
@@ -55,11 +59,12 @@ fn task_panels(part: &Part, balanced: usize) -> usize {
 
 /// The activations, as given and (if the weight asks for it) quantized.
 #[derive(Clone, Copy)]
-struct Rows<'a> {
-    x: &'a [f32],
-    quantized: &'a [QuantGroup],
-    cols: usize,
-    count: usize,
+pub(super) struct Rows<'a> {
+    pub(super) x: &'a [f32],
+    /// `[rows / 16][cols / 32]`.
+    pub(super) quantized: &'a [QuantTile],
+    pub(super) cols: usize,
+    pub(super) count: usize,
 }
 
 impl<'a> Rows<'a> {
@@ -68,28 +73,35 @@ impl<'a> Rows<'a> {
         &self.x[row * self.cols..(row + 1) * self.cols]
     }
 
+    /// Groups `groups` of the tile of rows number `tile`.
     #[inline(always)]
-    fn groups(&self, row: usize) -> &'a [QuantGroup] {
-        let per_row = self.cols / GROUP;
-        &self.quantized[row * per_row..(row + 1) * per_row]
+    pub(super) fn groups(&self, tile: usize, groups: Range<usize>) -> &'a [QuantTile] {
+        let first = tile * (self.cols / GROUP);
+        &self.quantized[first + groups.start..first + groups.end]
     }
 }
 
 /// Where results go.
 #[derive(Clone, Copy)]
-struct Out<'a> {
-    values: &'a SharedSlice<'a, f32>,
-    cols: usize,
-    bias: Option<&'a [f32]>,
+pub(super) struct Out<'a> {
+    pub(super) values: &'a SharedSlice<'a, f32>,
+    pub(super) cols: usize,
+    pub(super) bias: Option<&'a [f32]>,
 }
 
 impl Out<'_> {
+    /// For sums that are not complete yet.
+    #[inline(always)]
+    pub(super) fn without_bias(self) -> Self {
+        Out { bias: None, ..self }
+    }
+
     /// Stores the live lanes of one output panel of one row, plus the bias.
     ///
     /// # Safety
     /// No other task stores this panel.
     #[inline(always)]
-    unsafe fn store<S: Simd>(&self, s: S, part: &Part, row: usize, panel: usize, value: S::F) {
+    pub(super) unsafe fn store<S: Simd>(&self, s: S, part: &Part, row: usize, panel: usize, value: S::F) {
         let (col, live) = (part.first_row + panel * LANES, part.live(panel));
         let value = match self.bias {
             Some(bias) => s.add(value, s.load_partial(&bias[col..col + live])),
@@ -102,14 +114,32 @@ impl Out<'_> {
             None => s.store_partial(to, value),
         }
     }
+
+    /// What was stored, without a bias, of one panel of one row.
+    ///
+    /// # Safety
+    /// No other task uses this panel.
+    #[inline(always)]
+    pub(super) unsafe fn load<S: Simd>(&self, s: S, part: &Part, row: usize, panel: usize) -> S::F {
+        let (col, live) = (part.first_row + panel * LANES, part.live(panel));
+        // SAFETY: the panel is this task's alone.
+        let from = unsafe { self.values.part(row * self.cols + col..row * self.cols + col + live) };
+        match from.as_array::<LANES>() {
+            Some(from) => s.load(from),
+            None => s.load_partial(from),
+        }
+    }
 }
 
 /// All rows through some panels of a part.
-struct Task<'a> {
-    part: &'a Part,
-    panels: Range<usize>,
-    rows: Rows<'a>,
-    out: Out<'a>,
+pub(super) struct Task<'a> {
+    pub(super) part: &'a Part,
+    pub(super) panels: Range<usize>,
+    pub(super) rows: Rows<'a>,
+    pub(super) out: Out<'a>,
+    pub(super) unit: TileUnit,
+    /// This worker's, for opened records.
+    pub(super) scratch: &'a mut [Group],
 }
 
 impl Kernel for Task<'_> {
@@ -119,7 +149,7 @@ impl Kernel for Task<'_> {
             Panels::F32(data) => self.dense(s, data),
             Panels::F16(data) => self.dense(s, as_f16(data)),
             Panels::BF16(data) => self.dense(s, as_bf16(data)),
-            Panels::Quant(layout, data) => self.quant(s, *layout, data),
+            Panels::Quant(layout, data) => quant_task::run(s, *layout, data, self),
         }
     }
 }
@@ -160,19 +190,8 @@ impl Task<'_> {
             }
         }
     }
-
-    #[inline(always)]
-    fn quant<S: Simd>(&self, s: S, layout: QuantLayout, data: &[u8]) {
-        let panel_bytes = self.part.panel_bytes();
-        for_row_tiles!(S, self.rows.count, |row, R| {
-            let rows: [&[QuantGroup]; R] = std::array::from_fn(|r| self.rows.groups(row + r));
-            for panel in self.panels.clone() {
-                let dots = quant::dots::<S, R>(s, layout, &data[panel * panel_bytes..][..panel_bytes], rows);
-                for (r, dot) in dots.into_iter().enumerate() {
-                    // SAFETY: a task owns its panels.
-                    unsafe { self.out.store(s, self.part, row + r, panel, dot) };
-                }
-            }
-        });
-    }
 }
+
+#[cfg(test)]
+#[path = "tile_product_tests.rs"]
+mod tests;

@@ -3,7 +3,8 @@
 use half::{bf16, f16};
 
 use super::CpuDevice;
-use super::panel::{GROUP, Panels, Part, QuantLayout};
+use super::panel::{Panels, Part};
+use super::record::{Codes, GROUP, Layout, Scales, VECTOR};
 use super::shared::SharedSlice;
 use super::simd::LANES;
 use crate::buffer::{Buffer, Plain};
@@ -19,7 +20,7 @@ pub(crate) fn pack(cpu: &CpuDevice, matrix: &MatrixView<'_>, precision: Precisio
         }
         (Precision::AsStored, Format::F16) => Panels::F16(pack_floats(cpu, matrix, |x| f16::from_f32(x).to_bits())?),
         (Precision::AsStored, format) => {
-            let layout = QuantLayout::of(format);
+            let layout = Layout::of(format);
             Panels::Quant(layout, pack_codes(cpu, matrix, layout)?)
         }
     };
@@ -75,17 +76,21 @@ fn pack_floats<T: Plain>(
 }
 
 /// Panels of integer records.
-fn pack_codes(cpu: &CpuDevice, matrix: &MatrixView<'_>, layout: QuantLayout) -> Result<Buffer<u8>> {
+fn pack_codes(cpu: &CpuDevice, matrix: &MatrixView<'_>, layout: Layout) -> Result<Buffer<u8>> {
     let format = matrix.format;
-    let groups_per_block = format.block_elements() / GROUP;
-    let panel_bytes = matrix.cols / GROUP * layout.record_bytes();
-    for_panels(cpu, matrix, panel_bytes, |panel, out| {
+    for_panels(cpu, matrix, layout.panel_bytes(matrix.cols), |panel, out| {
         let mut unpacked = Unpacked::new();
         for lane in 0..LANES {
             let Some(row) = lane_row(matrix, panel, lane) else { break };
-            let blocks = row.chunks_exact(format.block_bytes());
-            for (block, records) in blocks.zip(out.chunks_mut(groups_per_block * layout.record_bytes())) {
-                format.unpack(block, &mut unpacked);
+            for (stored, block) in
+                row.chunks_exact(format.block_bytes()).zip(out.chunks_exact_mut(layout.block_bytes()))
+            {
+                format.unpack(stored, &mut unpacked);
+                let (head, records) = block.split_at_mut(layout.head_bytes());
+                for (unit, to) in [unpacked.scale_unit, unpacked.min_unit].iter().zip(head.chunks_exact_mut(2 * LANES))
+                {
+                    put_half(to, lane, *unit);
+                }
                 for (group, record) in records.chunks_exact_mut(layout.record_bytes()).enumerate() {
                     fill_lane(layout, &unpacked, group, lane, record);
                 }
@@ -95,35 +100,61 @@ fn pack_codes(cpu: &CpuDevice, matrix: &MatrixView<'_>, layout: QuantLayout) -> 
 }
 
 /// Writes group `group` of a block into lane `lane` of a record.
-fn fill_lane(layout: QuantLayout, block: &Unpacked, group: usize, lane: usize, record: &mut [u8]) {
-    let (codes, affine) = record.split_at_mut(layout.code_bytes());
-    let source = block.codes[group * GROUP..][..GROUP].as_chunks::<4>().0;
-    let vectors = codes.as_chunks_mut::<{ 4 * LANES }>().0;
-    for (quad, vector) in vectors.iter_mut().enumerate() {
-        let mut word = source[quad];
-        if layout.nibbles {
-            for (low, high) in word.iter_mut().zip(source[quad + 4]) {
-                *low |= high << 4;
+fn fill_lane(layout: Layout, block: &Unpacked, group: usize, lane: usize, record: &mut [u8]) {
+    let (planes, scales) = record.split_at_mut(layout.code_bytes());
+    fill_codes(layout.codes, block.codes[group * GROUP..][..GROUP].as_chunks().0, lane, planes.as_chunks_mut().0);
+    match layout.scales {
+        Scales::Half => put_half(scales, lane, block.scale_unit),
+        Scales::HalfMin => {
+            put_half(scales, lane, block.scale_unit);
+            put_half(&mut scales[2 * LANES..], lane, block.min_unit);
+        }
+        Scales::Halves => {
+            for half in 0..2 {
+                scales[half * LANES + lane] = block.scales[2 * group + half].cast_unsigned();
             }
         }
-        vector[4 * lane..][..4].copy_from_slice(&word);
-    }
-    let per_record = if layout.halves { 2 } else { 1 };
-    let (scales, mins) = affine.split_at_mut(layout.scale_bytes());
-    for half in 0..per_record {
-        let (from, to) = (group * per_record + half, half * LANES + lane);
-        put(layout.wide, scales, to, block.scales[from]);
-        if layout.min {
-            put(layout.wide, mins, to, block.mins[from]);
+        Scales::UnitsMin => {
+            scales[lane] = block.scales[group].cast_unsigned();
+            scales[LANES + lane] = block.mins[group].cast_unsigned();
+        }
+        Scales::HalvesMin => {
+            for half in 0..2 {
+                let at = 2 * group + half;
+                scales[half * LANES + lane] = (block.scales[at] | block.mins[at] << 4).cast_unsigned();
+            }
         }
     }
 }
 
-/// Stores `value` as element `at`. Narrow values came from f16, so that nothing is lost.
-fn put(wide: bool, to: &mut [u8], at: usize, value: f32) {
-    if wide {
-        to[4 * at..][..4].copy_from_slice(&value.to_ne_bytes());
-    } else {
-        to[2 * at..][..2].copy_from_slice(&f16::from_f32(value).to_bits().to_ne_bytes());
+/// Spreads the codes of one lane over the planes of a record.
+fn fill_codes(codes: Codes, quads: &[[u8; 4]], lane: usize, planes: &mut [[u8; VECTOR]]) {
+    for (quad, codes_of_quad) in quads.iter().enumerate() {
+        for (i, &code) in codes_of_quad.iter().enumerate() {
+            let mut put = |vector: usize, bits: u8, shift: usize| planes[vector][4 * lane + i] |= bits << shift;
+            let (nibble, pair) = ((quad % 4, 4 * (quad / 4)), (quad / 4, 2 * (quad % 4)));
+            match codes {
+                Codes::Two => put(pair.0, code, pair.1),
+                Codes::Three => {
+                    put(pair.0, code & 3, pair.1);
+                    put(2, code >> 2, quad);
+                }
+                Codes::Four => put(nibble.0, code, nibble.1),
+                Codes::Five => {
+                    put(nibble.0, code & 15, nibble.1);
+                    put(4, code >> 4, quad);
+                }
+                Codes::Six => {
+                    put(nibble.0, code & 15, nibble.1);
+                    put(4 + pair.0, code >> 4, pair.1);
+                }
+                Codes::Eight => put(quad, code, 0),
+            }
+        }
     }
+}
+
+/// Stores `value` as f16 number `at`; it came from an f16, so that nothing is lost.
+fn put_half(to: &mut [u8], at: usize, value: f32) {
+    to[2 * at..][..2].copy_from_slice(&f16::from_f32(value).to_bits().to_ne_bytes());
 }

@@ -5,21 +5,12 @@
 //!
 //! ```text
 //! float panel    [cols][16]
-//! integer panel  [cols / 32] records of
-//!                  codes   4 bits: [4][16 features][4]  low nibbles: in features 4j..4j+4, high nibbles: 16 on
-//!                          8 bits: [8][16 features][4]
-//!                  scales  [1 or 2][16] f16 or f32, per group of 32 or of 16
-//!                  mins    as the scales, where the format has them
+//! integer panel  [cols / 32] records of 32 in features, laid out by `record.rs`
 //! ```
-//!
-//! Four consecutive in features of one out feature are the 32 bits that `vpdpbusd` multiplies in a lane.
 
+use super::record::Layout;
 use super::simd::LANES;
-use crate::Format;
 use crate::buffer::Buffer;
-
-/// In features per record of an integer panel, and per scale of the activations.
-pub(crate) const GROUP: usize = 32;
 
 /// One stored matrix of a weight, packed.
 pub(crate) struct Part {
@@ -53,7 +44,7 @@ pub(crate) enum Panels {
     F32(Buffer<f32>),
     F16(Buffer<u16>),
     BF16(Buffer<u16>),
-    Quant(QuantLayout, Buffer<u8>),
+    Quant(Layout, Buffer<u8>),
 }
 
 impl Panels {
@@ -63,47 +54,5 @@ impl Panels {
             Panels::F16(data) | Panels::BF16(data) => data.bytes(),
             Panels::Quant(_, data) => data.bytes(),
         }
-    }
-}
-
-/// The shape of an integer panel's records.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct QuantLayout {
-    /// Codes take 4 bits, else 8.
-    pub(crate) nibbles: bool,
-    /// Scales and minimums are f32, else f16.
-    pub(crate) wide: bool,
-    /// There are minimums.
-    pub(crate) min: bool,
-    /// A scale covers 16 in features, else 32.
-    pub(crate) halves: bool,
-    /// The code that stands for zero.
-    pub(crate) zero: i32,
-}
-
-impl QuantLayout {
-    pub(crate) fn of(format: Format) -> Self {
-        QuantLayout {
-            nibbles: format.fits_nibbles(),
-            wide: !format.has_half_scales(),
-            min: format.has_min(),
-            halves: format.group() == 16,
-            zero: format.zero_point(),
-        }
-    }
-
-    /// Bytes of codes per record.
-    pub(crate) fn code_bytes(self) -> usize {
-        if self.nibbles { LANES * GROUP / 2 } else { LANES * GROUP }
-    }
-
-    /// Bytes of scales per record; of minimums, where there are any.
-    pub(crate) fn scale_bytes(self) -> usize {
-        LANES * if self.wide { 4 } else { 2 } * if self.halves { 2 } else { 1 }
-    }
-
-    /// Bytes per record.
-    pub(crate) fn record_bytes(self) -> usize {
-        self.code_bytes() + self.scale_bytes() * if self.min { 2 } else { 1 }
     }
 }

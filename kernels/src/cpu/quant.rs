@@ -1,99 +1,162 @@
-//! Tiles of matrix products with integer panels.
+//! Products of integer panels with quantized rows.
 //!
 //! Per record of 32 in features the products of codes are summed exactly in i32; then one rounding per term, in the order
 //! of the records: `acc = fma(scale_w * scale_x, dot, acc)`, and where there are minimums `acc = fma(min_w, offset_x, acc)`.
 //! Which instruction made the exact sums cannot be seen in the result.
 
-use super::panel::{GROUP, QuantLayout};
-use super::quantize::QuantGroup;
+use super::amx::{A0, A1, B0, B1, C0, C1, TILE_ROW_BYTES, TileShapes, Tiles};
+use super::open::{Affine, Group, Planes};
+use super::quantize::{QuantTile, TILE_ROWS};
+use super::record::{GROUP, Layout, VECTOR};
 use super::simd::{LANES, Simd};
 
-/// The dot products of one panel with `R` quantized rows of `panel.len() / record_bytes` groups each.
-///
-/// The four constants are those of [`QuantLayout`], which they must agree with.
+/// The dot products of one panel with the rows `first..first + R` of a tile of rows, records opened in registers.
 #[inline(always)]
-fn tile<S: Simd, const R: usize, const NIBBLES: bool, const WIDE: bool, const MIN: bool, const HALVES: bool>(
+pub(super) fn dots<S: Simd, P: Planes, A: Affine, const R: usize>(
     s: S,
+    layout: Layout,
     panel: &[u8],
-    rows: [&[QuantGroup]; R],
-    zero: i32,
+    tiles: &[QuantTile],
+    first: usize,
 ) -> [S::F; R] {
-    let layout = QuantLayout { nibbles: NIBBLES, wide: WIDE, min: MIN, halves: HALVES, zero };
-    let bias = if NIBBLES { 0 } else { S::BYTE_BIAS };
-    let scale_stride = LANES * if WIDE { 4 } else { 2 };
+    // The same layout, of which the compiler knows the sizes.
+    let layout = Layout { codes: P::CODES, scales: A::SCALES, zero: layout.zero };
     let mut acc = [s.splat(0.0); R];
-    for (group, record) in panel.chunks_exact(layout.record_bytes()).enumerate() {
-        let x: [&QuantGroup; R] = std::array::from_fn(|r| &rows[r][group]);
-        let (codes, affine) = record.split_at(layout.code_bytes());
-        let vectors = codes.as_chunks::<{ 4 * LANES }>().0;
-        for half in 0..if HALVES { 2 } else { 1 } {
-            let mut dots: [S::I; R] = std::array::from_fn(|r| {
-                s.splat_int((bias - zero) * if HALVES { x[r].half_sums[half] } else { x[r].sum })
-            });
-            if NIBBLES {
-                for (quad, vector) in vectors.iter().enumerate() {
-                    let bytes = s.load_codes(vector);
-                    let (low, high) = (s.low_nibbles(bytes), s.high_nibbles(bytes));
-                    for r in 0..R {
-                        dots[r] = s.dot4_nibbles(dots[r], low, x[r].codes[quad]);
-                        dots[r] = s.dot4_nibbles(dots[r], high, x[r].codes[quad + 4]);
-                    }
-                }
-            } else {
-                let quads = if HALVES { half * 4..half * 4 + 4 } else { 0..GROUP / 4 };
-                for quad in quads {
-                    let bytes = s.load_codes(&vectors[quad]);
-                    for r in 0..R {
-                        dots[r] = s.dot4_bytes(dots[r], bytes, x[r].codes[quad]);
-                    }
-                }
-            }
-            let scale = load_scales::<S, WIDE>(s, &affine[half * scale_stride..]);
-            for r in 0..R {
-                acc[r] = s.fma(s.mul(scale, s.splat(x[r].scale)), s.to_float(dots[r]), acc[r]);
-            }
-            if MIN {
-                let min = load_scales::<S, WIDE>(s, &affine[layout.scale_bytes() + half * scale_stride..]);
-                for r in 0..R {
-                    let offset = if HALVES { x[r].half_offsets[half] } else { x[r].offset };
-                    acc[r] = s.fma(min, s.splat(offset), acc[r]);
-                }
-            }
+    let (block_bytes, block_records) = (layout.block_bytes(), layout.block_records());
+    for block in 0..tiles.len() / block_records {
+        let (head, records) = panel[block * block_bytes..][..block_bytes].split_at(layout.head_bytes());
+        for record in 0..block_records {
+            let bytes = &records[record * layout.record_bytes()..][..layout.record_bytes()];
+            let x = &tiles[block * block_records + record];
+            add_record::<S, P, A, R>(s, Record { layout, head, bytes }, x, first, &mut acc);
         }
     }
     acc
 }
 
-/// 16 scales from the start of `bytes`.
+struct Record<'a> {
+    layout: Layout,
+    head: &'a [u8],
+    bytes: &'a [u8],
+}
+
+/// Adds the products of one record.
 #[inline(always)]
-fn load_scales<S: Simd, const WIDE: bool>(s: S, bytes: &[u8]) -> S::F {
-    if WIDE {
-        let bytes: &[[u8; 4]; LANES] = bytes[..4 * LANES].as_chunks().0.try_into().expect("16 scales");
-        s.load(&bytes.map(f32::from_ne_bytes))
-    } else {
-        let bytes: &[[u8; 2]; LANES] = bytes[..2 * LANES].as_chunks().0.try_into().expect("16 scales");
-        s.load_f16(&bytes.map(u16::from_ne_bytes))
+fn add_record<S: Simd, P: Planes, A: Affine, const R: usize>(
+    s: S,
+    record: Record<'_>,
+    x: &QuantTile,
+    first: usize,
+    acc: &mut [S::F; R],
+) {
+    let Record { layout, head, bytes } = record;
+    let bias = if P::BYTES { S::BYTE_BIAS } else { 0 } - layout.zero;
+    let (planes, scales) = bytes.split_at(layout.code_bytes());
+    let planes = planes.as_chunks().0;
+    for part in 0..A::PARTS {
+        let sums = if A::PARTS == 2 { &x.half_sums[part] } else { &x.sums };
+        let mut dots = [s.splat_int(0); R];
+        if bias != 0 {
+            for r in 0..R {
+                dots[r] = s.splat_int(bias * sums[first + r]);
+            }
+        }
+        for quad in part * (8 / A::PARTS)..(part + 1) * (8 / A::PARTS) {
+            let codes = P::quad(s, planes, quad);
+            for r in 0..R {
+                let x = x.codes[first + r][quad];
+                dots[r] = if P::BYTES { s.dot4_bytes(dots[r], codes, x) } else { s.dot4_small(dots[r], codes, x) };
+            }
+        }
+        let (scale, min) = (A::scale(s, head, scales, part), A::min(s, head, scales, part));
+        let offsets = if A::PARTS == 2 { &x.half_offsets[part] } else { &x.offsets };
+        for r in 0..R {
+            acc[r] = s.fma(s.mul(scale, s.splat(x.scales[first + r])), s.to_float(dots[r]), acc[r]);
+            if A::MIN {
+                acc[r] = s.fma(min, s.splat(offsets[first + r]), acc[r]);
+            }
+        }
     }
 }
 
-/// [`tile`] with the constants of `layout`, one of those that [`QuantLayout::of`] gives.
+/// Exact sums of one step of a tile product: `[16 rows][16 out features]`.
+#[repr(C, align(64))]
+struct Sums([[i32; LANES]; TILE_ROWS]);
+
+/// `acc` plus the dot products of opened records with all rows of a tile of rows, by tile registers. Rows that hold no
+/// activations give results without meaning.
 #[inline(always)]
-pub(super) fn dots<S: Simd, const R: usize>(
+pub(super) fn tile_dots<S: Simd, T: Tiles, A: Affine>(
     s: S,
-    layout: QuantLayout,
-    panel: &[u8],
-    rows: [&[QuantGroup]; R],
-) -> [S::F; R] {
-    let QuantLayout { nibbles, wide, min, halves, zero } = layout;
-    match (nibbles, wide, min, halves) {
-        (true, false, false, false) => tile::<S, R, true, false, false, false>(s, panel, rows, zero),
-        (true, false, true, false) => tile::<S, R, true, false, true, false>(s, panel, rows, zero),
-        (true, true, true, false) => tile::<S, R, true, true, true, false>(s, panel, rows, zero),
-        (false, false, false, false) => tile::<S, R, false, false, false, false>(s, panel, rows, zero),
-        (false, false, true, false) => tile::<S, R, false, false, true, false>(s, panel, rows, zero),
-        (false, true, true, false) => tile::<S, R, false, true, true, false>(s, panel, rows, zero),
-        (false, true, true, true) => tile::<S, R, false, true, true, true>(s, panel, rows, zero),
-        (false, true, false, true) => tile::<S, R, false, true, false, true>(s, panel, rows, zero),
-        _ => unreachable!("no format has the layout {layout:?}"),
+    registers: &mut T,
+    groups: &[Group],
+    tiles: &[QuantTile],
+    mut acc: [S::F; TILE_ROWS],
+) -> [S::F; TILE_ROWS] {
+    let steps = groups.len().min(tiles.len()) * A::PARTS;
+    let step = |step: usize| (&groups[step / A::PARTS], &tiles[step / A::PARTS], step % A::PARTS);
+    let mut sums = [const { Sums([[0; LANES]; TILE_ROWS]) }; 2];
+    // The sums of a step are used while the unit works on the next one.
+    for next in 0..steps {
+        let (group, x, part) = step(next);
+        if next % 2 == 0 {
+            multiply::<T, C0, A0, B0>(registers, group, x, part, &mut sums[0]);
+        } else {
+            multiply::<T, C1, A1, B1>(registers, group, x, part, &mut sums[1]);
+        }
+        if next > 0 {
+            let (group, x, part) = step(next - 1);
+            scale_and_add::<S, A>(s, &sums[(next - 1) % 2], group, x, part, &mut acc);
+        }
+    }
+    if steps > 0 {
+        let (group, x, part) = step(steps - 1);
+        scale_and_add::<S, A>(s, &sums[(steps - 1) % 2], group, x, part, &mut acc);
+    }
+    acc
+}
+
+/// The registers' shapes for [`tile_dots`].
+pub(super) fn tile_shapes<A: Affine>() -> TileShapes {
+    TileShapes::product(TILE_ROWS, GROUP / A::PARTS)
+}
+
+#[inline(always)]
+fn multiply<T: Tiles, const C: usize, const A: usize, const B: usize>(
+    registers: &mut T,
+    group: &Group,
+    x: &QuantTile,
+    part: usize,
+    sums: &mut Sums,
+) {
+    let quad = part * GROUP / 8;
+    registers.zero::<C>();
+    // SAFETY: a tile has 16 rows of 32 codes, a group 8 rows of 64; both are read from the part's first quad on, as far as
+    // the shapes go. The result is 16 rows of 64 bytes.
+    unsafe {
+        registers.load::<A>(x.codes.as_ptr().cast::<u8>().add(4 * quad), GROUP);
+        registers.load::<B>(group.codes.as_ptr().cast::<u8>().add(VECTOR * quad), VECTOR);
+        registers.dot_i8::<C, A, B>();
+        registers.store::<C>(sums.0.as_mut_ptr().cast(), TILE_ROW_BYTES);
+    }
+}
+
+#[inline(always)]
+fn scale_and_add<S: Simd, A: Affine>(
+    s: S,
+    sums: &Sums,
+    group: &Group,
+    x: &QuantTile,
+    part: usize,
+    acc: &mut [S::F; TILE_ROWS],
+) {
+    let (scale, min) = (s.load(&group.scales[part]), s.load(&group.mins[part]));
+    let offsets = if A::PARTS == 2 { &x.half_offsets[part] } else { &x.offsets };
+    for r in 0..TILE_ROWS {
+        let dot = s.to_float(s.load_int(&sums.0[r]));
+        acc[r] = s.fma(s.mul(scale, s.splat(x.scales[r])), dot, acc[r]);
+        if A::MIN {
+            acc[r] = s.fma(min, s.splat(offsets[r]), acc[r]);
+        }
     }
 }

@@ -13,6 +13,9 @@ mod avx2;
 mod avx512;
 mod scalar;
 
+use super::amx::TileUnit;
+#[cfg(target_arch = "x86_64")]
+use super::amx::hardware;
 use crate::CpuIsa;
 
 /// Lanes of a vector: values of [`Simd::F`] and [`Simd::I`].
@@ -63,12 +66,20 @@ pub(crate) trait Simd: Copy {
     fn prefetch<T>(self, _at: &T) {}
 
     fn splat_int(self, value: i32) -> Self::I;
+    fn load_int(self, from: &[i32; LANES]) -> Self::I;
+    /// Sixteen i8, given as their bytes.
+    fn load_i8(self, from: &[u8; LANES]) -> Self::F;
     fn to_float(self, value: Self::I) -> Self::F;
     fn load_codes(self, from: &[u8; 4 * LANES]) -> Self::B;
-    fn low_nibbles(self, codes: Self::B) -> Self::B;
-    fn high_nibbles(self, codes: Self::B) -> Self::B;
-    /// Per lane `acc + sum of code[j] * x[j]` over its four codes, each below 16; `x` is in -127..=127.
-    fn dot4_nibbles(self, acc: Self::I, codes: Self::B, x: [i8; 4]) -> Self::I;
+    fn store_codes(self, to: &mut [u8; 4 * LANES], codes: Self::B);
+    /// Per byte `code >> shift & mask`, for masks that leave no bit of a neighbour.
+    fn field(self, codes: Self::B, shift: u32, mask: u8) -> Self::B;
+    /// Per byte `low | high << shift`, where no bit leaves its byte.
+    fn or_shifted(self, low: Self::B, high: Self::B, shift: u32) -> Self::B;
+    /// Per byte `code - value`, wrapping.
+    fn less(self, codes: Self::B, value: u8) -> Self::B;
+    /// Per lane `acc + sum of code[j] * x[j]` over its four codes, each below 64; `x` is in -127..=127.
+    fn dot4_small(self, acc: Self::I, codes: Self::B, x: [i8; 4]) -> Self::I;
     /// Per lane `acc + sum of (code[j] - BYTE_BIAS) * x[j]` over its four codes; `x` is in -127..=127.
     fn dot4_bytes(self, acc: Self::I, codes: Self::B, x: [i8; 4]) -> Self::I;
 
@@ -106,13 +117,22 @@ pub(crate) fn best_isa() -> CpuIsa {
             && is_x86_feature_detected!("avx512vl")
             && is_x86_feature_detected!("avx512vnni");
         if avx2 && avx512 {
-            return CpuIsa::Avx512;
+            return if hardware::available() { CpuIsa::Amx } else { CpuIsa::Avx512 };
         }
         if avx2 {
             return CpuIsa::Avx2;
         }
     }
     CpuIsa::Scalar
+}
+
+/// The tile registers of a level, which the device has checked against [`best_isa`].
+pub(crate) fn tile_unit(isa: CpuIsa) -> TileUnit {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        CpuIsa::Amx => TileUnit::Hardware,
+        _ => TileUnit::None,
+    }
 }
 
 /// Runs the kernel at a level, which the device has checked against [`best_isa`] when it was made.
@@ -125,9 +145,9 @@ pub(crate) fn dispatch<K: Kernel>(isa: CpuIsa, kernel: K) {
         CpuIsa::Avx2 => unsafe { avx2::run(kernel) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
-        CpuIsa::Avx512 => unsafe { avx512::run(kernel) },
+        CpuIsa::Avx512 | CpuIsa::Amx => unsafe { avx512::run(kernel) },
         #[cfg(not(target_arch = "x86_64"))]
-        CpuIsa::Avx2 | CpuIsa::Avx512 => unreachable!("a device has only levels of its machine"),
+        CpuIsa::Avx2 | CpuIsa::Avx512 | CpuIsa::Amx => unreachable!("a device has only levels of its machine"),
     }
 }
 

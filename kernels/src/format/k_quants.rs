@@ -4,21 +4,21 @@ use super::{Unpacked, half_at};
 
 /// `scales[16]` (scale in the low nibble, minimum in the high one), `codes[64]` of 2 bits, `d`, `dmin`.
 pub(super) fn q2(block: &[u8], out: &mut Unpacked) {
-    let (d, d_min) = (half_at(block, 80), half_at(block, 82));
+    (out.scale_unit, out.min_unit) = (half_at(block, 80), -half_at(block, 82));
     for (group, &byte) in block[..16].iter().enumerate() {
-        out.scales[group] = d * f32::from(byte & 15);
-        out.mins[group] = -(d_min * f32::from(byte >> 4));
+        (out.scales[group], out.mins[group]) = ((byte & 15).cast_signed(), (byte >> 4).cast_signed());
     }
     unpack_pairs(&block[16..80], out);
 }
 
 /// `high bits[32]`, `codes[64]` of 2 bits, `scales[12]` of 6 bits less 32, `d`.
 pub(super) fn q3(block: &[u8], out: &mut Unpacked) {
-    let (scales, d) = (&block[96..108], half_at(block, 108));
+    let scales = &block[96..108];
+    out.scale_unit = half_at(block, 108);
     for group in 0..16 {
         let low = if group < 8 { scales[group] & 15 } else { scales[group - 8] >> 4 };
         let high = scales[8 + group % 4] >> (2 * (group / 4)) & 3;
-        out.scales[group] = d * (f32::from(low | high << 4) - 32.0);
+        out.scales[group] = (low | high << 4).cast_signed() - 32;
     }
     unpack_pairs(&block[32..96], out);
     for i in 0..256 {
@@ -43,9 +43,9 @@ pub(super) fn q5(block: &[u8], out: &mut Unpacked) {
 
 /// `low nibbles[128]`, `high pairs[64]`, `scales[16]` of i8, `d`.
 pub(super) fn q6(block: &[u8], out: &mut Unpacked) {
-    let d = half_at(block, 208);
+    out.scale_unit = half_at(block, 208);
     for group in 0..16 {
-        out.scales[group] = d * f32::from(block[192 + group].cast_signed());
+        out.scales[group] = block[192 + group].cast_signed();
     }
     for i in 0..256 {
         let (half, quarter, at) = (i / 128, i / 32 % 4, i % 32);
@@ -71,7 +71,7 @@ fn unpack_nibbles(bytes: &[u8], out: &mut Unpacked) {
     }
 }
 
-/// Eight 6-bit scales and eight 6-bit minimums in 12 bytes, times `d` and `dmin`.
+/// Eight 6-bit scales and eight 6-bit minimums in 12 bytes, in units of `d` and `-dmin`.
 ///
 /// ```text
 /// bytes 0..4   scale 0..4 (6 bits), high 2 bits of scale 4..8
@@ -79,7 +79,8 @@ fn unpack_nibbles(bytes: &[u8], out: &mut Unpacked) {
 /// bytes 8..12  low 4 bits of scale 4..8, low 4 bits of min 4..8
 /// ```
 fn scales_and_mins(block: &[u8], out: &mut Unpacked) {
-    let (d, d_min, bytes) = (half_at(block, 0), half_at(block, 2), &block[4..16]);
+    let bytes = &block[4..16];
+    (out.scale_unit, out.min_unit) = (half_at(block, 0), -half_at(block, 2));
     for group in 0..8 {
         let (scale, min) = if group < 4 {
             (bytes[group] & 63, bytes[group + 4] & 63)
@@ -87,7 +88,6 @@ fn scales_and_mins(block: &[u8], out: &mut Unpacked) {
             let low = bytes[group + 4];
             (low & 15 | bytes[group - 4] >> 6 << 4, low >> 4 | bytes[group] >> 6 << 4)
         };
-        out.scales[group] = d * f32::from(scale);
-        out.mins[group] = -(d_min * f32::from(min));
+        (out.scales[group], out.mins[group]) = (scale.cast_signed(), min.cast_signed());
     }
 }

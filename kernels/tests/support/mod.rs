@@ -81,7 +81,7 @@ pub fn view(format: Format, rows: usize, cols: usize, bytes: &[u8]) -> MatrixVie
 
 /// A device of each level that this machine has, with different numbers of threads.
 pub fn devices() -> Vec<Device> {
-    let levels = [(CpuIsa::Scalar, 2), (CpuIsa::Avx2, 3), (CpuIsa::Avx512, 1), (CpuIsa::Avx512, 4)];
+    let levels = [(CpuIsa::Scalar, 2), (CpuIsa::Avx2, 3), (CpuIsa::Avx512, 1), (CpuIsa::Avx512, 4), (CpuIsa::Amx, 2)];
     let devices: Vec<Device> = levels
         .iter()
         .filter_map(|&(isa, threads)| Device::cpu(CpuOptions { threads: Some(threads), isa: Some(isa) }).ok())

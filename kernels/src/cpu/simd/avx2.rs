@@ -193,28 +193,57 @@ impl Simd for Avx2 {
         unsafe { IntPair(_mm256_loadu_si256(from.as_ptr().cast()), _mm256_loadu_si256(from.as_ptr().add(32).cast())) }
     }
     #[inline(always)]
-    fn low_nibbles(self, codes: IntPair) -> IntPair {
-        // SAFETY: `self` proves the features.
+    fn store_codes(self, to: &mut [u8; 4 * LANES], codes: IntPair) {
+        // SAFETY: `self` proves the features; the array is 64 writable bytes.
         unsafe {
-            let mask = _mm256_set1_epi8(15);
-            IntPair(_mm256_and_si256(codes.0, mask), _mm256_and_si256(codes.1, mask))
+            _mm256_storeu_si256(to.as_mut_ptr().cast(), codes.0);
+            _mm256_storeu_si256(to.as_mut_ptr().add(32).cast(), codes.1);
         }
     }
     #[inline(always)]
-    fn high_nibbles(self, codes: IntPair) -> IntPair {
+    fn field(self, codes: IntPair, shift: u32, mask: u8) -> IntPair {
         // SAFETY: `self` proves the features.
         unsafe {
-            let mask = _mm256_set1_epi8(15);
-            IntPair(
-                _mm256_and_si256(_mm256_srli_epi16::<4>(codes.0), mask),
-                _mm256_and_si256(_mm256_srli_epi16::<4>(codes.1), mask),
-            )
+            let (shift, mask) = (_mm_cvtsi32_si128(shift.cast_signed()), _mm256_set1_epi8(mask.cast_signed()));
+            let field = |codes| _mm256_and_si256(_mm256_srl_epi16(codes, shift), mask);
+            IntPair(field(codes.0), field(codes.1))
         }
     }
     #[inline(always)]
-    fn dot4_nibbles(self, acc: IntPair, codes: IntPair, x: [i8; 4]) -> IntPair {
+    fn or_shifted(self, low: IntPair, high: IntPair, shift: u32) -> IntPair {
+        // SAFETY: `self` proves the features.
+        unsafe {
+            let shift = _mm_cvtsi32_si128(shift.cast_signed());
+            let or = |low, high| _mm256_or_si256(low, _mm256_sll_epi16(high, shift));
+            IntPair(or(low.0, high.0), or(low.1, high.1))
+        }
+    }
+    #[inline(always)]
+    fn less(self, codes: IntPair, value: u8) -> IntPair {
+        // SAFETY: `self` proves the features.
+        unsafe {
+            let value = _mm256_set1_epi8(value.cast_signed());
+            IntPair(_mm256_sub_epi8(codes.0, value), _mm256_sub_epi8(codes.1, value))
+        }
+    }
+    #[inline(always)]
+    fn load_int(self, from: &[i32; LANES]) -> IntPair {
+        // SAFETY: `self` proves the features; the array is 64 readable bytes.
+        unsafe { IntPair(_mm256_loadu_si256(from.as_ptr().cast()), _mm256_loadu_si256(from.as_ptr().add(8).cast())) }
+    }
+    #[inline(always)]
+    fn load_i8(self, from: &[u8; LANES]) -> Pair {
+        // SAFETY: `self` proves the features; each half of the array is 8 readable bytes.
+        unsafe {
+            let low = _mm256_cvtepi8_epi32(_mm_loadl_epi64(from.as_ptr().cast()));
+            let high = _mm256_cvtepi8_epi32(_mm_loadl_epi64(from.as_ptr().add(8).cast()));
+            Pair(_mm256_cvtepi32_ps(low), _mm256_cvtepi32_ps(high))
+        }
+    }
+    #[inline(always)]
+    fn dot4_small(self, acc: IntPair, codes: IntPair, x: [i8; 4]) -> IntPair {
         let x = i32::from_le_bytes(x.map(i8::cast_unsigned));
-        // SAFETY: `self` proves the features. Two products are at most 2 * 15 * 127 and fit 16 bits.
+        // SAFETY: `self` proves the features. Two products are at most 2 * 63 * 127 = 16,002 and fit 16 bits.
         unsafe {
             let x = _mm256_set1_epi32(x);
             IntPair(dot4(acc.0, codes.0, x), dot4(acc.1, codes.1, x))

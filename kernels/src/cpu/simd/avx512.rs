@@ -146,17 +146,40 @@ impl Simd for Avx512 {
         unsafe { _mm512_loadu_si512(from.as_ptr().cast()) }
     }
     #[inline(always)]
-    fn low_nibbles(self, codes: __m512i) -> __m512i {
-        // SAFETY: `self` proves the features.
-        unsafe { _mm512_and_si512(codes, _mm512_set1_epi8(15)) }
+    fn store_codes(self, to: &mut [u8; 4 * LANES], codes: __m512i) {
+        // SAFETY: `self` proves the features; the array is 64 writable bytes.
+        unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), codes) }
     }
     #[inline(always)]
-    fn high_nibbles(self, codes: __m512i) -> __m512i {
+    fn field(self, codes: __m512i, shift: u32, mask: u8) -> __m512i {
         // SAFETY: `self` proves the features.
-        unsafe { _mm512_and_si512(_mm512_srli_epi16::<4>(codes), _mm512_set1_epi8(15)) }
+        unsafe {
+            let shifted = _mm512_srl_epi16(codes, _mm_cvtsi32_si128(shift.cast_signed()));
+            _mm512_and_si512(shifted, _mm512_set1_epi8(mask.cast_signed()))
+        }
     }
     #[inline(always)]
-    fn dot4_nibbles(self, acc: __m512i, codes: __m512i, x: [i8; 4]) -> __m512i {
+    fn or_shifted(self, low: __m512i, high: __m512i, shift: u32) -> __m512i {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_or_si512(low, _mm512_sll_epi16(high, _mm_cvtsi32_si128(shift.cast_signed()))) }
+    }
+    #[inline(always)]
+    fn less(self, codes: __m512i, value: u8) -> __m512i {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_sub_epi8(codes, _mm512_set1_epi8(value.cast_signed())) }
+    }
+    #[inline(always)]
+    fn load_int(self, from: &[i32; LANES]) -> __m512i {
+        // SAFETY: `self` proves the features; the array is 64 readable bytes.
+        unsafe { _mm512_loadu_si512(from.as_ptr().cast()) }
+    }
+    #[inline(always)]
+    fn load_i8(self, from: &[u8; LANES]) -> __m512 {
+        // SAFETY: `self` proves the features; the array is 16 readable bytes.
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.as_ptr().cast()))) }
+    }
+    #[inline(always)]
+    fn dot4_small(self, acc: __m512i, codes: __m512i, x: [i8; 4]) -> __m512i {
         self.dot4_bytes(acc, codes, x)
     }
     #[inline(always)]

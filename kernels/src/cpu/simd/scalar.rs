@@ -118,15 +118,31 @@ impl Simd for Scalar {
         *from
     }
     #[inline(always)]
-    fn low_nibbles(self, codes: [u8; 4 * LANES]) -> [u8; 4 * LANES] {
-        codes.map(|byte| byte & 15)
+    fn store_codes(self, to: &mut [u8; 4 * LANES], codes: [u8; 4 * LANES]) {
+        *to = codes;
     }
     #[inline(always)]
-    fn high_nibbles(self, codes: [u8; 4 * LANES]) -> [u8; 4 * LANES] {
-        codes.map(|byte| byte >> 4)
+    fn field(self, codes: [u8; 4 * LANES], shift: u32, mask: u8) -> [u8; 4 * LANES] {
+        codes.map(|byte| byte >> shift & mask)
     }
     #[inline(always)]
-    fn dot4_nibbles(self, acc: [i32; LANES], codes: [u8; 4 * LANES], x: [i8; 4]) -> [i32; LANES] {
+    fn or_shifted(self, low: [u8; 4 * LANES], high: [u8; 4 * LANES], shift: u32) -> [u8; 4 * LANES] {
+        std::array::from_fn(|i| low[i] | high[i] << shift)
+    }
+    #[inline(always)]
+    fn less(self, codes: [u8; 4 * LANES], value: u8) -> [u8; 4 * LANES] {
+        codes.map(|byte| byte.wrapping_sub(value))
+    }
+    #[inline(always)]
+    fn load_int(self, from: &[i32; LANES]) -> [i32; LANES] {
+        *from
+    }
+    #[inline(always)]
+    fn load_i8(self, from: &[u8; LANES]) -> F {
+        from.map(|byte| f32::from(byte.cast_signed()))
+    }
+    #[inline(always)]
+    fn dot4_small(self, acc: [i32; LANES], codes: [u8; 4 * LANES], x: [i8; 4]) -> [i32; LANES] {
         self.dot4_bytes(acc, codes, x)
     }
     #[inline(always)]

@@ -1,0 +1,141 @@
+//! `kvern bench [MODEL]`: how fast a model computes on this machine, without server, scheduler and sampling.
+//!
+//! Owner: `main`, for one run. The model's forward pass is called directly, with batches laid out by the worker's own
+//! code, so a figure here is what the server's steps cost. Workloads take turns, round by round, so that a change of the
+//! machine's speed falls on all of them; with `--limits` the machine's own limits are measured in the same rounds.
+//!
+//! ```text
+//! runner.rs  sequences in a KV cache; one timed round of a workload
+//! cost.rs    what a round at least reads and multiplies
+//! rates.rs   the rounds' rates: median, least, most
+//! report.rs  table and JSON
+//! ```
+
+mod cost;
+mod rates;
+mod report;
+mod runner;
+
+use crate::config::{BenchConfig, Config, Workload};
+use crate::hub::{self, HubError};
+use crate::runtime::available_memory;
+use cost::Cost;
+use kvern_kernels::limits::{Gauge, Limit};
+use kvern_kernels::{Device, KernelError};
+use kvern_models::{Checkpoint, LoadError, ModelConfig, ModelFiles};
+use rates::Rates;
+use report::{Report, Row};
+use runner::{Room, Runner};
+use std::io::Write;
+
+#[derive(Debug, thiserror::Error)]
+pub enum BenchError {
+    #[error(transparent)]
+    Hub(#[from] HubError),
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    #[error("{workload}: expected a context of at most {limit} tokens, found {found} with --steps {steps}")]
+    Context { workload: Workload, limit: u32, found: u32, steps: u32 },
+    #[error("{workload}: expected at most --max-num-seqs ({limit}) streams")]
+    Streams { workload: Workload, limit: u32 },
+    #[error("no default workload fits a context of {limit} tokens: name one by --prefill or --decode")]
+    Nothing { limit: u32 },
+    #[error(
+        "the workloads need a KV cache of {needed} bytes; {available} are there: shorten them, or lower the streams"
+    )]
+    Memory { needed: u64, available: u64 },
+    #[error("could not write the result: {0}")]
+    Write(#[from] std::io::Error),
+}
+
+/// Loads the model that `config` names, times what `bench` asks for, and writes the result to `out`.
+///
+/// # Errors
+/// The model cannot be found or loaded, a workload does not fit it or the memory, or `out` cannot be written.
+pub fn run(config: &Config, bench: &BenchConfig, out: &mut dyn Write) -> Result<(), BenchError> {
+    let located = hub::locate(&config.model)?;
+    let files = ModelFiles::open(&located.path)?;
+    let model = ModelConfig::read(&Checkpoint::open(&files)?)?;
+    let workloads = workloads(config, bench, &model)?;
+    let device = Device::cpu(config.engine.cpu)?;
+    let room = Room::for_workloads(&workloads, bench.steps, &config.engine);
+    let mut runner = Runner::open(&device, &files, &config.engine, room, |needed| {
+        let available = config.engine.kv_cache_memory_bytes.or_else(available_memory).unwrap_or(u64::MAX);
+        if needed > available { Err(BenchError::Memory { needed, available }) } else { Ok(()) }
+    })?;
+    let gauge = if bench.limits { Some(Gauge::new(&device)?) } else { None };
+    let Measured { rates, limits } = measure(&mut runner, gauge.as_ref(), &workloads, bench)?;
+    let steps = bench.steps;
+    let costs =
+        workloads.iter().map(|&workload| Cost::of(workload, steps, &model, runner.weight_bytes(), &config.engine));
+    let rows = workloads.iter().zip(costs).zip(rates);
+    let report = Report {
+        model: &located.name,
+        machine: report::machine(),
+        device: &device,
+        weight_bytes: runner.weight_bytes(),
+        chunk: config.engine.max_num_batched_tokens,
+        rows: rows
+            .map(|((&workload, cost), rates)| Row { workload, tokens: workload.tokens(steps), cost, rates })
+            .collect(),
+        limits,
+    };
+    Ok(if bench.json { report.write_json(out) } else { report.write_table(out) }?)
+}
+
+/// What was asked for, if it can be run, or those of the defaults that can be.
+fn workloads(config: &Config, bench: &BenchConfig, model: &ModelConfig) -> Result<Vec<Workload>, BenchError> {
+    let model_limit = u32::try_from(model.max_position_embeddings).unwrap_or(u32::MAX);
+    let limit = config.engine.max_model_len.map_or(model_limit, |asked| asked.min(model_limit));
+    let steps = bench.steps;
+    let check = |workload: Workload| {
+        let found = workload.context_max(steps);
+        if found > limit {
+            return Err(BenchError::Context { workload, limit, found, steps });
+        }
+        let limit = config.engine.max_num_seqs;
+        if workload.streams() > limit { Err(BenchError::Streams { workload, limit }) } else { Ok(workload) }
+    };
+    if bench.workloads.is_empty() {
+        let fitting: Vec<_> = Workload::defaults().into_iter().filter_map(|workload| check(workload).ok()).collect();
+        return if fitting.is_empty() { Err(BenchError::Nothing { limit }) } else { Ok(fitting) };
+    }
+    bench.workloads.iter().map(|&workload| check(workload)).collect()
+}
+
+/// What the rounds gave.
+struct Measured {
+    /// Of each workload, in tokens per second.
+    rates: Vec<Rates>,
+    limits: Vec<(Limit, Rates)>,
+}
+
+/// Workloads and limits take turns; the first round does not count.
+fn measure(
+    runner: &mut Runner,
+    gauge: Option<&Gauge>,
+    workloads: &[Workload],
+    bench: &BenchConfig,
+) -> Result<Measured, KernelError> {
+    let mut rates = vec![Rates::default(); workloads.len()];
+    let mut limits: Vec<_> =
+        gauge.iter().flat_map(|gauge| gauge.limits()).map(|limit| (limit, Rates::default())).collect();
+    for round in 0..=bench.rounds {
+        for (&workload, rates) in workloads.iter().zip(&mut rates) {
+            let seconds = runner.round(workload, bench.steps)?.as_secs_f64();
+            if round > 0 {
+                rates.push(workload.tokens(bench.steps) as f64 / seconds);
+            }
+        }
+        for (limit, rates) in &mut limits {
+            let rate = gauge.and_then(|gauge| gauge.round(*limit)).expect("only limits of this machine are listed");
+            if round > 0 {
+                rates.push(rate);
+            }
+        }
+        tracing::info!(round, of = bench.rounds, "timed");
+    }
+    Ok(Measured { rates, limits })
+}

@@ -1,0 +1,89 @@
+//! What a round at least reads and multiplies, to be held against the machine's limits.
+
+use crate::config::{EngineConfig, Workload};
+use kvern_models::ModelConfig;
+
+/// Of one round.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Cost {
+    /// Operations of the products of activations with weights, two per multiplication and addition. Attention and
+    /// everything else are not counted.
+    pub(super) product_operations: f64,
+    /// Bytes of weights and of cached K and V that decoding reads once a step; `None` where it is not known: of prefill,
+    /// and of a model with an embedding apart from its head, of which a step reads a few rows.
+    pub(super) read_bytes: Option<f64>,
+}
+
+impl Cost {
+    pub(super) fn of(
+        workload: Workload,
+        steps: u32,
+        model: &ModelConfig,
+        weight_bytes: usize,
+        engine: &EngineConfig,
+    ) -> Cost {
+        let head = 2.0 * (model.hidden_size * model.vocab_size) as f64;
+        let tokens = workload.tokens(steps) as f64;
+        let (sampled, read_bytes) = match workload {
+            Workload::Prefill { .. } => (1.0, None),
+            Workload::Decode { streams, context } => {
+                // The steps' own tokens are read too, half of them on average.
+                let context = f64::from(context) + f64::from(steps) / 2.0;
+                let kv = f64::from(streams) * kv_bytes(model, context, engine);
+                let step = weight_bytes as f64 + kv;
+                (tokens, model.tie_word_embeddings.then_some(f64::from(steps) * step))
+            }
+        };
+        Cost { product_operations: tokens * layer_operations(model) + sampled * head, read_bytes }
+    }
+}
+
+/// Of one token in all layers.
+fn layer_operations(model: &ModelConfig) -> f64 {
+    let heads = model.heads;
+    let (q, kv) = (heads.heads * heads.head_dim, heads.kv_heads * heads.head_dim);
+    let attention = model.hidden_size * (q + 2 * kv) + q * model.hidden_size;
+    let feed_forward = 3 * model.hidden_size * model.intermediate_size;
+    2.0 * (model.layers * (attention + feed_forward)) as f64
+}
+
+/// K and V that one token reads of a sequence of `context` tokens.
+fn kv_bytes(model: &ModelConfig, context: f64, engine: &EngineConfig) -> f64 {
+    let token = (2 * model.heads.kv_heads * model.heads.head_dim * engine.kv_dtype.bytes()) as f64;
+    (0..model.layers)
+        .map(|layer| token * model.window(layer).map_or(context, |window| context.min(f64::from(window))))
+        .sum()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use crate::config::{Config, Environment};
+    use kvern_models::{Checkpoint, ModelFiles};
+    use std::path::Path;
+
+    /// Counted by hand: hidden 64, feed-forward 96, vocabulary 128, 2 layers, 4 heads and 2 KV heads of 16.
+    #[test]
+    fn of_a_small_model() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tests/golden/checkpoints/llama.gguf");
+        let untied = ModelConfig::read(&Checkpoint::open(&ModelFiles::open(&path).unwrap()).unwrap()).unwrap();
+        let tied = ModelConfig { tie_word_embeddings: true, ..untied.clone() };
+        let windowed = ModelConfig { windows: vec![None, Some(10)], ..tied.clone() };
+        let argv = ["kvern", "bench"].map(std::ffi::OsString::from).to_vec();
+        let engine = Config::resolve(argv, &Environment::default()).unwrap().engine;
+        let (token, head, kv_token) = (2.0 * 61_440.0, 2.0 * 8_192.0, 128.0);
+        let decode = Workload::Decode { streams: 3, context: 20 };
+        let cases = [
+            (Workload::Prefill { tokens: 10 }, &tied, 10.0 * token + head, None),
+            (decode, &untied, 12.0 * (token + head), None),
+            (decode, &tied, 12.0 * (token + head), Some(4.0 * (1000.0 + 3.0 * 2.0 * 22.0 * kv_token))),
+            (decode, &windowed, 12.0 * (token + head), Some(4.0 * (1000.0 + 3.0 * (22.0 + 10.0) * kv_token))),
+        ];
+        for (workload, model, product_operations, read_bytes) in cases {
+            let found = Cost::of(workload, 4, model, 1000, &engine);
+            assert_eq!(found, Cost { product_operations, read_bytes }, "{workload} {:?}", model.windows);
+        }
+    }
+}

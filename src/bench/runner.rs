@@ -1,0 +1,200 @@
+//! Sequences in a KV cache, and one timed round of a workload on them.
+//!
+//! Every sequence is one endless text: its token at a position is fixed, so what any workload leaves in the cache is what
+//! every other one would have put there, and a context is filled once. Blocks lie scattered, as after hours of service.
+
+use super::BenchError;
+use crate::config::{EngineConfig, Workload};
+use crate::worker::batch::BatchBuffers;
+use kvern_core::{BlockId, RequestId, SeqSlice, StepPlan};
+use kvern_kernels::{Device, KernelError, KvCache};
+use kvern_models::{LoadOptions, LoadedModel, ModelFiles, StepLimits};
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+/// What the workloads take at most.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Room {
+    /// Most tokens that each sequence comes to hold.
+    contexts: Vec<u32>,
+    /// Most tokens of a step.
+    step_tokens: u32,
+}
+
+impl Room {
+    pub(super) fn for_workloads(workloads: &[Workload], steps: u32, engine: &EngineConfig) -> Room {
+        let streams = workloads.iter().map(|workload| workload.streams()).max().unwrap_or(0);
+        let context = |sequence| {
+            let users = workloads.iter().filter(|workload| sequence < workload.streams());
+            users.map(|workload| workload.context_max(steps)).max().unwrap_or(0)
+        };
+        Room { contexts: (0..streams).map(context).collect(), step_tokens: engine.max_num_batched_tokens.max(streams) }
+    }
+
+    fn blocks(&self, block_size: u32) -> u32 {
+        self.contexts.iter().map(|tokens| tokens.div_ceil(block_size)).sum()
+    }
+}
+
+/// A sequence's part of the cache.
+struct Sequence {
+    blocks: Vec<BlockId>,
+    /// Tokens whose K and V are there.
+    filled: u32,
+}
+
+/// A model, its cache and the sequences in it.
+pub(super) struct Runner {
+    loaded: LoadedModel,
+    kv: KvCache,
+    sequences: Vec<Sequence>,
+    /// Most tokens of a chunk of prefill.
+    chunk: u32,
+    plan: StepPlan,
+    batch: BatchBuffers,
+}
+
+impl Runner {
+    /// Loads `files`; `admit` is asked whether a cache of so many bytes may be had.
+    pub(super) fn open(
+        device: &Device,
+        files: &ModelFiles,
+        engine: &EngineConfig,
+        room: Room,
+        admit: impl FnOnce(u64) -> Result<(), BenchError>,
+    ) -> Result<Runner, BenchError> {
+        let limits = StepLimits {
+            tokens_max: room.step_tokens as usize,
+            sequences_max: room.contexts.len().max(1),
+            context_max: room.contexts.iter().copied().max().unwrap_or(1) as usize,
+        };
+        let loaded =
+            kvern_models::load(device, files, &LoadOptions { precision: engine.precision, limits }, &mut |_| {})?;
+        let blocks = scattered(room.blocks(engine.block_size));
+        let shape = loaded.kv_shape(blocks.len(), engine.block_size as usize, engine.kv_dtype);
+        admit(shape.blocks as u64 * shape.block_bytes() as u64)?;
+        let mut blocks = blocks.into_iter();
+        let sequences = room.contexts.iter().map(|context| {
+            let count = context.div_ceil(engine.block_size) as usize;
+            Sequence { blocks: blocks.by_ref().take(count).collect(), filled: 0 }
+        });
+        Ok(Runner {
+            sequences: sequences.collect(),
+            kv: KvCache::new(device, shape)?,
+            chunk: engine.max_num_batched_tokens,
+            plan: StepPlan::empty(),
+            batch: BatchBuffers::new(limits, engine.block_size),
+            loaded,
+        })
+    }
+
+    /// Bytes of the packed weights.
+    pub(super) fn weight_bytes(&self) -> usize {
+        self.loaded.weight_bytes
+    }
+
+    /// Runs one round; the time of filling the contexts that decoding starts from does not count.
+    pub(super) fn round(&mut self, workload: Workload, steps: u32) -> Result<Duration, KernelError> {
+        match workload {
+            Workload::Prefill { tokens } => {
+                let started = Instant::now();
+                self.prefill(0, 0..tokens, true)?;
+                Ok(started.elapsed())
+            }
+            Workload::Decode { streams, context } => {
+                for sequence in 0..streams {
+                    let filled = self.sequences[sequence as usize].filled;
+                    self.prefill(sequence, filled.min(context)..context, false)?;
+                }
+                let started = Instant::now();
+                for position in context..context + steps {
+                    self.step((0..streams).map(|sequence| (sequence, position..position + 1)), true)?;
+                }
+                Ok(started.elapsed())
+            }
+        }
+    }
+
+    /// Computes `positions` of a sequence in chunks; the last one's logits are computed if `sample`.
+    fn prefill(&mut self, sequence: u32, positions: Range<u32>, sample: bool) -> Result<(), KernelError> {
+        let mut start = positions.start;
+        while start < positions.end {
+            let end = positions.end.min(start.saturating_add(self.chunk));
+            self.step([(sequence, start..end)].into_iter(), sample && end == positions.end)?;
+            start = end;
+        }
+        Ok(())
+    }
+
+    /// One forward pass over parts of sequences.
+    fn step(&mut self, parts: impl Iterator<Item = (u32, Range<u32>)>, sample: bool) -> Result<(), KernelError> {
+        let vocab_size = self.loaded.config.vocab_size as u32;
+        let Runner { plan, sequences, .. } = self;
+        plan.slices.clear();
+        plan.tokens.clear();
+        plan.block_tables.clear();
+        for (number, positions) in parts {
+            let sequence = &mut sequences[number as usize];
+            sequence.filled = sequence.filled.max(positions.end);
+            let (token, block) = (plan.tokens.len() as u32, plan.block_tables.len() as u32);
+            plan.tokens.extend(positions.clone().map(|position| token_at(number, position, vocab_size)));
+            plan.block_tables.extend(&sequence.blocks);
+            plan.slices.push(SeqSlice {
+                request: RequestId(u64::from(number)),
+                start: positions.start,
+                tokens: token..token + positions.len() as u32,
+                block_table: block..block + sequence.blocks.len() as u32,
+                sample,
+            });
+        }
+        self.loaded.model.forward(&self.batch.fill(plan), &mut self.kv).map(drop)
+    }
+}
+
+/// The token of a sequence at a position: any will do, as time does not depend on them, but always the same.
+fn token_at(sequence: u32, position: u32, vocab_size: u32) -> u32 {
+    (sequence.wrapping_mul(7919)).wrapping_add(position.wrapping_mul(37)) % vocab_size
+}
+
+/// Each of `0..count` once, neighbours far apart.
+fn scattered(count: u32) -> Vec<BlockId> {
+    // A stride shares no factor with the count if it is a prime that does not divide it; one of the two never does,
+    // as both would need a count of 40 million blocks or more.
+    let stride = if count.is_multiple_of(6143) { 6353 } else { 6143 };
+    (0..u64::from(count)).map(|index| BlockId((index * stride % u64::from(count)) as u32)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scattered_blocks_are_a_permutation() {
+        for count in [0, 1, 2, 17, 6143, 6353, 2 * 6143, 10_000] {
+            let mut blocks: Vec<u32> = scattered(count).iter().map(|block| block.0).collect();
+            blocks.sort_unstable();
+            assert!(blocks.into_iter().eq(0..count), "{count}");
+        }
+        assert_eq!(scattered(10_000)[..3], [BlockId(0), BlockId(6143), BlockId(2286)]);
+    }
+
+    #[test]
+    fn a_sequence_has_room_for_the_longest_workload_that_uses_it() {
+        let decode = |streams, context| Workload::Decode { streams, context };
+        let cases: [(&[Workload], &[u32]); 4] = [
+            (&[], &[]),
+            (&[Workload::Prefill { tokens: 512 }], &[512]),
+            (&[decode(1, 4096), decode(3, 128)], &[4104, 136, 136]),
+            (&[Workload::Prefill { tokens: 200 }, decode(2, 128)], &[200, 136]),
+        ];
+        for (workloads, contexts) in cases {
+            assert_eq!(contexts_of(workloads), contexts, "{workloads:?}");
+        }
+    }
+
+    fn contexts_of(workloads: &[Workload]) -> Vec<u32> {
+        let argv = ["kvern", "bench"].map(std::ffi::OsString::from).to_vec();
+        let config = crate::config::Config::resolve(argv, &crate::config::Environment::default());
+        Room::for_workloads(workloads, 8, &config.expect("the defaults are valid").engine).contexts
+    }
+}

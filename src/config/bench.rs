@@ -1,0 +1,88 @@
+//! What `kvern bench` is told to time.
+
+use super::values::parse_count;
+use std::fmt;
+
+/// `kvern bench`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BenchConfig {
+    /// Empty: those of [`Workload::defaults`] that the model and the limits allow.
+    pub workloads: Vec<Workload>,
+    /// Rounds that count, of each workload.
+    pub rounds: u32,
+    /// Steps of a round of decoding.
+    pub steps: u32,
+    /// The machine's limits are measured too, in the same rounds.
+    pub limits: bool,
+    /// One JSON object per line instead of a table.
+    pub json: bool,
+}
+
+/// Work whose tokens per second are of interest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Workload {
+    /// The prompt of one sequence, from its first token, in chunks of at most `--max-num-batched-tokens`.
+    Prefill { tokens: u32 },
+    /// One token a step for each of `streams` sequences, which hold `context` tokens before the first step.
+    Decode { streams: u32, context: u32 },
+}
+
+impl Workload {
+    /// What is timed where nothing is asked for.
+    #[must_use]
+    pub fn defaults() -> Vec<Workload> {
+        let prefill = [512, 2048].map(|tokens| Workload::Prefill { tokens });
+        let decode = [(1, 4096), (1, 128), (2, 128), (4, 128), (8, 128), (16, 128), (32, 128), (64, 128)]
+            .map(|(streams, context)| Workload::Decode { streams, context });
+        prefill.into_iter().chain(decode).collect()
+    }
+
+    /// Sequences that run at once.
+    #[must_use]
+    pub fn streams(self) -> u32 {
+        match self {
+            Workload::Prefill { .. } => 1,
+            Workload::Decode { streams, .. } => streams,
+        }
+    }
+
+    /// Most tokens that a sequence comes to hold when decoding takes `steps`.
+    #[must_use]
+    pub fn context_max(self, steps: u32) -> u32 {
+        match self {
+            Workload::Prefill { tokens } => tokens,
+            Workload::Decode { context, .. } => context.saturating_add(steps),
+        }
+    }
+
+    /// Tokens of a round.
+    #[must_use]
+    pub fn tokens(self, steps: u32) -> u64 {
+        match self {
+            Workload::Prefill { tokens } => u64::from(tokens),
+            Workload::Decode { streams, .. } => u64::from(streams) * u64::from(steps),
+        }
+    }
+}
+
+/// `prefill 512`, `decode 16x128`.
+impl fmt::Display for Workload {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Workload::Prefill { tokens } => write!(f, "prefill {tokens}"),
+            Workload::Decode { streams, context } => write!(f, "decode {streams}x{context}"),
+        }
+    }
+}
+
+pub(super) fn parse_prefill(text: &str) -> Result<Workload, String> {
+    Ok(Workload::Prefill { tokens: parse_count(text)? })
+}
+
+/// `STREAMSxCONTEXT`.
+pub(super) fn parse_decode(text: &str) -> Result<Workload, String> {
+    let expected = || format!("expected STREAMSxCONTEXT such as 16x128, found `{text}`");
+    let (streams, context) = text.split_once('x').ok_or_else(expected)?;
+    let count = |part| parse_count(part).map_err(|_| expected());
+    Ok(Workload::Decode { streams: count(streams)?, context: count(context)? })
+}
