@@ -3,7 +3,8 @@
 //! Who loses its blocks is the request of the greatest [`VictimRank`] of the pool. Where that one is at a step of another
 //! worker it yields as soon as the step is reported, and until then the decode waits, and nobody is admitted to the pool.
 //! Blocks that a transfer reads or writes are never taken. Complexity: O(1) while more blocks are free than requests run and
-//! no tenant has a ceiling; else O(running), and O(running + tenants) for each victim.
+//! no tenant has a ceiling; else O(running), again for each decode that lacks a block near its tenant's ceiling, and
+//! O(running + tenants) for each victim.
 
 use crate::fault::planted;
 use crate::policy::{Standing, VictimRank, standing};
@@ -15,13 +16,7 @@ use crate::{Effect, Engine};
 impl StepFiller<'_> {
     /// Makes room for the decodes of the step; `false` when a request lost its blocks for it, or will.
     pub(crate) fn make_room(&mut self) -> bool {
-        let mut has_kept_all = true;
-        let has_ceilings = self.engine.tenants.has_ceilings();
-        if has_ceilings {
-            for slot in 0..self.engine.tenants.len() as u32 {
-                has_kept_all &= self.keep_ceiling(TenantSlot(slot));
-            }
-        }
+        let mut has_kept_all = !self.engine.tenants.has_ceilings() || self.keep_ceilings();
         if self.engine.pools[self.pool].num_free() as usize > self.worker().num_running() {
             return has_kept_all;
         }
@@ -34,12 +29,31 @@ impl StepFiller<'_> {
         has_kept_all
     }
 
+    /// Takes blocks from the requests of tenants whose decodes would outgrow a ceiling; `false` when there were any.
+    fn keep_ceilings(&mut self) -> bool {
+        let mut has_kept_all = true;
+        let mut at = 0;
+        while at < self.worker().num_running() {
+            let num_running = self.worker().num_running();
+            let index = self.worker().running(at);
+            let request = &self.engine.requests[index];
+            let lacks = request.remaining() == 1 && request.blocks_missing(self.engine.config.block_size) > 0;
+            has_kept_all &= !lacks || self.keep_ceiling(request.tenant);
+            // Who was preempted is gone from the list.
+            at = if self.worker().num_running() == num_running { at + 1 } else { 0 };
+        }
+        has_kept_all
+    }
+
     /// Takes blocks from a tenant's requests until what its decodes lack is within its ceiling, or one is left.
     fn keep_ceiling(&mut self, tenant: TenantSlot) -> bool {
         let ceiling = self.engine.tenants[tenant].ceiling();
         let mut has_kept_all = true;
         loop {
             let live = self.engine.pools[self.pool].num_live_of(tenant);
+            if live as usize + self.worker().num_running() <= ceiling as usize {
+                return has_kept_all;
+            }
             let missing = self.missing(Some(tenant));
             let fits = missing == 0 || live + missing <= ceiling || planted!(self.engine, IgnoreCeiling);
             if fits || self.engine.num_on_pool(self.pool, tenant) == 1 {
