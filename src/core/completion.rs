@@ -163,6 +163,7 @@ impl Engine {
                 target.num_arriving -= 1;
                 let mut arriving = std::mem::replace(&mut request.arriving, Arriving::NONE);
                 self.pools[target.pool()].release(&mut arriving.table);
+                self.pools[target.pool()].close_table(request.tenant);
                 from
             }
         };
@@ -176,6 +177,7 @@ impl Engine {
             pool.release(&mut request.table.clone());
         }
         pool.release(&mut request.table);
+        pool.close_table(request.tenant);
         self.changes += 1;
     }
 }

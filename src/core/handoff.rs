@@ -107,13 +107,15 @@ impl Engine {
         let needed = request.num_computed.div_ceil(config.block_size).saturating_sub(num_published);
         let sum = needed + pool.count_free(&table);
         let live = pool.num_live_of(request.tenant);
-        let is_above = live > 0 && live + sum > tenants[request.tenant].ceiling();
+        let is_alone = pool.num_tables_of(request.tenant) == 0;
+        let is_above = !is_alone && live + sum > tenants[request.tenant].ceiling();
         if is_above {
             return Target::AtCeiling;
         }
         if pool.num_free() < sum + policy::admission_headroom(taken) {
             return Target::Full;
         }
+        pool.open_table(request.tenant);
         table.iter().for_each(|block| pool.acquire(*block, request.tenant));
         let new = |_| pool.allocate(request.tenant, tenants).expect("free blocks were counted before");
         table.extend((0..needed).map(new));
@@ -148,6 +150,7 @@ impl Engine {
         };
         let source = self.workers[usize::from(from.0)].pool();
         self.pools[source].release(&mut request.table);
+        self.pools[source].close_table(request.tenant);
         let arriving = std::mem::replace(&mut request.arriving, Arriving::NONE);
         (request.table, request.num_published, request.node) = (arriving.table, arriving.num_published, arriving.node);
         request.phase = Phase::Running(to);

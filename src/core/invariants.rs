@@ -233,6 +233,12 @@ impl Engine {
                 format!("pool {at}: {slot:?} has {held:?} live and cached blocks, counted {counted:?}")
             })?;
         }
+        for (slot, _) in self.tenants.iter() {
+            let own = self.requests.iter().filter(|(_, request)| request.tenant == slot);
+            let count = own.map(|(_, request)| self.tables(at, request).count() as u32).sum();
+            let counted = pool.num_tables_of(slot);
+            ensure(counted == count, InvariantId::Kv2, || format!("{slot:?} has {count} tables, counted {counted}"))?;
+        }
         for block in (0..num_blocks).map(BlockId) {
             let (count, refs) = (holders[block.0 as usize], pool.ref_count(block));
             ensure(count == refs, InvariantId::Kv2, || format!("{block:?} has count {refs} and is in {count} tables"))?;

@@ -56,7 +56,7 @@ impl StepFiller<'_> {
             }
             let missing = self.missing(Some(tenant));
             let fits = missing == 0 || live + missing <= ceiling || planted!(self.engine, IgnoreCeiling);
-            if fits || self.engine.num_on_pool(self.pool, tenant) == 1 {
+            if fits || self.engine.pools[self.pool].num_tables_of(tenant) == 1 {
                 return has_kept_all;
             }
             has_kept_all = false;
@@ -91,7 +91,7 @@ impl StepFiller<'_> {
         let tenant = self.engine.requests[index].tenant;
         let pool = &self.engine.pools[self.pool];
         let is_within = pool.num_live_of(tenant) < self.engine.tenants[tenant].ceiling()
-            || self.engine.num_on_pool(self.pool, tenant) == 1
+            || self.engine.pools[self.pool].num_tables_of(tenant) == 1
             || planted!(self.engine, IgnoreCeiling);
         pool.num_free() > 0 && is_within
     }
@@ -136,11 +136,6 @@ impl Engine {
             Phase::Waiting | Phase::Running(_) => false,
         });
         running.chain(handed)
-    }
-
-    /// Requests of a tenant that hold blocks of a pool.
-    fn num_on_pool(&self, pool: usize, tenant: TenantSlot) -> usize {
-        self.holders(pool).filter(|index| self.requests[*index].tenant == tenant).count()
     }
 
     /// Takes a request's blocks and lets it wait again. Its tokens stay known and are computed again.

@@ -296,7 +296,7 @@ impl<'a> StepFiller<'a> {
             let live = pool.num_live_of(tenant);
             let lacking = requests[index].lacking.filter(|(pool, _)| *pool == pool_id).map_or(1, |(_, blocks)| blocks);
             ignores_ceilings
-                || live == 0
+                || pool.num_tables_of(tenant) == 0
                 || u64::from(live) + u64::from(lacking) <= u64::from(tenants[tenant].ceiling())
         });
         if candidate.is_none() {
@@ -351,7 +351,8 @@ impl<'a> StepFiller<'a> {
         let missing = known - request.table.len() as u32;
         let taken = missing + pool.count_free(&request.table);
         let live = pool.num_live_of(request.tenant);
-        let is_above = live > 0 && live + taken > tenants[request.tenant].ceiling() && !ignores_ceilings;
+        let is_alone = pool.num_tables_of(request.tenant) == 0;
+        let is_above = !is_alone && live + taken > tenants[request.tenant].ceiling() && !ignores_ceilings;
         let uncached = request.num_tokens() - request.table.len() as u32 * config.block_size;
         let outcome = if uncached > admits_max {
             Err(Start::Blocked)
@@ -379,6 +380,7 @@ impl<'a> StepFiller<'a> {
         let Engine { requests, waiting, tenants, pools, workers, config, totals, .. } = &mut *self.engine;
         let request = &mut requests[index];
         request.found = pools[self.pool].found(&request.table);
+        pools[self.pool].open_table(request.tenant);
         request.table.iter().for_each(|block| pools[self.pool].acquire(*block, request.tenant));
         request.reserve(config);
         request.node = node;

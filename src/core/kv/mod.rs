@@ -98,6 +98,8 @@ pub(crate) struct KvPool {
     live: u32,
     /// Of `live`, by owner.
     live_of: Vec<u32>,
+    /// Requests with a block table here, by tenant.
+    tables_of: Vec<u32>,
     /// Blocks handed out since construction: the clock of the free lists.
     handed_out: u64,
     /// Whose cached blocks are taken at present, and how many more before it is asked again.
@@ -126,6 +128,7 @@ impl KvPool {
             next_node: 1,
             live: 0,
             live_of: Vec::new(),
+            tables_of: Vec::new(),
             handed_out: 0,
             plunder: (TenantSlot::FIRST, 0),
             collisions: 0,
@@ -137,6 +140,7 @@ impl KvPool {
     /// Makes room for the counts of `num_tenants` tenants.
     pub(crate) fn make_tenants(&mut self, num_tenants: usize) {
         self.live_of.resize(num_tenants, 0);
+        self.tables_of.resize(num_tenants, 0);
         self.free.make_tenants(num_tenants);
     }
 
@@ -156,6 +160,21 @@ impl KvPool {
     /// Blocks of this tenant that a table holds.
     pub(crate) fn num_live_of(&self, tenant: TenantSlot) -> u32 {
         self.live_of[tenant.0 as usize]
+    }
+
+    /// Requests of this tenant that have a block table here.
+    pub(crate) fn num_tables_of(&self, tenant: TenantSlot) -> u32 {
+        self.tables_of[tenant.0 as usize]
+    }
+
+    /// A request of this tenant has a block table here from now on.
+    pub(crate) fn open_table(&mut self, tenant: TenantSlot) {
+        self.tables_of[tenant.0 as usize] += 1;
+    }
+
+    /// It has it no more.
+    pub(crate) fn close_table(&mut self, tenant: TenantSlot) {
+        self.tables_of[tenant.0 as usize] -= 1;
     }
 
     /// Free blocks of this tenant that lookups find.
