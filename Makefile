@@ -5,7 +5,7 @@ PYTHON ?= python3
 # scripts of bench-peer and bench-scaling, as in `make bench-peer ARGS="--only prefill --rounds 3"`.
 MODEL ?=
 ARGS ?=
-SEEDS ?= 100000
+SEEDS ?= 1000000
 BENCHES ?= forward plan prefix kernels frontend text
 
 .DEFAULT_GOAL := help
@@ -28,7 +28,7 @@ unit: model ## Run the Rust tests
 clients: model ## Run openai-python and openai-node, as published, against a running server
 	scripts/run_clients.sh
 
-sim: ## Run the scheduler's simulator in a release build, SEEDS=100000 of them
+sim: ## Run the scheduler's simulator in a release build, SEEDS=1000000 of them
 	KVERN_SIM_SEEDS=$(SEEDS) $(CARGO) test --release -p kvern-core --lib sim
 
 lint: ## Check the formatting, clippy, the docs and the scripts; warnings are errors

@@ -125,7 +125,7 @@ impl EngineLoop {
         self.streams.attach_logprobs(logprobs);
         match error {
             None => {
-                self.apply(Input::StepDone { worker: WORKER, step: plan.step, sampled });
+                self.apply(Input::StepDone { worker: WORKER, step: plan.step, device_us, sampled });
                 self.sampled = self.core.recycle_sampled();
             }
             Some(error) => {

@@ -7,7 +7,7 @@ use crate::config::{EngineConfig, KV_CACHE_SHARE_OF_AVAILABLE};
 use crate::engine::{EngineHandle, EngineLimits, EngineLoop};
 use crate::telemetry::{Telemetry, TelemetryInfo};
 use crate::worker::{Worker, WorkerParts};
-use kvern_core::{CoreConfig, Engine as Core, Role, WorkerSpec};
+use kvern_core::{CoreConfig, Engine as Core};
 use kvern_kernels::{Device, KernelError, KvCache, KvDType, KvShape};
 use kvern_models::{
     Checkpoint, LoadError, LoadOptions, LoadProgress, LoadedModel, ModelConfig, ModelFiles, StepLimits,
@@ -235,15 +235,13 @@ fn spawn(
         prefix_caching: options.engine.prefix_caching,
     }));
     let core = Core::new(CoreConfig {
-        workers: vec![WorkerSpec { role: Role::Mixed, num_blocks: account.kv_blocks }],
-        block_size: options.engine.block_size,
         step_tokens_max: options.engine.max_num_batched_tokens,
         running_max: options.engine.max_num_seqs,
         // The handle refuses first; preempted requests wait again and must find room.
         waiting_max: options.engine.max_num_queued_reqs.saturating_add(options.engine.max_num_seqs),
         request_tokens_max: max_model_len,
         prefix_caching: options.engine.prefix_caching,
-        hash_bits: 128,
+        ..CoreConfig::mixed(account.kv_blocks, options.engine.block_size)
     });
     let salt = random_salt()?;
     let limits = EngineLimits { waiting_max: options.engine.max_num_queued_reqs };

@@ -4,10 +4,9 @@
 //! token, and finish the request where that is due. O(slices), plus the blocks that are published or released.
 
 use crate::fault::planted;
-use crate::intake::cancelled;
 use crate::invariants::InvariantId;
 use crate::kv::{FullBlock, KvPool};
-use crate::request::{Phase, Request, RequestIndex};
+use crate::request::{Arriving, Phase, Request, RequestIndex};
 use crate::worker::PlannedSlice;
 use crate::{Effect, Engine, FinishReason, RequestId, Sampled, StepId, WorkerId};
 
@@ -17,10 +16,17 @@ impl Engine {
         &mut self,
         worker: WorkerId,
         step: StepId,
+        device_us: u64,
         mut sampled: Vec<(RequestId, Sampled)>,
         effects: &mut Vec<Effect>,
     ) {
         let mut planned = self.take_planned(worker, step);
+        let state = &self.workers[usize::from(worker.0)];
+        let pool = state.pool();
+        if device_us > 0 {
+            self.estimator.correct(&state.work, device_us);
+        }
+        let hands_off = self.duty(worker).hands_off;
         let mut results = sampled.drain(..);
         for slice in planned.drain(..) {
             let result = slice.sample.then(|| {
@@ -29,8 +35,18 @@ impl Engine {
                 assert!(request == expected, "{worker:?} reports {request:?} where {expected:?} was planned");
                 result
             });
-            if let Some(reason) = self.slice_done(worker, slice, result, effects) {
-                self.finish(slice.index, reason, effects);
+            let reason = self.slice_done(pool, slice, result, effects);
+            let request = &self.requests[slice.index];
+            match reason {
+                Some(reason) => {
+                    if reason == FinishReason::Error {
+                        self.quarantine_prompt(slice.index);
+                    }
+                    self.finish(slice.index, reason, effects);
+                }
+                None if request.yields => self.preempt(slice.index, effects),
+                None if hands_off && slice.sample && !request.stays => self.make_ready(worker, slice.index),
+                None => {}
             }
         }
         assert!(results.next().is_none(), "{worker:?} reports more results than {step:?} has slices that sample");
@@ -41,18 +57,8 @@ impl Engine {
         }
     }
 
-    /// Ends every request of the step in flight: whatever it was to compute is doubted.
-    pub(crate) fn step_failed(&mut self, worker: WorkerId, step: StepId, effects: &mut Vec<Effect>) {
-        let mut planned = self.take_planned(worker, step);
-        for slice in planned.drain(..) {
-            let reason = self.slice_done(worker, slice, Some(Sampled::Failed), effects);
-            self.finish(slice.index, reason.expect("a failed slice ends its request"), effects);
-        }
-        self.workers[usize::from(worker.0)].planned = planned;
-    }
-
     /// The slices of the step in flight, which it no longer is.
-    fn take_planned(&mut self, worker: WorkerId, step: StepId) -> Vec<PlannedSlice> {
+    pub(crate) fn take_planned(&mut self, worker: WorkerId, step: StepId) -> Vec<PlannedSlice> {
         let state = &mut self.workers[usize::from(worker.0)];
         assert!(state.step == Some(step), "{worker:?} reports {step:?} but is at {:?}", state.step);
         state.step = None;
@@ -62,27 +68,28 @@ impl Engine {
     /// Takes one slice's result; gives the reason when the request ends with it.
     fn slice_done(
         &mut self,
-        worker: WorkerId,
+        pool: usize,
         slice: PlannedSlice,
         result: Option<Sampled>,
         effects: &mut Vec<Effect>,
     ) -> Option<FinishReason> {
+        let publishes_failed = planted!(self, PublishFailed);
         let request = &mut self.requests[slice.index];
-        let pool = &mut self.workers[usize::from(worker.0)].pool;
+        let pool = &mut self.pools[pool];
         request.in_flight = false;
+        request.is_suspect = false;
         request.num_computed += slice.num_tokens;
         let known = request.num_tokens();
         assert!(request.num_computed <= known, "{}: {} of {known}", InvariantId::Sch3, request.num_computed);
-        if result == Some(Sampled::Failed) {
+        let has_failed = result == Some(Sampled::Failed) && !publishes_failed;
+        if has_failed {
             // Its K/V may be what failed: nobody may find them again.
-            let doubted: &[_] = if planted!(self, PublishFailed) { &[] } else { &request.table };
-            doubted.iter().for_each(|block| pool.forget(*block));
-        }
-        if self.config.prefix_caching && (result != Some(Sampled::Failed) || planted!(self, PublishFailed)) {
+            request.table.iter().for_each(|block| pool.forget(*block));
+        } else if self.config.prefix_caching {
             publish(request, pool, self.config.block_size);
         }
-        if let Some(reason) = request.cancelled {
-            return Some(cancelled(reason));
+        if let Some(reason) = request.ending {
+            return Some(reason);
         }
         let token = match result? {
             Sampled::Token(token) => token,
@@ -91,12 +98,16 @@ impl Engine {
         if !planted!(self, DropToken) || !request.num_tokens().is_multiple_of(16) {
             effects.push(Effect::Token { request: request.id, index: request.num_new(), token });
         }
+        let tenant = &mut self.tenants[request.tenant];
+        tenant.charged += 1;
+        self.waiting.charge(request.class, request.tenant, tenant.weight(), 1);
         request.tokens.push(token);
-        if request.num_tokens().is_multiple_of(self.config.block_size) {
+        let next_full = (request.hashes.len() as u64 + 1) * u64::from(self.config.block_size);
+        if u64::from(request.num_tokens()) == next_full {
             request.hash_blocks(&self.config);
         }
         let may_stop = request.num_new() >= request.min_new_tokens || planted!(self, IgnoreMinNewTokens);
-        if may_stop && request.stop_tokens.binary_search(&token).is_ok() {
+        if may_stop && request.stops_at(token) {
             return Some(FinishReason::Stop);
         }
         (request.num_new() >= request.max_new_tokens).then_some(FinishReason::Length)
@@ -104,26 +115,70 @@ impl Engine {
 
     /// Forgets a request that is not in flight, wherever it is, and says its last word.
     pub(crate) fn finish(&mut self, index: RequestIndex, reason: FinishReason, effects: &mut Vec<Effect>) {
-        let mut request = self.requests.remove(index);
-        assert!(!request.in_flight, "{}: {:?} ends while the device is at it", InvariantId::Kv3, request.id);
-        match request.phase {
-            Phase::Waiting => self.waiting.remove(request.arrival),
-            Phase::Running(worker) => {
-                let worker = &mut self.workers[usize::from(worker.0)];
-                worker.stop(&request, self.config.block_size);
-                if planted!(self, ReleaseTwice) {
-                    worker.pool.release(&mut request.table.clone());
-                }
-                if !planted!(self, LeakOnCancel) || !matches!(reason, FinishReason::Cancelled(_)) {
-                    worker.pool.release(&mut request.table);
-                }
+        let request = &mut self.requests[index];
+        if request.phase == Phase::Waiting {
+            self.waiting.remove(request);
+            self.tenants[request.tenant].waiting -= 1;
+            self.changes += 1;
+        } else {
+            if planted!(self, LeakOnCancel) && matches!(reason, FinishReason::Cancelled(_)) {
+                request.table.clear();
             }
+            self.detach(index);
+            self.note_finish();
+        }
+        let request = self.requests.remove(index);
+        if matches!(reason, FinishReason::Stop | FinishReason::Length) {
+            self.note_output(request.num_new());
+        }
+        self.tenants[request.tenant].requests -= 1;
+        if let Some(deadline) = request.deadline {
+            self.deadlines.remove(&(deadline, index));
         }
         let (request, usage) = (request.id, request.usage());
         if planted!(self, FinishTwice) {
             effects.push(Effect::Finish { request, reason, usage });
         }
         effects.push(Effect::Finish { request, reason, usage });
+    }
+
+    /// Takes a request that is not in flight from the worker that it runs on, or between two workers, with its blocks.
+    pub(crate) fn detach(&mut self, index: RequestIndex) {
+        let releases_twice = planted!(self, ReleaseTwice);
+        let request = &mut self.requests[index];
+        assert!(!request.in_flight, "{}: {:?} goes while the device is at it", InvariantId::Kv3, request.id);
+        let worker = match request.phase {
+            Phase::Waiting => unreachable!("SCH-2: a waiting request is on no worker"),
+            Phase::Running(worker) => {
+                self.workers[usize::from(worker.0)].stop(request, self.config.block_size);
+                worker
+            }
+            Phase::Ready(worker) => {
+                self.ready.remove(&(request.class, request.arrival));
+                worker
+            }
+            Phase::Moving { from, to, transfer } => {
+                self.transfers.remove(&transfer);
+                let target = &mut self.workers[usize::from(to.0)];
+                target.num_arriving -= 1;
+                let mut arriving = std::mem::replace(&mut request.arriving, Arriving::NONE);
+                self.pools[target.pool()].release(&mut arriving.table);
+                self.pools[target.pool()].close_table(request.tenant);
+                from
+            }
+        };
+        let worker = &mut self.workers[usize::from(worker.0)];
+        if request.is_suspect {
+            request.is_suspect = false;
+            worker.acquit(index);
+        }
+        let pool = &mut self.pools[worker.pool()];
+        if releases_twice {
+            pool.release(&mut request.table.clone());
+        }
+        pool.release(&mut request.table);
+        pool.close_table(request.tenant);
+        self.changes += 1;
     }
 }
 
@@ -138,6 +193,8 @@ fn publish(request: &mut Request, pool: &mut KvPool, block_size: u32) {
             hash: request.hashes[at],
             parent: request.node,
             salt: request.salt,
+            before: at.checked_sub(1).map(|before| request.table[before]),
+            hits: request.found,
             tokens: &request.tokens[first..first + block_size as usize],
         });
         request.num_published += 1;

@@ -1,38 +1,69 @@
 //! The two verbs of the core, [`Engine::apply`] and [`Engine::plan`]: dispatch only. What follows from an input is in
-//! `intake.rs` and `completion.rs`, how a step is filled in `scheduler.rs`.
+//! `intake.rs`, `completion.rs`, `suspects.rs` and `handoff.rs`, how a step is filled in `scheduler.rs`.
 //!
 //! Owner: the server's engine thread. Nothing here locks, waits, reads a clock or draws a random number: equal calls in
 //! equal order give equal effects and plans (see `record.rs`). In the steady state of a running batch (nothing admitted,
 //! nothing finished) neither verb allocates, provided that the caller reuses its plan, its effects and, by
 //! [`Engine::recycle_sampled`], the vectors of its `StepDone`s.
 
-use crate::fault::planted;
+use crate::cost::Estimator;
 use crate::invariants::InvariantId;
-use crate::request::{Requests, Waiting};
+use crate::kv::KvPool;
+use crate::queue::Waiting;
+use crate::request::{Arrival, RequestIndex, Requests};
 use crate::scheduler::StepFiller;
+use crate::suspects::Quarantine;
+use crate::tenants::Tenants;
 use crate::worker::Worker;
-use crate::{CoreConfig, Effect, Input, RequestId, Sampled, StepId, StepPlan, Timed, WorkerId};
+use crate::{
+    ClassId, CoreConfig, Effect, Input, Micros, RequestId, Role, Sampled, StepId, StepPlan, TenantSpec, Timed,
+    TransferId, WorkerId, policy,
+};
+use std::collections::{BTreeMap, BTreeSet};
 
-/// The core: queues, requests, and each worker's KV pool and step.
+/// The core: queues, requests, KV pools, and each worker's step.
 #[derive(Clone, Debug)]
 pub struct Engine {
     pub(crate) config: CoreConfig,
+    pub(crate) pools: Vec<KvPool>,
     pub(crate) workers: Vec<Worker>,
     pub(crate) requests: Requests,
     pub(crate) waiting: Waiting,
+    pub(crate) tenants: Tenants,
+    /// Requests that a decode worker is to take over.
+    pub(crate) ready: BTreeMap<(ClassId, Arrival), RequestIndex>,
+    pub(crate) transfers: BTreeMap<TransferId, RequestIndex>,
+    pub(crate) deadlines: BTreeSet<(Micros, RequestIndex)>,
+    pub(crate) quarantine: Quarantine,
+    pub(crate) estimator: Estimator,
+    /// The latest time of an input.
+    pub(crate) now: Micros,
+    /// Counts what may let a waiting request start that could not before.
+    pub(crate) changes: u64,
+    /// That count when no ready request could be handed over.
+    pub(crate) hand_off_blocked_at: Option<u64>,
+    /// When a running request last finished, and the moving average of the time between two.
+    pub(crate) last_finish: Option<Micros>,
+    pub(crate) finish_interval_us: u64,
+    /// The moving average of the output of requests that ended by themselves, in 1/256 tokens.
+    pub(crate) output_tokens: u64,
     pub(crate) next_arrival: u64,
+    pub(crate) next_transfer: u64,
     next_step: u64,
     /// The counters of [`Stats`]; its gauges are computed when asked for.
     pub(crate) totals: Stats,
     /// Emptied vectors of past `StepDone`s, at most one for each worker.
     pub(crate) spare: Vec<Vec<(RequestId, Sampled)>>,
+    /// The prefills of the step that is being filled; empty between plans.
+    pub(crate) prefills: Vec<RequestIndex>,
     #[cfg(test)]
     pub(crate) fault: Option<crate::fault::Fault>,
 }
 
-/// What metrics read; a copy, taken after `apply` or `plan`. O(1).
+/// What metrics read; a copy, taken after `apply` or `plan`. O(workers).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stats {
+    /// Requests with blocks: running, or on their way from one worker to another.
     pub running: u32,
     pub waiting: u32,
     pub blocks_total: u32,
@@ -46,7 +77,7 @@ pub struct Stats {
 }
 
 impl Engine {
-    /// An engine without requests; all blocks are free.
+    /// An engine without requests; all blocks are free, all workers alive and idle.
     ///
     /// # Panics
     /// When the configuration is out of bounds; see [`CoreConfig`].
@@ -55,39 +86,68 @@ impl Engine {
         if let Some(problem) = config.problem() {
             panic!("{problem}");
         }
-        let workers: Vec<_> = config.workers.iter().map(|spec| Worker::new(spec, config.block_size)).collect();
-        Engine {
+        let workers: Vec<_> = config.workers.iter().map(|spec| Worker::new(*spec)).collect();
+        let mut engine = Engine {
             spare: Vec::with_capacity(workers.len()),
+            prefills: Vec::with_capacity(policy::running_max(&config).min(4096)),
+            pools: config.pools.iter().map(|num_blocks| KvPool::new(*num_blocks, config.block_size)).collect(),
             workers,
-            config,
             requests: Requests::default(),
-            waiting: Waiting::default(),
+            waiting: Waiting::new(&config),
+            tenants: Tenants::new(),
+            ready: BTreeMap::new(),
+            transfers: BTreeMap::new(),
+            deadlines: BTreeSet::new(),
+            quarantine: Quarantine::default(),
+            estimator: Estimator::new(config.cost),
+            now: Micros(0),
+            changes: 0,
+            hand_off_blocked_at: None,
+            last_finish: None,
+            finish_interval_us: 0,
+            output_tokens: 0,
+            config,
             next_arrival: 0,
+            next_transfer: 0,
             next_step: 0,
             totals: Stats::default(),
             #[cfg(test)]
             fault: None,
-        }
+        };
+        engine.make_tenants();
+        engine
     }
 
-    /// Takes one input; what follows from it is appended to `effects`.
+    /// Takes one input; what follows from it is appended to `effects`. The engine's time is the latest of all inputs'.
     ///
-    /// Complexity: `Submit` O(prompt) for the hashes; `Cancel` O(log waiting + its blocks); `StepDone` O(slices) and, for
-    /// each finished request, its blocks.
+    /// Complexity: `Submit` O(prompt) for the hashes and the lookup; `Cancel` O(log waiting + its blocks); `StepDone`
+    /// O(slices) and, for each finished request, its blocks; `WorkerLost` O(requests + blocks).
     ///
     /// # Panics
-    /// When the caller breaks the protocol: a request id twice, a result of a step that is not in flight, or a `StepDone` whose
-    /// `sampled` are not exactly the step's sampling slices in order. No content of a [`crate::Submission`] panics.
+    /// When the caller breaks the protocol: a request id twice, a result of a step that is not in flight, a `StepDone` whose
+    /// `sampled` are not exactly the step's sampling slices in order, or a worker that does not exist, is lost twice or comes
+    /// back unlost. No content of a [`crate::Submission`] panics, and a result of a transfer that is over is ignored.
     pub fn apply(&mut self, input: Timed<Input>, effects: &mut Vec<Effect>) {
+        self.now = self.now.max(input.at);
         match input.input {
             Input::Submit(submission) => self.submit(submission, effects),
             Input::Cancel { request, reason } => self.cancel(request, reason, effects),
-            Input::StepDone { worker, step, sampled } => self.step_done(worker, step, sampled, effects),
+            Input::StepDone { worker, step, device_us, sampled } => {
+                self.step_done(worker, step, device_us, sampled, effects);
+            }
             Input::StepFailed { worker, step } => self.step_failed(worker, step, effects),
+            Input::SetTenants(specs) => self.set_tenants(&specs),
+            Input::Tick => {}
+            Input::TransferDone { transfer } => self.transfer_done(transfer, effects),
+            Input::TransferFailed { transfer } => self.transfer_failed(transfer, effects),
+            Input::WorkerLost { worker } => self.worker_lost(worker, effects),
+            Input::WorkerBack { worker } => self.worker_back(worker),
         }
+        self.expire(effects);
+        self.hand_off(effects);
     }
 
-    /// Fills `plan` with the next step of an idle worker; `false`, with an empty plan, when the worker is busy or has
+    /// Fills `plan` with the next step of an idle worker; `false`, with an empty plan, when the worker is busy, lost, or has
     /// nothing to run. The step is then in flight until its `StepDone`.
     ///
     /// # Panics
@@ -97,29 +157,15 @@ impl Engine {
         plan.tokens.clear();
         plan.block_tables.clear();
         let state = &mut self.workers[usize::from(worker.0)];
-        if state.step.is_some() {
+        if state.step.is_some() || !state.is_alive {
             return false;
         }
         // What the running requests may come to need, so that the plan does not grow with every block that they fill.
         plan.block_tables.reserve(state.table_blocks_max);
-        let budget = self.config.step_tokens_max + u32::from(planted!(self, ExceedBudget));
-        StepFiller {
-            config: &self.config,
-            id: worker,
-            worker: state,
-            requests: &mut self.requests,
-            waiting: &mut self.waiting,
-            totals: &mut self.totals,
-            plan,
-            effects,
-            budget,
-            #[cfg(test)]
-            fault: self.fault,
-        }
-        .fill();
+        self.pools[state.pool()].choose_anew();
+        StepFiller::new(self, worker, plan, effects).fill();
         if plan.slices.is_empty() {
-            let has_none = state.num_running() == 0 && self.waiting.is_empty();
-            assert!(has_none, "{}: {worker:?} is idle although a request could run", InvariantId::Sch5);
+            self.assert_nothing_to_run(worker);
             return false;
         }
         let (taken, budget) = (plan.tokens.len(), self.config.step_tokens_max);
@@ -127,18 +173,55 @@ impl Engine {
         plan.worker = worker;
         plan.step = StepId(self.next_step);
         self.next_step += 1;
-        state.step = Some(plan.step);
+        self.workers[usize::from(worker.0)].step = Some(plan.step);
         true
+    }
+
+    /// SCH-5 of a worker that has just planned nothing.
+    fn assert_nothing_to_run(&self, id: WorkerId) {
+        let worker = &self.workers[usize::from(id.0)];
+        let has_room = self.pools[worker.pool()].num_live() == 0;
+        let could_start = !self.waiting.is_empty() && has_room && self.duty(id).admits_max == u32::MAX;
+        let could_go_on = worker.num_running() > 0 && !self.is_short(worker.pool());
+        assert!(!could_start && !could_go_on, "{}: {id:?} is idle although a request could run", InvariantId::Sch5);
+    }
+
+    /// What a worker does at present, given who else is alive.
+    pub(crate) fn duty(&self, id: WorkerId) -> policy::Duty {
+        let is_there = |role| self.workers.iter().any(|worker| worker.is_alive && worker.spec.role == role);
+        let role = self.workers[usize::from(id.0)].spec.role;
+        if role == Role::Mixed {
+            return policy::duty(role, false, false, 0);
+        }
+        let (has_prefill, has_decode) = (is_there(Role::Prefill), is_there(Role::Decode));
+        policy::duty(role, has_prefill, has_decode, self.config.ride_along_tokens_max)
+    }
+
+    /// Whether a decode on this pool waits for a block.
+    pub(crate) fn is_short(&self, pool: usize) -> bool {
+        let is_stalled = |worker: &Worker| worker.is_alive && worker.is_stalled && worker.num_running() > 0;
+        self.workers.iter().any(|worker| worker.pool() == pool && is_stalled(worker))
+    }
+
+    fn set_tenants(&mut self, specs: &[TenantSpec]) {
+        self.tenants.set(specs);
+        self.make_tenants();
+        self.changes += 1;
+    }
+
+    fn make_tenants(&mut self) {
+        self.pools.iter_mut().for_each(|pool| pool.make_tenants(self.tenants.len()));
+        self.waiting.make_tenants(self.tenants.len());
     }
 
     /// What metrics read. O(workers).
     #[must_use]
     pub fn stats(&self) -> Stats {
-        let mut stats = Stats { waiting: self.waiting.len() as u32, ..self.totals };
-        for worker in &self.workers {
-            stats.running += worker.num_running() as u32;
-            stats.blocks_total += worker.pool.num_blocks();
-            stats.blocks_live += worker.pool.num_live();
+        let running = self.requests.len() - self.waiting.len();
+        let mut stats = Stats { waiting: self.waiting.len() as u32, running: running as u32, ..self.totals };
+        for pool in &self.pools {
+            stats.blocks_total += pool.num_blocks();
+            stats.blocks_live += pool.num_live();
         }
         stats
     }
@@ -147,7 +230,7 @@ impl Engine {
     /// compared; in production anything but 0 means that somebody makes collisions on purpose.
     #[must_use]
     pub fn hash_collisions(&self) -> u64 {
-        self.workers.iter().map(|worker| worker.pool.collisions()).sum()
+        self.pools.iter().map(KvPool::collisions).sum()
     }
 
     /// No request is known: nothing waits, runs or is in flight.

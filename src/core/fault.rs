@@ -42,8 +42,8 @@ pub(crate) enum Fault {
     NeverAdmit,
     /// The youngest waiting request is admitted first.
     AdmitYoungest,
-    /// The oldest running request is preempted first.
-    PreemptOldest,
+    /// The request of the best rank is preempted first.
+    PreemptBest,
     /// A preempted request forgets its output.
     RepeatOutput,
     /// Every 16th token is not sent.
@@ -52,6 +52,36 @@ pub(crate) enum Fault {
     FinishTwice,
     /// Stop tokens are honoured before `min_new_tokens`.
     IgnoreMinNewTokens,
+    /// A tenant that waits again starts its counter at nothing.
+    SaveUpTime,
+    /// No tenant is charged for its tokens.
+    ChargeNobody,
+    /// Less urgent classes never have their turn.
+    StarveClasses,
+    /// The oldest request of a tenant never has its turn.
+    StarveOldest,
+    /// Those below their floor lose their blocks as if they were above their share.
+    IgnoreFloors,
+    /// Tenants may hold more blocks than their ceiling.
+    IgnoreCeiling,
+    /// Cached blocks are taken from the first tenant that has any.
+    EvictFirstTenant,
+    /// Prefill takes what it can, whatever the decodes were promised.
+    IgnoreObjectives,
+    /// Deadlines pass unseen.
+    IgnoreDeadlines,
+    /// The queue's limits refuse nothing.
+    QueueForever,
+    /// The source of a transfer gives its blocks back at once.
+    UnpinSource,
+    /// The cache of a lost pool is still found.
+    KeepLostPool,
+    /// A failed step ends all its requests.
+    BlameAll,
+    /// The requests of a failed step go on as if it had computed their tokens.
+    AdvanceFailed,
+    /// A prompt that made a step fail is not remembered.
+    ForgetQuarantine,
 }
 
 /// Whether `fault` is planted in `$owner`, which has a field `fault: Option<Fault>` in tests.

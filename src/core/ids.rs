@@ -26,3 +26,20 @@ pub struct Micros(pub u64);
 /// Separates prefix caches: blocks are shared only between requests of equal salt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct CacheSalt(pub u128);
+
+/// A tenant: whoever shares are divided between. Number 0 always exists; the others are named by
+/// [`crate::Input::SetTenants`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct TenantId(pub u32);
+
+/// A priority class, an index into [`crate::CoreConfig::classes`]; 0 is the most urgent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct ClassId(pub u8);
+
+/// A pool of KV blocks, an index into [`crate::CoreConfig::pools`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct PoolId(pub u8);
+
+/// A move of one request's blocks between two pools, counted per core from 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct TransferId(pub u64);

@@ -3,39 +3,53 @@
 //!
 //! ```text
 //!   Timed<Input> --> Engine::apply --+--> Effects     engine.rs: dispatch only
-//!     Submit, Cancel    intake.rs    |
+//!     Submit, Cancel    intake.rs    |                admission.rs: would it wait too long?
 //!     StepDone          completion.rs|
+//!     StepFailed        suspects.rs  |
+//!     Transfer, Worker  handoff.rs   |
 //!                                    v
-//!   WorkerId ----> Engine::plan ---> StepPlan         scheduler.rs fills it, policy.rs chooses
+//!   WorkerId ----> Engine::plan ---> StepPlan         scheduler.rs fills it, preempt.rs makes room, policy.rs chooses
 //!
-//!   state: request.rs (store, waiting queue), worker.rs (running list, step in flight), kv/ (one pool for each worker)
+//!   state: request.rs (store), queue.rs (who waits, in order), tenants.rs, worker.rs (running list, step in flight),
+//!          kv/ (pools), cost.rs (what a step takes)
+//!   asked: admission.rs (predicted time to first token), signals.rs (for autoscaling)
 //!   proof: invariants.rs, sim/ (tests only, with the mistakes of fault.rs planted), record/ (record and replay)
 //! ```
 //!
-//! What is absent: workers with other roles than mixed and the handoff between them, priorities and deadlines, planning
-//! ahead of the device, and any knowledge of text, sampling or tensors.
+//! What is absent: planning ahead of the device, and any knowledge of text, sampling or tensors.
 
+mod admission;
 mod completion;
 mod config;
+mod cost;
 mod engine;
 mod event;
 mod fault;
+mod handoff;
 mod ids;
 mod intake;
 mod invariants;
 mod kv;
 mod plan;
 mod policy;
+mod preempt;
+mod queue;
 pub mod record;
 mod request;
 mod scheduler;
+mod signals;
 #[cfg(test)]
 mod sim;
+mod suspects;
+mod tenants;
 mod worker;
 
+pub use admission::Probe;
 pub use config::*;
+pub use cost::CostModel;
 pub use engine::*;
 pub use event::*;
 pub use ids::*;
 pub use invariants::InvariantId;
 pub use plan::*;
+pub use signals::*;

@@ -1,30 +1,68 @@
-//! The choices of the scheduler, as pure functions. Mechanics are elsewhere.
+//! The choices of the scheduler, as pure functions. Mechanics are elsewhere; the order of the waiting is `queue.rs`.
 //!
-//! Order: running requests before waiting ones, decodes before prefill, and among equals the oldest first. With the limit
-//! on running requests this starves nobody:
+//! Order within a step: decodes before prefill; prefill by class, then by the tenant's fair-share counter, then by age,
+//! running and waiting requests alike. With the limit on running requests this starves nobody:
 //!
 //! - at most `step_tokens_max` requests run, so every decode has its token in every step, and as a prefilling request is
 //!   one of them, at least one token of each step is left for prefill;
-//! - the oldest request of a worker is never preempted and is in each of its steps, so it ends after at most as many
-//!   steps as it has tokens; then the next one is the oldest.
+//! - the oldest prefill of a worker has a part of each of its steps;
+//! - of the requests in a pool the one of the best [`Standing`], class and age is never preempted, and every preemption makes
+//!   room for a token that is then made.
 
-use crate::CoreConfig;
+use crate::request::Arrival;
+use crate::{ClassId, CoreConfig, Role};
 
 /// Most requests that run at once on a worker: each must be able to get a token in each step.
 pub(crate) fn running_max(config: &CoreConfig) -> usize {
     config.running_max.min(config.step_tokens_max) as usize
 }
 
-/// Which of a worker's `num_running` requests, counted from the oldest, loses its blocks: the youngest, which has the least
-/// to compute again and on which nobody younger waits.
-pub(crate) fn victim(num_running: usize) -> usize {
-    num_running - 1
+/// How a tenant's live blocks of a pool compare with its floor and its share: the best is the last to lose blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Standing {
+    BelowFloor,
+    WithinShare,
+    AboveShare,
 }
 
-/// Free blocks that an admission must leave: one for each request that runs already, so that none of them has to preempt
-/// the newcomer within the next `block_size` steps. Nothing when nothing runs, so that the oldest can always start.
+/// `share` is at least `floor`.
+pub(crate) fn standing(live: u32, floor: u32, share: u32) -> Standing {
+    if live > share {
+        Standing::AboveShare
+    } else if live > floor {
+        Standing::WithinShare
+    } else {
+        Standing::BelowFloor
+    }
+}
+
+/// The request of the greatest rank loses its blocks first: of a tenant above its share, of the least urgent class, the
+/// youngest, which has the least to compute again.
+pub(crate) type VictimRank = (Standing, ClassId, Arrival);
+
+/// Free blocks that an admission must leave: one for each request of the pool that runs already, so that none of them has to
+/// preempt the newcomer within the next `block_size` steps. Nothing when nothing runs, so that one can always start.
 pub(crate) fn admission_headroom(num_running: usize) -> u32 {
     num_running as u32
+}
+
+/// What a worker does at present.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Duty {
+    /// Most uncached tokens of a waiting request that it takes.
+    pub(crate) admits_max: u32,
+    /// Whether a decode worker takes over what it has computed.
+    pub(crate) hands_off: bool,
+}
+
+/// A prompt runs beside the decodes, on a prefill worker, unless it is so short that it rides along. Where one kind of
+/// worker is missing, the other does its work.
+pub(crate) fn duty(role: Role, has_prefill: bool, has_decode: bool, ride_along_tokens_max: u32) -> Duty {
+    match role {
+        Role::Decode if has_prefill => Duty { admits_max: ride_along_tokens_max, hands_off: false },
+        Role::Prefill => Duty { admits_max: u32::MAX, hands_off: has_decode },
+        Role::Mixed | Role::Decode => Duty { admits_max: u32::MAX, hands_off: false },
+    }
 }
 
 /// How many of `remaining` tokens a request computes in a step that has `budget` tokens left.

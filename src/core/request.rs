@@ -1,12 +1,16 @@
-//! A request as the core keeps it, and the two places in which requests are held: the store and the waiting queue.
+//! A request as the core keeps it, and the store that holds it.
 //!
 //! Owner: the engine. A request lives in one cell of the store from `Submit` to `Finish`; queues hold its index. The map
 //! from ids is only asked, never walked, so its order decides nothing.
 
 use crate::kv::NodeId;
 use crate::kv::hash::{BlockHash, BlockHasher};
-use crate::{BlockId, CacheSalt, CancelReason, CoreConfig, RequestId, TokenId, Usage, WorkerId};
-use std::collections::{BTreeMap, HashMap};
+use crate::tenants::TenantSlot;
+use crate::{
+    BlockId, CacheSalt, ClassId, CoreConfig, FinishReason, Micros, PoolId, RequestId, TokenId, TransferId, Usage,
+    WorkerId,
+};
+use std::collections::HashMap;
 use std::ops::{Index, IndexMut};
 
 /// The order in which requests were submitted; the age of a request.
@@ -14,7 +18,7 @@ use std::ops::{Index, IndexMut};
 pub(crate) struct Arrival(pub(crate) u64);
 
 /// A cell of [`Requests`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct RequestIndex(u32);
 
 /// Where a request is.
@@ -24,6 +28,10 @@ pub(crate) enum Phase {
     Waiting,
     /// In this worker's running list, with blocks for all its known tokens.
     Running(WorkerId),
+    /// Computed by this prefill worker, with its blocks, for a decode worker to take over.
+    Ready(WorkerId),
+    /// Its blocks are copied from one pool to another; it holds some in both.
+    Moving { from: WorkerId, to: WorkerId, transfer: TransferId },
 }
 
 /// `num_computed` chases `num_tokens`:
@@ -34,35 +42,75 @@ pub(crate) enum Phase {
 ///   table   [block 0][block 1][block 2][block 3][block 4][block 5]
 ///           |-- num_published ----|
 /// ```
+///
+/// What every step of a decode reads and writes comes first, in two cache lines.
 #[derive(Clone, Debug)]
+#[repr(C, align(64))]
 pub(crate) struct Request {
     pub(crate) id: RequestId,
-    pub(crate) arrival: Arrival,
-    pub(crate) phase: Phase,
-    /// A planned slice has not been reported back: the device reads and writes the blocks.
-    pub(crate) in_flight: bool,
-    /// To be finished when the slice in flight is reported back.
-    pub(crate) cancelled: Option<CancelReason>,
-    /// Tokens whose K/V are in the blocks of `table`.
-    pub(crate) num_computed: u32,
-    /// Blocks of `table` that lookups know, or whose content they know under another block.
-    pub(crate) num_published: u32,
-    /// The place of the last of those in the prefix tree.
-    pub(crate) node: NodeId,
     /// Prompt and output.
     pub(crate) tokens: Vec<TokenId>,
+    pub(crate) table: Vec<BlockId>,
+    /// Tokens whose K/V are in the blocks of `table`.
+    pub(crate) num_computed: u32,
+    /// A planned slice has not been reported back: the device reads and writes the blocks.
+    pub(crate) in_flight: bool,
+    /// Loses its blocks when the slice in flight is reported back.
+    pub(crate) yields: bool,
+    /// In one of its worker's groups of suspects.
+    pub(crate) is_suspect: bool,
+    pub(crate) class: ClassId,
     /// Of the full blocks of `tokens`; empty when prefixes are not cached.
     pub(crate) hashes: Vec<BlockHash>,
-    pub(crate) table: Vec<BlockId>,
-    pub(crate) salt: CacheSalt,
+    /// Blocks of `table` that lookups know, or whose content they know under another block.
+    pub(crate) num_published: u32,
+    pub(crate) tenant: TenantSlot,
     pub(crate) prompt_len: u32,
     pub(crate) max_new_tokens: u32,
     pub(crate) min_new_tokens: u32,
+    /// A bit for each stop token.
+    pub(crate) stop_mask: u64,
+    /// To be finished when the slice in flight, or the transfer, is reported back.
+    pub(crate) ending: Option<FinishReason>,
+    /// A transfer of it failed: it is computed where it decodes.
+    pub(crate) stays: bool,
+    pub(crate) phase: Phase,
+    pub(crate) arrival: Arrival,
+    /// The place of the last published block in the prefix tree.
+    pub(crate) node: NodeId,
+    /// Times that its sequence was found again when it started.
+    pub(crate) found: u8,
+    pub(crate) salt: CacheSalt,
+    pub(crate) deadline: Option<Micros>,
+    /// Its place in the waiting queue: the blocks of its prefix that were cached when it came there.
+    pub(crate) cached_blocks: u32,
+    /// The blocks that it lacked when a pool could last not take it.
+    pub(crate) lacking: Option<(PoolId, u32)>,
+    /// Blocks of the pool that it moves to, while it moves: those that were cached there, then those that are filled.
+    pub(crate) arriving: Arriving,
     /// Sorted.
     pub(crate) stop_tokens: Vec<TokenId>,
     /// Of the first scheduling.
     pub(crate) cached_tokens: Option<u32>,
     pub(crate) preemptions: u32,
+}
+
+/// The bit of a stop token in [`Request::stop_mask`].
+pub(crate) fn stop_bit(token: TokenId) -> u64 {
+    1 << (token % 64)
+}
+
+/// The other side of a transfer.
+#[derive(Clone, Debug)]
+pub(crate) struct Arriving {
+    pub(crate) table: Vec<BlockId>,
+    /// Blocks of `table` that were cached there, and the last one's node.
+    pub(crate) num_published: u32,
+    pub(crate) node: NodeId,
+}
+
+impl Arriving {
+    pub(crate) const NONE: Arriving = Arriving { table: Vec::new(), num_published: 0, node: NodeId::ROOT };
 }
 
 impl Request {
@@ -73,6 +121,18 @@ impl Request {
     /// Known tokens that are not computed; at least 1 of a request that is not in flight.
     pub(crate) fn remaining(&self) -> u32 {
         self.num_tokens() - self.num_computed
+    }
+
+    /// Blocks that the table lacks for all known tokens. Without a division where none lacks, as nearly always.
+    pub(crate) fn blocks_missing(&self, block_size: u32) -> u32 {
+        let num_blocks = self.table.len() as u32;
+        let covered = u64::from(num_blocks) * u64::from(block_size);
+        if covered >= u64::from(self.num_tokens()) { 0 } else { self.num_tokens().div_ceil(block_size) - num_blocks }
+    }
+
+    /// Whether a token is a stop token. Most tokens are told apart without a look at the list.
+    pub(crate) fn stops_at(&self, token: TokenId) -> bool {
+        self.stop_mask & stop_bit(token) != 0 && self.stop_tokens.binary_search(&token).is_ok()
     }
 
     pub(crate) fn num_new(&self) -> u32 {
@@ -151,7 +211,11 @@ impl Requests {
         self.cells[index.0 as usize].as_ref()
     }
 
-    /// In no particular but a fixed order; for checks.
+    pub(crate) fn get_mut(&mut self, index: RequestIndex) -> Option<&mut Request> {
+        self.cells[index.0 as usize].as_mut()
+    }
+
+    /// In no particular but a fixed order.
     pub(crate) fn iter(&self) -> impl Iterator<Item = (RequestIndex, &Request)> {
         self.cells.iter().enumerate().filter_map(|(at, cell)| Some((RequestIndex(at as u32), cell.as_ref()?)))
     }
@@ -167,45 +231,5 @@ impl Index<RequestIndex> for Requests {
 impl IndexMut<RequestIndex> for Requests {
     fn index_mut(&mut self, index: RequestIndex) -> &mut Request {
         self.cells[index.0 as usize].as_mut().expect("SCH-2: a queue holds a request that is gone")
-    }
-}
-
-/// Requests without blocks, oldest first. A preempted request is older than all that were never admitted, so its age
-/// alone puts it back at the front. O(log n), cancels included.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Waiting {
-    queue: BTreeMap<Arrival, RequestIndex>,
-}
-
-impl Waiting {
-    pub(crate) fn len(&self) -> usize {
-        self.queue.len()
-    }
-
-    pub(crate) fn is_empty(&self) -> bool {
-        self.queue.is_empty()
-    }
-
-    pub(crate) fn oldest(&self) -> Option<RequestIndex> {
-        self.queue.first_key_value().map(|(_, index)| *index)
-    }
-
-    #[cfg(test)]
-    pub(crate) fn youngest(&self) -> Option<RequestIndex> {
-        self.queue.last_key_value().map(|(_, index)| *index)
-    }
-
-    pub(crate) fn insert(&mut self, arrival: Arrival, index: RequestIndex) {
-        self.queue.insert(arrival, index);
-    }
-
-    pub(crate) fn remove(&mut self, arrival: Arrival) {
-        let index = self.queue.remove(&arrival);
-        assert!(index.is_some(), "SCH-2: a waiting request is not in the queue");
-    }
-
-    /// Oldest first.
-    pub(crate) fn iter(&self) -> impl Iterator<Item = (Arrival, RequestIndex)> + '_ {
-        self.queue.iter().map(|(arrival, index)| (*arrival, *index))
     }
 }

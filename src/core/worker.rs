@@ -1,10 +1,10 @@
-//! What the core knows of one worker: its KV pool, what runs on it, and the step that it is at.
+//! What the core knows of one worker: what runs on it, the step that it is at, and what it suspects of failing.
 //!
-//! Owner: the engine. A worker is idle or at exactly one step.
+//! Owner: the engine. A worker is idle, at exactly one step, or lost.
 
-use crate::kv::KvPool;
+use crate::cost::StepWork;
 use crate::request::{Arrival, Request, RequestIndex};
-use crate::{StepId, WorkerSpec};
+use crate::{ClassId, Micros, StepId, WorkerSpec};
 
 /// One request's share of the step in flight.
 #[derive(Clone, Copy, Debug)]
@@ -16,53 +16,96 @@ pub(crate) struct PlannedSlice {
 
 #[derive(Clone, Debug)]
 pub(crate) struct Worker {
-    pub(crate) pool: KvPool,
-    /// Oldest first; at most `running_max`.
-    running: Vec<(Arrival, RequestIndex)>,
+    pub(crate) spec: WorkerSpec,
+    pub(crate) is_alive: bool,
+    /// The most urgent first, then the oldest; at most `running_max`.
+    running: Vec<(ClassId, Arrival, RequestIndex)>,
+    /// Requests whose blocks are on their way to this worker: they will run here.
+    pub(crate) num_arriving: u32,
     /// The step in flight; `None` when the worker is idle.
     pub(crate) step: Option<StepId>,
     /// The slices of the step in flight; empty when the worker is idle.
     pub(crate) planned: Vec<PlannedSlice>,
+    /// The work of the step in flight or, when idle, of the last one; its prediction, and when it was planned.
+    pub(crate) work: StepWork,
+    pub(crate) predicted_us: u64,
+    pub(crate) planned_at: Micros,
+    /// Prompt tokens of running requests that the last planned step did not take.
+    pub(crate) backlog: u64,
+    /// Parts of a failed step, each to be repeated alone, the next one last. While there are any, nothing else runs.
+    pub(crate) suspects: Vec<Vec<PlannedSlice>>,
+    /// A decode had no block in the last plan.
+    pub(crate) is_stalled: bool,
+    /// The engine's count of changes when no waiting request could start here.
+    pub(crate) blocked_at: Option<u64>,
     /// Blocks that the running requests would hold if all ran to their limit: what a step's block tables may need.
     pub(crate) table_blocks_max: usize,
 }
 
 impl Worker {
-    pub(crate) fn new(spec: &WorkerSpec, block_size: u32) -> Self {
+    pub(crate) fn new(spec: WorkerSpec) -> Self {
         Worker {
-            pool: KvPool::new(spec.num_blocks, block_size),
+            spec,
+            is_alive: true,
             running: Vec::new(),
+            num_arriving: 0,
             step: None,
             planned: Vec::new(),
+            work: StepWork::default(),
+            predicted_us: 0,
+            planned_at: Micros(0),
+            backlog: 0,
+            suspects: Vec::new(),
+            is_stalled: false,
+            blocked_at: None,
             table_blocks_max: 0,
         }
+    }
+
+    pub(crate) fn pool(&self) -> usize {
+        usize::from(self.spec.pool.0)
     }
 
     pub(crate) fn num_running(&self) -> usize {
         self.running.len()
     }
 
-    /// The running request number `at`, from the oldest.
-    pub(crate) fn running(&self, at: usize) -> RequestIndex {
-        self.running[at].1
+    /// Running requests, and those on their way here.
+    pub(crate) fn num_taken(&self) -> usize {
+        self.running.len() + self.num_arriving as usize
     }
 
-    /// Oldest first.
-    pub(crate) fn iter_running(&self) -> impl Iterator<Item = (Arrival, RequestIndex)> + '_ {
+    /// The running request number `at`, in the list's order.
+    pub(crate) fn running(&self, at: usize) -> RequestIndex {
+        self.running[at].2
+    }
+
+    /// In the list's order.
+    pub(crate) fn iter_running(&self) -> impl Iterator<Item = (ClassId, Arrival, RequestIndex)> + '_ {
         self.running.iter().copied()
     }
 
-    /// Takes a request into the running list. O(running) only for one that is older than others there.
+    /// Takes a request into the running list. O(1) for the youngest of the last class, else a move of what comes after.
     pub(crate) fn start(&mut self, index: RequestIndex, request: &Request, block_size: u32) {
-        let at = self.running.partition_point(|(arrival, _)| *arrival < request.arrival);
-        self.running.insert(at, (request.arrival, index));
+        let key = (request.class, request.arrival);
+        let at = self.running.partition_point(|(class, arrival, _)| (*class, *arrival) < key);
+        self.running.insert(at, (request.class, request.arrival, index));
         self.table_blocks_max += request.computed_max().div_ceil(block_size) as usize;
     }
 
-    /// Takes a request out of the running list. O(log running) and a move of what is younger.
+    /// Takes a request out of the running list. O(log running) and a move of what comes after.
     pub(crate) fn stop(&mut self, request: &Request, block_size: u32) {
-        let at = self.running.binary_search_by_key(&request.arrival, |(arrival, _)| *arrival);
+        let key = (request.class, request.arrival);
+        let at = self.running.binary_search_by_key(&key, |(class, arrival, _)| (*class, *arrival));
         self.running.remove(at.expect("SCH-2: a running request is not in its worker's list"));
         self.table_blocks_max -= request.computed_max().div_ceil(block_size) as usize;
+    }
+
+    /// Takes a request out of the groups of suspects.
+    pub(crate) fn acquit(&mut self, index: RequestIndex) {
+        for group in &mut self.suspects {
+            group.retain(|slice| slice.index != index);
+        }
+        self.suspects.retain(|group| !group.is_empty());
     }
 }

@@ -3,7 +3,7 @@
 use crate::request::{Engine, EngineHealth, Request, SubmitError, TokenEvent, TokenRx};
 use crate::telemetry::Telemetry;
 use crate::worker::StepResult;
-use kvern_core::{CancelReason, Refusal, RequestId};
+use kvern_core::{Backoff, CancelReason, Refusal, RequestId};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
@@ -127,7 +127,7 @@ impl Engine for EngineHandle {
         }
         let limit = shared.limits.waiting_max;
         let full = |waiting| {
-            self.telemetry.on_rejected(Refusal::QueueFull);
+            self.telemetry.on_rejected(Refusal::QueueFull(Backoff::default()));
             SubmitError::QueueFull { waiting, limit }
         };
         let waiting = shared.waiting.fetch_add(1, Ordering::Relaxed);

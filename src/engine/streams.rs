@@ -4,7 +4,7 @@ use super::handle::Shared;
 use crate::request::{Request, TokenEvent, TokenLogprobs};
 use crate::telemetry::{RequestInfo, RequestTimeline, Telemetry};
 use crate::worker::{SequenceSampling, TokenCounts};
-use kvern_core::{CacheSalt, Effect, Micros, RequestId, Submission};
+use kvern_core::{CacheSalt, ClassId, Effect, Micros, RequestId, Submission, TenantId};
 use std::collections::HashMap;
 use std::sync::Arc;
 use tokio::sync::mpsc;
@@ -51,6 +51,9 @@ impl Streams {
             min_new_tokens: request.sampling.min_tokens,
             stop_tokens: request.sampling.stop_tokens.clone(),
             salt: CacheSalt(self.salt ^ u128::from(request.tenant)),
+            tenant: TenantId::default(),
+            class: ClassId::default(),
+            deadline: None,
         };
         let sampling = Some(SequenceSampling { params: Arc::new(request.sampling), counts });
         self.table.insert(request.id, Stream { events, timeline, sampling, logprobs: None });
@@ -83,7 +86,7 @@ impl Streams {
     /// Tells one stream; returns the request when its client reads too slowly.
     pub(super) fn take(&mut self, effect: Effect, now: Micros) -> Option<RequestId> {
         match effect {
-            Effect::Scheduled { request, cached_tokens } => {
+            Effect::Scheduled { request, cached_tokens, .. } => {
                 let stream = self.table.get_mut(&request)?;
                 if let Some(sampling) = stream.sampling.take() {
                     self.shared.leave_queue();
@@ -92,7 +95,8 @@ impl Streams {
                 stream.timeline.on_scheduled(&self.telemetry, now, cached_tokens);
                 None
             }
-            Effect::Preempted { .. } => None,
+            // One worker: nothing moves.
+            Effect::Preempted { .. } | Effect::Moved { .. } | Effect::Transfer { .. } => None,
             Effect::Token { request, token, .. } => {
                 let stream = self.table.get_mut(&request)?;
                 stream.timeline.on_token(&self.telemetry, now);

@@ -201,12 +201,17 @@ impl Generation {
         let reason = match reason {
             EngineFinish::Stop => FinishReason::Stop,
             EngineFinish::Length => FinishReason::Length,
-            EngineFinish::Error => return Err(ServeError::GenerationFailed),
-            EngineFinish::Refused(Refusal::QueueFull) => return Err(ServeError::Overloaded),
+            EngineFinish::Error | EngineFinish::Refused(Refusal::Quarantined(_)) => {
+                return Err(ServeError::GenerationFailed);
+            }
+            EngineFinish::Refused(Refusal::QueueFull(_) | Refusal::QueueTokens(_) | Refusal::Deadline(_)) => {
+                return Err(ServeError::Overloaded);
+            }
             EngineFinish::Refused(Refusal::TooLong) => return Err(ServeError::TooLongForCache),
             EngineFinish::Cancelled(CancelReason::SlowReader) => return Err(ServeError::SlowReader),
             EngineFinish::Cancelled(CancelReason::Shutdown) => return Err(ServeError::Shutdown),
-            EngineFinish::Refused(Refusal::Empty)
+            EngineFinish::Refused(Refusal::Empty | Refusal::UnknownTenant)
+            | EngineFinish::Deadline
             | EngineFinish::Cancelled(CancelReason::ClientGone | CancelReason::StopString) => {
                 tracing::error!(?reason, "the engine ended a request as nobody asked it to");
                 return Err(ServeError::Internal);

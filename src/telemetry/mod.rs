@@ -180,9 +180,11 @@ impl Telemetry {
     /// A request was refused at the door, before it was one.
     pub fn on_rejected(&self, refusal: Refusal) {
         match refusal {
-            Refusal::QueueFull => self.rejected_queue_full.inc(),
+            Refusal::QueueFull(_) | Refusal::QueueTokens(_) => self.rejected_queue_full.inc(),
             // Bad requests, not a lack of room: HTTP answers 400.
-            Refusal::TooLong | Refusal::Empty => {}
+            Refusal::TooLong | Refusal::Empty | Refusal::UnknownTenant => {}
+            // No lack of room either: it came too late, or it broke a step before.
+            Refusal::Deadline(_) | Refusal::Quarantined(_) => {}
         }
     }
 
@@ -200,7 +202,7 @@ impl Telemetry {
             FinishReason::Stop => self.finished_stop.inc(),
             FinishReason::Length => self.finished_length.inc(),
             FinishReason::Cancelled(kvern_core::CancelReason::StopString) => self.finished_stop.inc(),
-            FinishReason::Cancelled(_) => self.finished_abort.inc(),
+            FinishReason::Cancelled(_) | FinishReason::Deadline => self.finished_abort.inc(),
             FinishReason::Error => self.finished_error.inc(),
         }
     }

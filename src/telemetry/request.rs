@@ -160,7 +160,12 @@ fn reason_name(reason: FinishReason) -> &'static str {
         FinishReason::Cancelled(CancelReason::SlowReader) => "slow_reader",
         FinishReason::Cancelled(CancelReason::Shutdown) => "shutdown",
         FinishReason::Error => "error",
-        FinishReason::Refused(Refusal::QueueFull) => "queue_full",
+        FinishReason::Deadline => "deadline",
+        FinishReason::Refused(Refusal::QueueFull(_)) => "queue_full",
+        FinishReason::Refused(Refusal::QueueTokens(_)) => "queue_tokens",
+        FinishReason::Refused(Refusal::Deadline(_)) => "missed_deadline",
+        FinishReason::Refused(Refusal::Quarantined(_)) => "quarantined",
+        FinishReason::Refused(Refusal::UnknownTenant) => "unknown_tenant",
         FinishReason::Refused(Refusal::TooLong) => "too_long",
         FinishReason::Refused(Refusal::Empty) => "empty",
     }

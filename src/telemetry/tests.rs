@@ -1,7 +1,7 @@
 #![allow(clippy::unwrap_used)]
 
 use super::*;
-use kvern_core::{CancelReason, Micros, RequestId, Usage};
+use kvern_core::{Backoff, CancelReason, Micros, RequestId, Usage};
 use std::collections::BTreeMap;
 
 fn telemetry() -> Telemetry {
@@ -236,10 +236,10 @@ fn every_end_has_its_label() {
 #[test]
 fn refusals_are_no_requests() {
     let telemetry = telemetry();
-    for refusal in [Refusal::QueueFull, Refusal::TooLong, Refusal::Empty] {
+    for refusal in [Refusal::QueueFull(Backoff::default()), Refusal::TooLong, Refusal::Empty] {
         timeline(1, 0).on_finish(&telemetry, Micros(5), FinishReason::Refused(refusal), Usage::default());
     }
-    telemetry.on_rejected(Refusal::QueueFull);
+    telemetry.on_rejected(Refusal::QueueFull(Backoff::default()));
     let parsed = parse(&telemetry.render());
     assert_eq!(parsed.value("e2e_request_latency_seconds_count", ""), 0.0);
     let series = parsed.values.iter().find(|(series, _)| series.starts_with("vllm:admission_rejections_total"));

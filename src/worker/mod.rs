@@ -1,7 +1,8 @@
 //! One thread per worker: a planned step in, its result out. A worker owns the model's weights, workspace and K/V; it
 //! decides nothing.
 //!
-//! A step that fails, or panics, fails its requests and nothing else: the thread goes on with the next step.
+//! A step that fails, or panics, fails nothing else: the thread goes on with the next step, and the core finds out whose
+//! fault it was.
 
 pub(crate) mod batch;
 mod sampler;

@@ -172,10 +172,10 @@ async fn refusals_of_the_engine() {
 
 #[tokio::test]
 async fn failures_of_a_whole_answer() {
-    use kvern_core::{CancelReason, Refusal};
+    use kvern_core::{Backoff, CancelReason, Refusal};
     let cases = [
         (FinishReason::Error, 500, "internal_error"),
-        (FinishReason::Refused(Refusal::QueueFull), 429, "queue_full"),
+        (FinishReason::Refused(Refusal::QueueFull(Backoff::default())), 429, "queue_full"),
         (FinishReason::Refused(Refusal::TooLong), 400, "context_length_exceeded"),
         (FinishReason::Cancelled(CancelReason::Shutdown), 503, "shutting_down"),
     ];

@@ -3,8 +3,8 @@
 
 use divan::Bencher;
 use kvern_core::{
-    CacheSalt, CancelReason, CoreConfig, Engine, Input, Micros, RequestId, Role, Sampled, StepPlan, Submission, Timed,
-    WorkerId, WorkerSpec,
+    CacheSalt, CancelReason, ClassId, CoreConfig, Engine, Input, Micros, RequestId, Sampled, StepPlan, Submission,
+    TenantId, Timed, WorkerId,
 };
 
 fn main() {
@@ -23,14 +23,11 @@ impl Bench {
     /// An engine whose cache holds the prompts of requests 0..`num_prompts`.
     fn new(num_prompts: u32) -> Self {
         let engine = Engine::new(CoreConfig {
-            workers: vec![WorkerSpec { role: Role::Mixed, num_blocks: (num_prompts + 1) * 640 }],
-            block_size: 16,
             step_tokens_max: 16_384,
             running_max: 8,
             waiting_max: 8,
             request_tokens_max: 1 << 30,
-            prefix_caching: true,
-            hash_bits: 128,
+            ..CoreConfig::mixed((num_prompts + 1) * 640, 16)
         });
         let mut bench = Bench { engine, plan: StepPlan::empty(), next_request: 0 };
         for prompt in 0..num_prompts {
@@ -58,6 +55,9 @@ impl Bench {
             min_new_tokens: 0,
             stop_tokens: Vec::new(),
             salt: CacheSalt(0),
+            tenant: TenantId(0),
+            class: ClassId(0),
+            deadline: None,
         };
         self.next_request += 1;
         self.apply(Input::Submit(submission));
@@ -74,7 +74,7 @@ impl Bench {
 
     fn report(&mut self) {
         let sampled = self.plan.slices.iter().map(|slice| (slice.request, Sampled::Token(0))).collect();
-        self.apply(Input::StepDone { worker: WorkerId(0), step: self.plan.step, sampled });
+        self.apply(Input::StepDone { worker: WorkerId(0), step: self.plan.step, device_us: 0, sampled });
     }
 }
 

@@ -15,6 +15,14 @@ use crate::{CacheSalt, TokenId};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct BlockHash(pub(crate) u128);
 
+/// Of a whole prompt, in all bits: what a quarantine knows it by.
+pub(crate) fn prompt_hash(salt: CacheSalt, tokens: &[TokenId]) -> u128 {
+    let hasher = BlockHasher::new(salt, 128);
+    // The length first: zeros stand in for what the last block lacks.
+    let length = hasher.block(PI_ROOT, &[tokens.len() as u32]);
+    tokens.chunks(64).fold(length, |parent, block| hasher.block(parent, block))
+}
+
 /// Fractional digits of pi in hexadecimal: numbers with nothing up their sleeve.
 const PI: [u64; 4] = [0x243f_6a88_85a3_08d3, 0x1319_8a2e_0370_7344, 0xa409_3822_299f_31d0, 0x082e_fa98_ec4e_6c89];
 

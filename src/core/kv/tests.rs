@@ -6,6 +6,13 @@ use proptest::prelude::*;
 
 const BLOCK_SIZE: u32 = 2;
 
+/// A pool of one tenant.
+fn pool(num_blocks: u32, block_size: u32) -> KvPool {
+    let mut pool = KvPool::new(num_blocks, block_size);
+    pool.make_tenants(1);
+    pool
+}
+
 /// A sequence that holds blocks, as a request would.
 #[derive(Clone, Debug)]
 struct Holder {
@@ -51,12 +58,14 @@ fn hold(pool: &mut KvPool, holder: &mut Holder, hash_bits: u32) -> Option<usize>
         holder.table.clear();
         return None;
     }
-    holder.table.iter().for_each(|block| pool.acquire(*block));
-    holder.table.extend((0..needed).map(|_| pool.allocate().unwrap()));
+    let found = pool.found(&holder.table);
+    holder.table.iter().for_each(|block| pool.acquire(*block, TenantSlot::FIRST));
+    holder.table.extend((0..needed).map(|_| pool.allocate(TenantSlot::FIRST, &Tenants::new()).unwrap()));
     for (at, hash) in hashes.iter().copied().enumerate().skip(hits) {
         let tokens = &holder.tokens[at * BLOCK_SIZE as usize..][..BLOCK_SIZE as usize];
         let (block, salt) = (holder.table[at], holder.salt);
-        node = pool.publish(FullBlock { block, hash, parent: node, salt, tokens });
+        let before = at.checked_sub(1).map(|before| holder.table[before]);
+        node = pool.publish(FullBlock { block, hash, parent: node, salt, before, hits: found, tokens });
     }
     Some(hits)
 }
@@ -85,7 +94,7 @@ proptest! {
     #[test]
     fn shares_only_what_is_equal(num_blocks in 1u32..16, hash_bits in prop::sample::select(vec![1, 2, 128]),
                                  ops in prop::collection::vec(op(), 0..60)) {
-        let mut pool = KvPool::new(num_blocks, BLOCK_SIZE);
+        let mut pool = pool(num_blocks, BLOCK_SIZE);
         let mut holders: Vec<Holder> = Vec::new();
         for op in ops {
             match op {
@@ -115,7 +124,7 @@ proptest! {
     /// What was held and given back is found again, all but its last token, as long as nothing else took the blocks.
     #[test]
     fn finds_what_was_freed(tokens in prop::collection::vec(any::<u32>(), 1..40), hash_bits in prop::sample::select(vec![1, 128])) {
-        let mut pool = KvPool::new(20, BLOCK_SIZE);
+        let mut pool = pool(20, BLOCK_SIZE);
         let mut holder = Holder { salt: CacheSalt(7), tokens, table: Vec::new() };
         prop_assert_eq!(hold(&mut pool, &mut holder, hash_bits), Some(0));
         pool.release(&mut holder.table);
@@ -133,7 +142,7 @@ fn sequence(tokens: &[TokenId]) -> Holder {
 
 #[test]
 fn the_end_of_the_oldest_prefix_is_reused_first() {
-    let mut pool = KvPool::new(6, BLOCK_SIZE);
+    let mut pool = pool(6, BLOCK_SIZE);
     let (mut old, mut new) = (sequence(&[1, 1, 2, 2, 3]), sequence(&[4, 4, 5, 5, 6]));
     hold(&mut pool, &mut old, 128).unwrap();
     hold(&mut pool, &mut new, 128).unwrap();
@@ -143,7 +152,7 @@ fn the_end_of_the_oldest_prefix_is_reused_first() {
     // Partial blocks hold nothing to find; then the older prefix goes, its end before its start.
     let order: Vec<_> = pool.free_blocks().collect();
     assert_eq!(order, [n[2], o[2], o[1], o[0], n[1], n[0]]);
-    let reused: Vec<_> = (0..3).map(|_| pool.allocate().unwrap()).collect();
+    let reused: Vec<_> = (0..3).map(|_| pool.allocate(TenantSlot::FIRST, &Tenants::new()).unwrap()).collect();
     assert_eq!(reused, [n[2], o[2], o[1]]);
     // The start of the old prefix is still found, its end is not.
     let mut again = sequence(&[1, 1, 2, 2, 3]);
@@ -155,16 +164,21 @@ fn the_end_of_the_oldest_prefix_is_reused_first() {
 fn a_child_does_not_outlive_its_parent_under_a_stranger() {
     // With one hash bit everything collides. `b` follows `a`; `a`'s block is then reused for `x`. Only the parent's number,
     // which is never used again, tells a lookup of `x b` that the `b` it meets is not its own.
-    let mut pool = KvPool::new(3, BLOCK_SIZE);
+    let mut pool = pool(3, BLOCK_SIZE);
     let mut first = sequence(&[1, 1]);
     hold(&mut pool, &mut first, 1).unwrap();
     let hashes_ab = hashes(&sequence(&[1, 1, 2, 2]), 1);
-    let private = [pool.allocate().unwrap(), pool.allocate().unwrap()];
+    let private = [
+        pool.allocate(TenantSlot::FIRST, &Tenants::new()).unwrap(),
+        pool.allocate(TenantSlot::FIRST, &Tenants::new()).unwrap(),
+    ];
     let block = |at: usize, parent, tokens| FullBlock {
         block: private[at],
         hash: hashes_ab[at],
         parent,
         salt: CacheSalt(0),
+        before: None,
+        hits: 0,
         tokens,
     };
     // A second request computed the same two blocks: its first stays private, its second becomes a child of the first's.
@@ -173,12 +187,14 @@ fn a_child_does_not_outlive_its_parent_under_a_stranger() {
     pool.publish(block(1, node, &[2, 2]));
     let a = first.table[0];
     pool.release(&mut first.table);
-    assert_eq!(pool.allocate(), Some(a));
+    assert_eq!(pool.allocate(TenantSlot::FIRST, &Tenants::new()), Some(a));
     let x = |b| FullBlock {
         block: a,
         hash: hashes(&sequence(&[b, b]), 1)[0],
         parent: NodeId::ROOT,
         salt: CacheSalt(0),
+        before: None,
+        hits: 0,
         tokens: &[9, 9],
     };
     pool.publish(x(9));
@@ -193,8 +209,8 @@ fn a_child_does_not_outlive_its_parent_under_a_stranger() {
 
 #[test]
 fn a_block_table_is_released_once() {
-    let mut pool = KvPool::new(2, BLOCK_SIZE);
-    let block = pool.allocate().unwrap();
+    let mut pool = pool(2, BLOCK_SIZE);
+    let block = pool.allocate(TenantSlot::FIRST, &Tenants::new()).unwrap();
     pool.release(&mut vec![block]);
     let again = std::panic::catch_unwind(move || pool.release(&mut vec![block]));
     let message = *again.unwrap_err().downcast::<String>().unwrap();

@@ -9,31 +9,32 @@
 //! checksum is the CRC-32 of IEEE 802.3 over the body. Entries follow each other to the end of the bytes, so a recording
 //! is written by appending and a torn last entry costs only itself.
 //!
-//! A run is repeated by making an [`crate::Engine`] of [`Recording::config`] and doing what each [`Entry`] says. Plans that
-//! gave no step need not be recorded: they change nothing.
+//! A run is repeated by making an [`crate::Engine`] of [`Recording::config`] and doing what each [`Entry`] says. Plans of a
+//! worker that is busy or lost, and of an engine without requests, need not be recorded: they change nothing.
 //!
 //! Reading never panics and allocates at most a small multiple of the bytes it is given, whatever they are. That a decoded
 //! input makes sense to the engine it is applied to is not checked: see [`crate::Engine::apply`].
 
 mod bytes;
+mod config;
+mod input;
 
-use crate::{
-    CacheSalt, CancelReason, CoreConfig, Input, Micros, RequestId, Role, Sampled, StepId, Submission, Timed, WorkerId,
-    WorkerSpec,
-};
-use bytes::{Reader, crc32, put_varint, put_varint128};
+use crate::{CoreConfig, Input, Timed, WorkerId};
+use bytes::{Reader, crc32, put_varint};
+use config::{put_config, read_config};
+use input::{TAG_PLAN, put_input, read_input, read_worker};
 use std::fmt;
 
 const MAGIC: &[u8; 8] = b"KVERNREC";
 /// Raised whenever the meaning of the bytes changes.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// One thing that was done to the core.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Entry {
     /// [`crate::Engine::apply`].
     Input(Timed<Input>),
-    /// [`crate::Engine::plan`], which gave a step.
+    /// [`crate::Engine::plan`].
     Plan(WorkerId),
 }
 
@@ -73,99 +74,20 @@ impl std::error::Error for RecordError {}
 pub fn write_header(config: &CoreConfig, out: &mut Vec<u8>) {
     out.extend_from_slice(MAGIC);
     out.extend_from_slice(&VERSION.to_le_bytes());
-    write_entry(out, |out| {
-        put_varint(out, config.workers.len() as u64);
-        for worker in &config.workers {
-            put_varint(
-                out,
-                match worker.role {
-                    Role::Mixed => 0,
-                },
-            );
-            put_varint(out, u64::from(worker.num_blocks));
-        }
-        let CoreConfig { block_size, step_tokens_max, running_max, waiting_max, request_tokens_max, .. } = *config;
-        for field in [block_size, step_tokens_max, running_max, waiting_max, request_tokens_max, config.hash_bits] {
-            put_varint(out, u64::from(field));
-        }
-        put_varint(out, u64::from(config.prefix_caching));
-    });
+    write_entry(out, |out| put_config(out, config));
 }
 
 /// Appends an input. Allocates only when `out` grows.
 pub fn write_input(input: &Timed<Input>, out: &mut Vec<u8>) {
-    write_entry(out, |out| {
-        let (tag, at) = (tag_of(&input.input), input.at.0);
-        put_varint(out, tag);
-        put_varint(out, at);
-        match &input.input {
-            Input::Submit(submission) => put_submission(out, submission),
-            Input::Cancel { request, reason } => {
-                put_varint(out, request.0);
-                put_varint(
-                    out,
-                    REASONS.iter().position(|other| other == reason).expect("every reason is listed") as u64,
-                );
-            }
-            Input::StepFailed { worker, step } => {
-                put_varint(out, u64::from(worker.0));
-                put_varint(out, step.0);
-            }
-            Input::StepDone { worker, step, sampled } => {
-                put_varint(out, u64::from(worker.0));
-                put_varint(out, step.0);
-                put_varint(out, sampled.len() as u64);
-                for (request, result) in sampled {
-                    put_varint(out, request.0);
-                    put_varint(
-                        out,
-                        match result {
-                            Sampled::Failed => 0,
-                            Sampled::Token(token) => u64::from(*token) + 1,
-                        },
-                    );
-                }
-            }
-        }
-    });
+    write_entry(out, |out| put_input(out, input));
 }
 
-/// Appends that a step was planned for this worker.
+/// Appends that a step was asked for, for this worker.
 pub fn write_plan(worker: WorkerId, out: &mut Vec<u8>) {
     write_entry(out, |out| {
         put_varint(out, TAG_PLAN);
         put_varint(out, u64::from(worker.0));
     });
-}
-
-const TAG_SUBMIT: u64 = 0;
-const TAG_CANCEL: u64 = 1;
-const TAG_STEP_DONE: u64 = 2;
-const TAG_PLAN: u64 = 3;
-const TAG_STEP_FAILED: u64 = 4;
-
-/// Their numbers in a recording; append only.
-const REASONS: [CancelReason; 4] =
-    [CancelReason::ClientGone, CancelReason::SlowReader, CancelReason::StopString, CancelReason::Shutdown];
-
-fn tag_of(input: &Input) -> u64 {
-    match input {
-        Input::Submit(_) => TAG_SUBMIT,
-        Input::Cancel { .. } => TAG_CANCEL,
-        Input::StepDone { .. } => TAG_STEP_DONE,
-        Input::StepFailed { .. } => TAG_STEP_FAILED,
-    }
-}
-
-fn put_submission(out: &mut Vec<u8>, submission: &Submission) {
-    put_varint(out, submission.request.0);
-    put_varint(out, u64::from(submission.max_new_tokens));
-    put_varint(out, u64::from(submission.min_new_tokens));
-    put_varint128(out, submission.salt.0);
-    for tokens in [&submission.prompt, &submission.stop_tokens] {
-        put_varint(out, tokens.len() as u64);
-        tokens.iter().for_each(|token| put_varint(out, u64::from(*token)));
-    }
 }
 
 /// Appends what `body` writes, with its length and checksum before it.
@@ -244,34 +166,6 @@ fn next_body<'a>(bytes: &'a [u8], at: &mut usize) -> Result<Reader<'a>, RecordEr
     Ok(Reader::new(body, start))
 }
 
-fn read_config(body: &mut Reader<'_>) -> Result<CoreConfig, RecordError> {
-    let num_workers = body.len()?;
-    let mut workers = Vec::with_capacity(num_workers);
-    for _ in 0..num_workers {
-        let role = match body.varint()? {
-            0 => Role::Mixed,
-            _ => return Err(body.malformed("a role")),
-        };
-        workers.push(WorkerSpec { role, num_blocks: body.u32()? });
-    }
-    let config = CoreConfig {
-        workers,
-        block_size: body.u32()?,
-        step_tokens_max: body.u32()?,
-        running_max: body.u32()?,
-        waiting_max: body.u32()?,
-        request_tokens_max: body.u32()?,
-        hash_bits: body.u32()?,
-        prefix_caching: match body.varint()? {
-            0 => false,
-            1 => true,
-            _ => return Err(body.malformed("a yes or no")),
-        },
-    };
-    body.end()?;
-    Ok(config)
-}
-
 fn read_entry(body: &mut Reader<'_>) -> Result<Entry, RecordError> {
     let tag = body.varint()?;
     if tag == TAG_PLAN {
@@ -279,52 +173,7 @@ fn read_entry(body: &mut Reader<'_>) -> Result<Entry, RecordError> {
         body.end()?;
         return Ok(Entry::Plan(worker));
     }
-    let at = Micros(body.varint()?);
-    let input = match tag {
-        TAG_SUBMIT => Input::Submit(read_submission(body)?),
-        TAG_CANCEL => {
-            let request = RequestId(body.varint()?);
-            let number = usize::try_from(body.varint()?).unwrap_or(usize::MAX);
-            let reason = *REASONS.get(number).ok_or(body.malformed("a cancel reason"))?;
-            Input::Cancel { request, reason }
-        }
-        TAG_STEP_DONE => read_step_done(body)?,
-        TAG_STEP_FAILED => Input::StepFailed { worker: read_worker(body)?, step: StepId(body.varint()?) },
-        _ => return Err(body.malformed("a kind of entry")),
-    };
-    body.end()?;
-    Ok(Entry::Input(Timed { at, input }))
-}
-
-fn read_worker(body: &mut Reader<'_>) -> Result<WorkerId, RecordError> {
-    u8::try_from(body.varint()?).map(WorkerId).map_err(|_| body.malformed("a worker below 256"))
-}
-
-fn read_submission(body: &mut Reader<'_>) -> Result<Submission, RecordError> {
-    Ok(Submission {
-        request: RequestId(body.varint()?),
-        max_new_tokens: body.u32()?,
-        min_new_tokens: body.u32()?,
-        salt: CacheSalt(body.varint128()?),
-        prompt: body.tokens()?,
-        stop_tokens: body.tokens()?,
-    })
-}
-
-fn read_step_done(body: &mut Reader<'_>) -> Result<Input, RecordError> {
-    let worker = read_worker(body)?;
-    let step = StepId(body.varint()?);
-    let len = body.len()?;
-    let mut sampled = Vec::with_capacity(len);
-    for _ in 0..len {
-        let request = RequestId(body.varint()?);
-        let result = match body.varint()? {
-            0 => Sampled::Failed,
-            token => Sampled::Token(u32::try_from(token - 1).map_err(|_| body.malformed("a token below 2^32"))?),
-        };
-        sampled.push((request, result));
-    }
-    Ok(Input::StepDone { worker, step, sampled })
+    read_input(body, tag).map(Entry::Input)
 }
 
 #[cfg(test)]

@@ -1,19 +1,37 @@
 #![allow(clippy::unwrap_used)]
 
 use super::bytes::crc32;
+use super::input::REASONS;
 use super::*;
+use crate::{
+    CacheSalt, ClassId, ClassSpec, CostModel, Micros, PoolId, RequestId, Role, Sampled, StepId, Submission, TenantId,
+    TenantSpec, TransferId, WorkerSpec,
+};
 use proptest::prelude::*;
 
 fn config() -> CoreConfig {
     CoreConfig {
-        workers: vec![WorkerSpec { role: Role::Mixed, num_blocks: 1000 }; 2],
-        block_size: 16,
-        step_tokens_max: 2048,
-        running_max: 256,
-        waiting_max: 1024,
-        request_tokens_max: 8192,
-        prefix_caching: true,
-        hash_bits: 128,
+        workers: [(Role::Mixed, 0), (Role::Prefill, 1), (Role::Decode, 0)]
+            .map(|(role, pool)| WorkerSpec { role, pool: PoolId(pool) })
+            .to_vec(),
+        pools: vec![1000, 77],
+        classes: vec![
+            ClassSpec { ttft: Some(Micros(0)), itl: None },
+            ClassSpec { ttft: None, itl: Some(Micros(u64::MAX)) },
+        ],
+        quarantine: Micros(5),
+        bypasses_max: 3,
+        overtakes_max: 4,
+        chunk_tokens_min: 5,
+        ride_along_tokens_max: 6,
+        cost: CostModel {
+            step_ps: 1,
+            prefill_token_ps: 2,
+            prefill_context_ps: 3,
+            decode_sequence_ps: 4,
+            decode_context_ps: u64::MAX,
+        },
+        ..CoreConfig::mixed(1000, 16)
     }
 }
 
@@ -33,28 +51,52 @@ fn sampled() -> impl Strategy<Value = (RequestId, Sampled)> {
 
 fn submission() -> impl Strategy<Value = Submission> {
     let tokens = || prop::collection::vec(token(), 0..20);
-    (number(), token(), token(), any::<u128>(), tokens(), tokens()).prop_map(
-        |(request, max_new_tokens, min_new_tokens, salt, prompt, stop_tokens)| Submission {
-            request: RequestId(request),
-            prompt,
-            max_new_tokens,
-            min_new_tokens,
-            stop_tokens,
-            salt: CacheSalt(salt),
-        },
-    )
+    let numbers = (number(), token(), token(), any::<u128>());
+    let place = (token(), any::<u8>(), prop::option::of(number()));
+    (numbers, place, tokens(), tokens()).prop_map(|(numbers, place, prompt, stop_tokens)| Submission {
+        request: RequestId(numbers.0),
+        prompt,
+        max_new_tokens: numbers.1,
+        min_new_tokens: numbers.2,
+        stop_tokens,
+        salt: CacheSalt(numbers.3),
+        tenant: TenantId(place.0),
+        class: ClassId(place.1),
+        deadline: place.2.map(Micros),
+    })
+}
+
+fn tenant() -> impl Strategy<Value = TenantSpec> {
+    (token(), token(), token(), prop::option::of(token())).prop_map(|(tenant, weight, floor_blocks, ceiling_blocks)| {
+        TenantSpec { tenant: TenantId(tenant), weight, floor_blocks, ceiling_blocks }
+    })
+}
+
+fn step_done() -> impl Strategy<Value = Input> {
+    let fields = (any::<u8>(), number(), number(), prop::collection::vec(sampled(), 0..20));
+    fields.prop_map(|(worker, step, device_us, sampled)| Input::StepDone {
+        worker: WorkerId(worker),
+        step: StepId(step),
+        device_us,
+        sampled,
+    })
 }
 
 fn entry() -> impl Strategy<Value = Entry> {
+    let worker = || any::<u8>().prop_map(WorkerId);
+    let transfer = || number().prop_map(TransferId);
     let input = prop_oneof![
         submission().prop_map(Input::Submit),
         (number(), 0..4usize)
             .prop_map(|(request, at)| Input::Cancel { request: RequestId(request), reason: REASONS[at] }),
-        (any::<u8>(), number(), prop::collection::vec(sampled(), 0..20)).prop_map(|(worker, step, sampled)| {
-            Input::StepDone { worker: WorkerId(worker), step: StepId(step), sampled }
-        }),
-        (any::<u8>(), number())
-            .prop_map(|(worker, step)| Input::StepFailed { worker: WorkerId(worker), step: StepId(step) }),
+        step_done(),
+        (worker(), number()).prop_map(|(worker, step)| Input::StepFailed { worker, step: StepId(step) }),
+        prop::collection::vec(tenant(), 0..9).prop_map(Input::SetTenants),
+        Just(Input::Tick),
+        transfer().prop_map(|transfer| Input::TransferDone { transfer }),
+        transfer().prop_map(|transfer| Input::TransferFailed { transfer }),
+        worker().prop_map(|worker| Input::WorkerLost { worker }),
+        worker().prop_map(|worker| Input::WorkerBack { worker }),
     ];
     prop_oneof![
         (number(), input).prop_map(|(at, input)| Entry::Input(Timed { at: Micros(at), input })),
@@ -132,13 +174,13 @@ fn errors_say_what_is_wrong() {
     let mut unusable = Vec::new();
     write_header(&CoreConfig { block_size: 0, ..config() }, &mut unusable);
     let mut long_list = encode(&[]);
-    write_entry(&mut long_list, |out| out.extend_from_slice(&[2, 0, 0, 0, 0xff, 0xff, 0xff, 0x7f]));
+    write_entry(&mut long_list, |out| out.extend_from_slice(&[2, 0, 0, 0, 0, 0xff, 0xff, 0xff, 0x7f]));
     let table: [(&[u8], &str); 5] = [
         (b"", "expected a recording that starts with KVERNREC, found other bytes"),
-        (&other_version, "expected a recording of version 1, found 9"),
-        (&good[..good.len() - 1], "expected a whole entry at byte 39, found the end"),
+        (&other_version, "expected a recording of version 2, found 9"),
+        (&good[..good.len() - 1], "expected a whole entry at byte 89, found the end"),
         (&unusable, "the recorded configuration is unusable: expected 1 to 4294967295 tokens in a block, found 0"),
-        (&long_list, "expected a list within the entry in the entry at byte 39, found something else"),
+        (&long_list, "expected a list within the entry in the entry at byte 89, found something else"),
     ];
     for (bytes, expected) in table {
         assert_eq!(decode(bytes).unwrap_err().to_string(), expected);

@@ -7,7 +7,7 @@ use super::Failure;
 use super::rng::mix;
 use super::workload::VOCABULARY;
 use crate::{
-    CacheSalt, CancelReason, CoreConfig, Effect, FinishReason, InvariantId, Refusal, RequestId, Submission, TokenId,
+    CacheSalt, CancelReason, CoreConfig, Effect, FinishReason, InvariantId, Micros, RequestId, Submission, TokenId,
     Usage,
 };
 
@@ -36,20 +36,24 @@ pub(crate) struct Client {
     alone: FinishReason,
     pub(crate) emitted: u32,
     pub(crate) is_waiting: bool,
-    cancelled: Option<CancelReason>,
+    ending: Option<FinishReason>,
+    /// The deadline passes with the input that is being applied: it may end so, or as it would have.
+    is_due: bool,
     pub(crate) has_failed: bool,
+    /// It makes every step fail.
+    pub(crate) is_poisoned: bool,
     pub(crate) is_finished: bool,
     cached_tokens: Option<u32>,
     pub(crate) preemptions: u32,
 }
 
 impl Client {
-    /// Runs the request alone. `refusal` is what must be answered at once, if anything must.
-    pub(crate) fn new(submission: Submission, refusal: Option<Refusal>) -> Self {
+    /// Runs the request alone; one that was refused is already finished.
+    pub(crate) fn new(submission: Submission, refused: bool) -> Self {
         let mut tokens = submission.prompt.clone();
         let mut before = kv_of_nothing(submission.salt);
         let mut kvs: Vec<u64> = Vec::new();
-        let mut alone = refusal.map(FinishReason::Refused);
+        let mut alone = refused.then_some(FinishReason::Length);
         let mut new = 0;
         for at in 0.. {
             if alone.is_some() {
@@ -69,15 +73,17 @@ impl Client {
             }
         }
         Client {
-            is_waiting: refusal.is_none(),
+            is_waiting: !refused,
             submission,
             tokens,
             kvs,
             alone: alone.expect("the loop ends with a reason"),
             emitted: 0,
-            cancelled: None,
+            ending: None,
+            is_due: false,
             has_failed: false,
-            is_finished: false,
+            is_poisoned: false,
+            is_finished: refused,
             cached_tokens: None,
             preemptions: 0,
         }
@@ -95,8 +101,35 @@ impl Client {
     /// Takes a cancel that the core was just given.
     pub(crate) fn cancel(&mut self, reason: CancelReason) {
         if !self.is_finished {
-            self.cancelled.get_or_insert(reason);
+            self.ending.get_or_insert(match reason {
+                CancelReason::StopString => FinishReason::Stop,
+                reason => FinishReason::Cancelled(reason),
+            });
         }
+    }
+
+    pub(crate) fn is_ending(&self) -> bool {
+        self.ending.is_some()
+    }
+
+    /// It was never scheduled.
+    pub(crate) fn is_fresh(&self) -> bool {
+        self.cached_tokens.is_none()
+    }
+
+    /// The core is about to be told this time.
+    pub(crate) fn before(&mut self, now: Micros) {
+        let deadline = self.submission.deadline;
+        self.is_due = !self.is_finished && self.ending.is_none() && deadline.is_some_and(|deadline| deadline <= now);
+    }
+
+    /// The core was told; whether the request is past its deadline.
+    pub(crate) fn after(&mut self) -> bool {
+        let is_due = std::mem::take(&mut self.is_due) && !self.is_finished;
+        if is_due {
+            self.ending.get_or_insert(FinishReason::Deadline);
+        }
+        is_due
     }
 
     /// Checks one effect about this request against the oracle.
@@ -123,18 +156,20 @@ impl Client {
                 self.is_waiting = true;
                 self.preemptions += 1;
             }
+            Effect::Moved { .. } | Effect::Transfer { .. } => check(!self.is_waiting, "schedule")?,
             Effect::Token { index, token, .. } => {
                 if index != self.emitted {
                     return broken(InvariantId::Out1);
                 }
-                check(self.cancelled.is_none(), "cancel")?;
+                check(self.ending.is_none(), "cancel")?;
                 check(self.tokens.get(self.known() as usize) == Some(&token), "output")?;
                 self.emitted += 1;
             }
             Effect::Finish { reason, usage, .. } => {
-                check(reason == self.expected_reason(), "finish reason")?;
+                let is_due = self.is_due && reason == FinishReason::Deadline;
+                check(is_due || reason == self.expected_reason(), "finish reason")?;
                 let is_whole = self.known() as usize == self.tokens.len();
-                check(is_whole || reason != self.alone || self.cancelled.is_some(), "output")?;
+                check(is_due || is_whole || reason != self.alone || self.ending.is_some(), "output")?;
                 check(usage == self.expected_usage(), "usage")?;
                 self.is_finished = true;
                 self.is_waiting = false;
@@ -144,9 +179,8 @@ impl Client {
     }
 
     fn expected_reason(&self) -> FinishReason {
-        match self.cancelled {
-            Some(CancelReason::StopString) => FinishReason::Stop,
-            Some(reason) => FinishReason::Cancelled(reason),
+        match self.ending {
+            Some(reason) => reason,
             None if self.has_failed => FinishReason::Error,
             None => self.alone,
         }
@@ -162,27 +196,13 @@ impl Client {
     }
 }
 
-/// What must be answered at once to a submission, by the contract's own words.
-pub(crate) fn refusal(config: &CoreConfig, waiting: u32, submission: &Submission) -> Option<Refusal> {
-    let tokens = submission.prompt.len() as u64 + u64::from(submission.max_new_tokens);
-    let smallest = config.workers.iter().map(|worker| worker.num_blocks).min().unwrap_or(0);
-    let slots = u64::from(smallest) * u64::from(config.block_size);
-    if submission.prompt.is_empty() || submission.max_new_tokens == 0 {
-        Some(Refusal::Empty)
-    } else if tokens > u64::from(config.request_tokens_max) || tokens > slots + 1 {
-        Some(Refusal::TooLong)
-    } else if waiting >= config.waiting_max {
-        Some(Refusal::QueueFull)
-    } else {
-        None
-    }
-}
-
 /// The request that an effect is about.
 pub(crate) fn request_of(effect: &Effect) -> RequestId {
     match *effect {
         Effect::Scheduled { request, .. }
         | Effect::Preempted { request }
+        | Effect::Moved { request, .. }
+        | Effect::Transfer { request, .. }
         | Effect::Token { request, .. }
         | Effect::Finish { request, .. } => request,
     }

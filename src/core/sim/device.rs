@@ -1,12 +1,13 @@
-//! The fake worker: its K/V store has in each slot a hash of the salt and the whole prefix up to that position, as real
-//! K/V depend on it. A step computes from what the slots hold, and every slot that it reads is compared with the oracle.
+//! The memory of a fake device: its K/V store has in each slot a hash of the salt and the whole prefix up to that position,
+//! as real K/V depend on it. A step computes from what the slots hold, and every slot that it reads is compared with the
+//! oracle. Workers that share a pool share the device.
 
 use super::Failure;
 use super::client::{Client, kv, kv_of_nothing, next_token};
 use super::rng::Rng;
-use crate::{InvariantId, RequestId, Sampled, SeqSlice, StepPlan};
+use crate::{BlockId, InvariantId, RequestId, Sampled, SeqSlice, StepPlan};
 
-/// In the slots of a step that failed.
+/// In the slots of a step or a transfer that failed.
 const POISON: u64 = 0xbad;
 
 pub(crate) struct Device {
@@ -45,12 +46,28 @@ impl Device {
     }
 
     /// Executes a step that fails as a whole.
-    pub(crate) fn fail(&mut self, plan: &StepPlan, clients: &mut [Client]) -> Result<(), Failure> {
-        for slice in &plan.slices {
-            clients[slice.request.0 as usize].has_failed = true;
-            self.poison(plan, slice)?;
+    pub(crate) fn fail(&mut self, plan: &StepPlan) -> Result<(), Failure> {
+        plan.slices.iter().try_for_each(|slice| self.poison(plan, slice))
+    }
+
+    /// Loses everything.
+    pub(crate) fn wipe(&mut self) {
+        self.slots.fill(POISON);
+    }
+
+    /// What is in a block, to be copied.
+    pub(crate) fn read(&self, block: BlockId) -> Vec<u64> {
+        let start = (block.0 * self.block_size) as usize;
+        self.slots[start..start + self.block_size as usize].to_vec()
+    }
+
+    pub(crate) fn write(&mut self, block: BlockId, content: Option<&[u64]>) {
+        let start = (block.0 * self.block_size) as usize;
+        let slots = &mut self.slots[start..start + self.block_size as usize];
+        match content {
+            Some(content) => slots.copy_from_slice(content),
+            None => slots.fill(POISON),
         }
-        Ok(())
     }
 
     fn poison(&mut self, plan: &StepPlan, slice: &SeqSlice) -> Result<(), Failure> {

@@ -5,17 +5,17 @@ use crate::fault::Fault;
 
 /// Each fault and the checks that may see it first, running the seeds from 0: several where a fault breaks several promises
 /// and the seed decides which shows.
-const FAULTS: [(Fault, &[&str]); 23] = [
+const FAULTS: [(Fault, &[&str]); 38] = [
     (Fault::SkipTokenCheck, &["KV-5", "K/V read"]),
     (Fault::SkipParentCheck, &["K/V read", "KV-5"]),
     (Fault::IgnoreSalt, &["K/V read", "KV-5"]),
-    (Fault::HitWholePrompt, &["cached tokens"]),
+    (Fault::HitWholePrompt, &["cached tokens", "SCH-5"]),
     (Fault::PublishPartial, &["KV-4"]),
     (Fault::PublishFailed, &["K/V read"]),
     (Fault::KeepStaleHash, &["KV-4"]),
-    (Fault::ReuseLive, &["KV-4"]),
+    (Fault::ReuseLive, &["KV-4", "KV-5"]),
     (Fault::ReleaseTwice, &["KV-2"]),
-    (Fault::FreeInFlight, &["KV-2"]),
+    (Fault::FreeInFlight, &["KV-2", "KV-3"]),
     (Fault::LeakOnCancel, &["KV-2"]),
     (Fault::RotateTable, &["K/V read"]),
     (Fault::ShortTable, &["block table"]),
@@ -23,12 +23,27 @@ const FAULTS: [(Fault, &[&str]); 23] = [
     (Fault::ExceedBudget, &["SCH-1"]),
     (Fault::EmptySlice, &["SCH-4"]),
     (Fault::NeverAdmit, &["SCH-5"]),
-    (Fault::AdmitYoungest, &["admission order"]),
-    (Fault::PreemptOldest, &["SCH-5", "SCH-2"]),
+    (Fault::AdmitYoungest, &["WAIT-1"]),
+    (Fault::PreemptBest, &["preemption order"]),
     (Fault::RepeatOutput, &["sample mark"]),
-    (Fault::DropToken, &["output"]),
+    (Fault::DropToken, &["output", "sample mark"]),
     (Fault::FinishTwice, &["OUT-2"]),
     (Fault::IgnoreMinNewTokens, &["finish reason"]),
+    (Fault::SaveUpTime, &["fair share"]),
+    (Fault::ChargeNobody, &["fair share"]),
+    (Fault::StarveClasses, &["WAIT-1"]),
+    (Fault::StarveOldest, &["WAIT-1"]),
+    (Fault::IgnoreFloors, &["TEN-1"]),
+    (Fault::IgnoreCeiling, &["TEN-2"]),
+    (Fault::EvictFirstTenant, &["eviction order"]),
+    (Fault::IgnoreObjectives, &["inter-token latency"]),
+    (Fault::IgnoreDeadlines, &["deadline", "cancel"]),
+    (Fault::QueueForever, &["refusal"]),
+    (Fault::UnpinSource, &["HND-1"]),
+    (Fault::KeepLostPool, &["K/V read"]),
+    (Fault::BlameAll, &["finish reason"]),
+    (Fault::AdvanceFailed, &["K/V read", "sample mark"]),
+    (Fault::ForgetQuarantine, &["refusal"]),
 ];
 
 /// Seeds within which a fault must be seen.

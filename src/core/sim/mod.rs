@@ -1,21 +1,26 @@
 //! The simulator: whole runs of the core under random configurations and workloads, each named by its seed.
 //!
-//! A run submits, cancels, and completes steps late and out of order, and checks on every turn: all invariants, every K/V
-//! read of the fake worker (`device.rs`), every effect against a run of the request alone (`client.rs`), the fairness that
-//! `policy.rs` promises, and at the end that nothing leaked. `faults.rs` proves that planted mistakes are seen, `replay.rs`
+//! A run submits, cancels, changes the tenants' settings, loses workers, and completes steps and transfers late and out of
+//! order, some of them not at all, and checks on every turn: all invariants, every K/V read of the fake devices
+//! (`device.rs`), every effect against a run of the request alone (`client.rs`), the order of the waiting (`order.rs`), what
+//! `policy.rs` promises of every step and every victim (`watch.rs`), and at the end that nothing leaked. `faults.rs` proves that planted mistakes are seen, `replay.rs`
 //! that a recorded run repeats itself.
 //!
 //! `KVERN_SIM_SEEDS=100000 cargo test -p kvern-core --release sim` runs more seeds, `KVERN_SIM_SEED=n` exactly one.
 
 mod client;
+mod coverage;
 mod device;
 mod faults;
+mod order;
 mod replay;
-mod rng;
+pub(crate) mod rng;
 mod run;
+mod watch;
 mod workload;
 
-use run::{Coverage, Run};
+use coverage::Coverage;
+use run::Run;
 use std::fmt::Display;
 
 /// What a run broke.
@@ -35,10 +40,16 @@ impl Failure {
     fn of_panic(payload: &(dyn std::any::Any + Send)) -> Self {
         let text = payload.downcast_ref::<String>().map(String::as_str).or(payload.downcast_ref::<&str>().copied());
         let text = text.unwrap_or("a panic without words");
-        let is_name = |name: &&str| ["KV-", "SCH-", "OUT-"].iter().any(|prefix| name.starts_with(prefix));
+        let is_name = |name: &&str| {
+            ["KV-", "SCH-", "OUT-", "HND-", "TEN-", "WAIT-"].iter().any(|prefix| name.starts_with(prefix))
+        };
         let name = text.split(':').next().filter(is_name).unwrap_or("assertion");
         Failure::new(name, text.to_owned())
     }
+}
+
+fn check(holds: bool, name: impl Display, detail: impl FnOnce() -> String) -> Result<(), Failure> {
+    if holds { Ok(()) } else { Err(Failure::new(name, detail())) }
 }
 
 /// One whole run; an assertion of the core is a failure like any other.

@@ -1,65 +1,28 @@
 //! One run: the turns, and what is checked after each.
 
-use super::Failure;
-use super::client::{Client, refusal, request_of};
+use super::client::{Client, request_of};
+use super::coverage::Coverage;
 use super::device::Device;
+use super::order::Ledger;
 use super::replay::Log;
 use super::rng::Rng;
+use super::watch::{Before, check_ceilings};
 use super::workload::Workload;
+use super::{Failure, check};
 use crate::fault::Fault;
 use crate::{
-    CancelReason, Effect, Engine, FinishReason, Input, InvariantId, Micros, RequestId, StepPlan, Timed, WorkerId,
-    policy,
+    BlockId, CacheSalt, CancelReason, Effect, Engine, FinishReason, Input, InvariantId, Micros, Refusal, RequestId,
+    StepPlan, Submission, TenantSpec, Timed, TokenId, TransferId, WorkerId,
 };
+use std::collections::{HashMap, HashSet};
 
-/// How often the interesting things happened.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Coverage {
-    steps: u64,
-    tokens: u64,
-    preemptions: u64,
-    prefix_hits: u64,
-    collisions: u64,
-    stopped: u64,
-    cancelled: u64,
-    cancelled_in_flight: u64,
-    failed: u64,
-    failed_steps: u64,
-    refused: u64,
-    out_of_order: u64,
-}
-
-impl Coverage {
-    fn counts(&mut self) -> [(&'static str, &mut u64); 12] {
-        [
-            ("steps", &mut self.steps),
-            ("tokens", &mut self.tokens),
-            ("preemptions", &mut self.preemptions),
-            ("prefix hits", &mut self.prefix_hits),
-            ("collisions", &mut self.collisions),
-            ("stops", &mut self.stopped),
-            ("cancels", &mut self.cancelled),
-            ("cancels in flight", &mut self.cancelled_in_flight),
-            ("failures", &mut self.failed),
-            ("failed steps", &mut self.failed_steps),
-            ("refusals", &mut self.refused),
-            ("steps out of order", &mut self.out_of_order),
-        ]
-    }
-
-    pub(crate) fn add(&mut self, other: &Coverage) {
-        let mut other = other.clone();
-        for ((_, sum), (_, count)) in self.counts().into_iter().zip(other.counts()) {
-            *sum += *count;
-        }
-    }
-
-    /// A run that never meets the hard cases proves nothing.
-    pub(crate) fn assert_all_seen(mut self) {
-        for (name, count) in self.counts() {
-            assert!(*count > 0, "the seeds saw no {name}");
-        }
-    }
+/// Blocks on their way.
+struct Transfer {
+    id: TransferId,
+    request: RequestId,
+    from: WorkerId,
+    to: WorkerId,
+    blocks: Vec<(BlockId, BlockId)>,
 }
 
 /// The state of one run. Request `n` is the n-th that was submitted.
@@ -67,13 +30,19 @@ pub(crate) struct Run {
     rng: Rng,
     workload: Workload,
     engine: Engine,
+    /// By pool.
     devices: Vec<Device>,
     clients: Vec<Client>,
     in_flight: Vec<StepPlan>,
+    transfers: Vec<Transfer>,
+    ledger: Ledger,
+    tenants: Vec<TenantSpec>,
+    /// Tenants whose ceiling was lowered below what they held.
+    lowered: HashSet<u32>,
+    quarantine: HashMap<(CacheSalt, Vec<TokenId>), Micros>,
     effects: Vec<Effect>,
     now: Micros,
     coverage: Coverage,
-    /// All that went in and came out, when it is wanted.
     pub(crate) log: Option<Log>,
 }
 
@@ -84,14 +53,19 @@ impl Run {
         let config = &workload.config;
         let mut engine = Engine::new(config.clone());
         engine.fault = fault;
-        engine.workers.iter_mut().for_each(|worker| worker.pool.fault = fault);
-        let devices = config.workers.iter().map(|spec| Device::new(spec.num_blocks, config.block_size)).collect();
+        engine.waiting.fault = fault;
+        engine.pools.iter_mut().for_each(|pool| pool.fault = fault);
         Run {
             rng,
             engine,
-            devices,
+            devices: config.pools.iter().map(|blocks| Device::new(*blocks, config.block_size)).collect(),
             clients: Vec::new(),
             in_flight: Vec::new(),
+            transfers: Vec::new(),
+            ledger: Ledger::new(config),
+            tenants: Vec::new(),
+            lowered: HashSet::new(),
+            quarantine: HashMap::new(),
             effects: Vec::new(),
             now: Micros(0),
             coverage: Coverage::default(),
@@ -112,37 +86,136 @@ impl Run {
 
     /// As [`Run::finish`], for those who want the log.
     pub(crate) fn drive(&mut self) -> Result<(), Failure> {
+        self.set_tenants()?;
         for _ in 0..20_000 {
             let all_submitted = self.clients.len() as u64 == self.workload.num_requests;
             if all_submitted && self.engine.is_idle() {
                 return self.check_end();
             }
             self.now.0 += u64::from(self.rng.below(1_000));
-            match self.rng.below(5) {
-                0 if !all_submitted => self.submit()?,
-                1 => self.cancel()?,
+            match self.rng.below(10) {
+                0 | 1 if !all_submitted => self.submit()?,
+                2 | 3 => self.cancel()?,
+                4 | 5 => self.transfer()?,
+                6 => self.lose_or_return()?,
+                7 => self.pass_time()?,
                 _ => self.complete()?,
             }
             // A worker may stay idle for a while, so that several inputs come between two plans.
-            for at in 0..self.devices.len() {
+            for at in 0..self.engine.workers.len() {
                 if self.rng.percent(80) {
                     self.plan(WorkerId(at as u8))?;
                 }
             }
             self.engine.check().map_err(|(id, detail)| Failure::new(id, detail))?;
             self.check_in_flight()?;
+            self.check_ceilings()?;
         }
-        Err(Failure::new("progress", "the run does not end".to_owned()))
+        Err(Failure::new("progress", format!("the run does not end: {:?}", self.engine.stats())))
+    }
+
+    fn pool(&self, worker: WorkerId) -> usize {
+        usize::from(self.workload.config.workers[usize::from(worker.0)].pool.0)
+    }
+
+    fn set_tenants(&mut self) -> Result<(), Failure> {
+        let specs = self.workload.tenants(&mut self.rng);
+        self.lowered.extend(specs.iter().filter(|spec| spec.ceiling_blocks.is_some()).map(|spec| spec.tenant.0));
+        self.ledger.set_tenants(&specs);
+        self.tenants.clone_from(&specs);
+        self.apply(Input::SetTenants(specs))
+    }
+
+    /// Now and then new settings, mostly nothing.
+    fn pass_time(&mut self) -> Result<(), Failure> {
+        if self.rng.percent(3) { self.set_tenants() } else { self.apply(Input::Tick) }
     }
 
     fn submit(&mut self) -> Result<(), Failure> {
         let request = RequestId(self.clients.len() as u64);
-        let submission = self.workload.submission(&mut self.rng, request);
-        let refusal = refusal(&self.workload.config, self.engine.stats().waiting, &submission);
-        self.clients.push(Client::new(submission.clone(), refusal));
-        self.apply(Input::Submit(submission))?;
-        let is_refused = self.clients[request.0 as usize].is_finished;
-        check(is_refused == refusal.is_some(), "refusal", || format!("{request:?} expected {refusal:?}"))
+        let again = self.rng.below(self.clients.len() as u32 + 1) as usize;
+        let again = self.clients.get(again).map(|client| client.submission.clone());
+        let submission = self.workload.submission(&mut self.rng, request, self.now, again.as_ref());
+        let expected = self.refusal(&submission);
+        let queued = (self.engine.stats().waiting, self.engine.signals().queued_tokens);
+        self.engine_apply(Input::Submit(submission.clone()));
+        let refused = self.effects.iter().position(|effect| request_of(effect) == request);
+        let found = match refused.map(|at| self.effects.remove(at)) {
+            None => None,
+            Some(Effect::Finish { reason: FinishReason::Refused(refusal), .. }) => Some(refusal),
+            Some(effect) => return Err(Failure::new("refusal", format!("{effect:?}"))),
+        };
+        self.coverage.refused(found);
+        self.check_refusal(&submission, expected, found, queued)?;
+        let mut client = Client::new(submission.clone(), found.is_some());
+        client.is_poisoned = self.rng.percent(self.workload.poisoned);
+        self.clients.push(client);
+        if found.is_none() {
+            self.ledger.insert(request, self.class(&submission), submission.tenant);
+        }
+        self.take_effects()?;
+        self.check_deadlines()
+    }
+
+    fn class(&self, submission: &Submission) -> usize {
+        usize::from(submission.class.0).min(self.workload.config.classes.len() - 1)
+    }
+
+    /// What must be answered at once to a submission, by the contract's own words, as far as it depends on no prediction.
+    fn refusal(&self, submission: &Submission) -> Option<&'static str> {
+        let config = &self.workload.config;
+        let tokens = submission.prompt.len() as u64 + u64::from(submission.max_new_tokens);
+        let spec = self.tenants.iter().rev().find(|spec| spec.tenant == submission.tenant).copied();
+        let ceiling = spec.and_then(|spec| spec.ceiling_blocks).unwrap_or(u32::MAX);
+        let blocks = config.pools.iter().copied().min().unwrap_or(0).min(ceiling);
+        let slots = u64::from(blocks) * u64::from(config.block_size);
+        let until = self.quarantine.get(&(submission.salt, submission.prompt.clone()));
+        if submission.prompt.is_empty() || submission.max_new_tokens == 0 {
+            Some("empty")
+        } else if spec.is_none() && submission.tenant.0 != 0 {
+            Some("unknown tenant")
+        } else if tokens > u64::from(config.request_tokens_max) || tokens > slots + 1 {
+            Some("too long")
+        } else if until.is_some_and(|until| *until > self.now) {
+            Some("quarantined")
+        } else if self.engine.stats().waiting >= config.waiting_max {
+            Some("queue full")
+        } else {
+            None
+        }
+    }
+
+    fn check_refusal(
+        &self,
+        submission: &Submission,
+        expected: Option<&'static str>,
+        found: Option<Refusal>,
+        (waiting, queued): (u32, u64),
+    ) -> Result<(), Failure> {
+        let limit = self.workload.config.queue_tokens_max;
+        let promised = self.workload.config.classes[self.class(submission)].ttft;
+        let is_over = waiting > 0 && queued + submission.prompt.len() as u64 > limit;
+        let must_be_over = waiting > 0 && queued >= limit;
+        let fits = match found {
+            None => {
+                expected.is_none() && !must_be_over && submission.deadline.is_none_or(|deadline| deadline > self.now)
+            }
+            Some(Refusal::Empty) => expected == Some("empty"),
+            Some(Refusal::UnknownTenant) => expected == Some("unknown tenant"),
+            Some(Refusal::TooLong) => expected == Some("too long"),
+            Some(Refusal::Quarantined(backoff)) => expected == Some("quarantined") && backoff.retry_in.0 > 0,
+            Some(Refusal::QueueFull(backoff)) => expected == Some("queue full") && backoff.queue_depth == waiting,
+            Some(Refusal::QueueTokens(backoff)) => expected.is_none() && is_over && backoff.queue_depth == waiting,
+            Some(Refusal::Deadline(_)) => expected.is_none() && (submission.deadline.is_some() || promised.is_some()),
+        };
+        check(fits, "refusal", || {
+            format!("expected {expected:?}, found {found:?}, {waiting} wait with {queued} tokens")
+        })
+    }
+
+    fn is_busy(&self, request: RequestId) -> bool {
+        let in_step = self.in_flight.iter().flat_map(|plan| &plan.slices).any(|slice| slice.request == request);
+        in_step || self.transfers.iter().any(|transfer| transfer.request == request)
     }
 
     fn cancel(&mut self) -> Result<(), Failure> {
@@ -154,16 +227,16 @@ impl Run {
         let reasons =
             [CancelReason::ClientGone, CancelReason::SlowReader, CancelReason::StopString, CancelReason::Shutdown];
         let reason = self.rng.pick(&reasons);
-        let is_in_flight = self.in_flight.iter().flat_map(|plan| &plan.slices).any(|slice| slice.request == request);
+        let is_busy = self.is_busy(request);
         let was_finished = self.clients.get(request.0 as usize).is_none_or(|client| client.is_finished);
         if let Some(client) = self.clients.get_mut(request.0 as usize) {
             client.cancel(reason);
         }
         self.apply(Input::Cancel { request, reason })?;
-        self.coverage.cancelled_in_flight += u64::from(is_in_flight && !was_finished);
+        self.coverage.cancelled_in_flight += u64::from(is_busy && !was_finished);
         let is_finished = self.clients.get(request.0 as usize).is_none_or(|client| client.is_finished);
-        let at_once = was_finished || !is_in_flight;
-        check(is_finished == at_once, "cancel", || format!("{request:?}, in flight: {is_in_flight}"))
+        let at_once = was_finished || !is_busy;
+        check(is_finished == at_once, "cancel", || format!("{request:?}, at a device: {is_busy}"))
     }
 
     /// Executes and reports one of the steps in flight.
@@ -174,16 +247,27 @@ impl Run {
         let at = self.rng.below(self.in_flight.len() as u32) as usize;
         self.coverage.out_of_order += u64::from(at > 0);
         let plan = self.in_flight.remove(at);
-        let device = &mut self.devices[usize::from(plan.worker.0)];
-        let step_fails = self.rng.percent(self.workload.failures) && self.rng.percent(20);
-        if step_fails {
-            device.fail(&plan, &mut self.clients)?;
+        let pool = self.pool(plan.worker);
+        let device = &mut self.devices[pool];
+        let is_poisoned = plan.slices.iter().any(|slice| self.clients[slice.request.0 as usize].is_poisoned);
+        if is_poisoned || (self.rng.percent(self.workload.failures) && self.rng.percent(20)) {
+            device.fail(&plan)?;
             self.coverage.failed_steps += 1;
+            self.coverage.bisections += u64::from(plan.slices.len() > 1);
+            if let [slice] = &plan.slices[..] {
+                self.blame(slice.request);
+            }
             self.apply(Input::StepFailed { worker: plan.worker, step: plan.step })?;
         } else {
             let mut sampled = self.engine.recycle_sampled();
             device.run(&plan, &mut self.clients, &mut self.rng, self.workload.failures, &mut sampled)?;
-            self.apply(Input::StepDone { worker: plan.worker, step: plan.step, sampled })?;
+            for slice in &plan.slices {
+                if self.clients[slice.request.0 as usize].has_failed {
+                    self.blame(slice.request);
+                }
+            }
+            let device_us = u64::from(self.rng.pick(&[0, 1, 300]) * self.rng.below(40));
+            self.apply(Input::StepDone { worker: plan.worker, step: plan.step, device_us, sampled })?;
         }
         for slice in &plan.slices {
             let client = &self.clients[slice.request.0 as usize];
@@ -193,26 +277,107 @@ impl Run {
         Ok(())
     }
 
-    fn apply(&mut self, input: Input) -> Result<(), Failure> {
+    /// The core is about to learn that this request failed.
+    fn blame(&mut self, request: RequestId) {
+        let client = &mut self.clients[request.0 as usize];
+        client.has_failed = true;
+        if !client.is_ending() {
+            let key = (client.submission.salt, client.submission.prompt.clone());
+            self.quarantine.insert(key, Micros(self.now.0.saturating_add(self.workload.config.quarantine.0)));
+        }
+    }
+
+    /// Executes and reports one of the transfers on their way.
+    fn transfer(&mut self) -> Result<(), Failure> {
+        if self.transfers.is_empty() {
+            // Nobody asked for it, or it is long over.
+            return self.apply(Input::TransferDone { transfer: TransferId(u64::MAX) });
+        }
+        let at = self.rng.below(self.transfers.len() as u32) as usize;
+        let transfer = self.transfers.remove(at);
+        let fails = self.rng.percent(self.workload.transfer_failures);
+        let (from, to) = (self.pool(transfer.from), self.pool(transfer.to));
+        for (source, target) in &transfer.blocks {
+            let content = self.devices[from].read(*source);
+            self.devices[to].write(*target, Some(&content[..]).filter(|_| !fails));
+        }
+        self.coverage.transfers += u64::from(!fails);
+        self.coverage.failed_transfers += u64::from(fails);
+        let transfer = transfer.id;
+        self.apply(if fails { Input::TransferFailed { transfer } } else { Input::TransferDone { transfer } })
+    }
+
+    fn lose_or_return(&mut self) -> Result<(), Failure> {
+        let at = self.rng.below(self.engine.workers.len() as u32) as usize;
+        let worker = WorkerId(at as u8);
+        if !self.engine.workers[at].is_alive {
+            return self.apply(Input::WorkerBack { worker });
+        }
+        if !self.rng.percent(self.workload.losses * 5) {
+            return Ok(());
+        }
+        self.coverage.lost_workers += 1;
+        let pool = self.pool(worker);
+        for plan in self.in_flight.extract_if(.., |plan| plan.worker == worker) {
+            self.devices[pool].fail(&plan)?;
+        }
+        for transfer in self.transfers.extract_if(.., |transfer| transfer.from == worker || transfer.to == worker) {
+            let to = usize::from(self.workload.config.workers[usize::from(transfer.to.0)].pool.0);
+            transfer.blocks.iter().for_each(|(_, target)| self.devices[to].write(*target, None));
+        }
+        let others = self.engine.workers.iter().enumerate().filter(|(other, _)| *other != at);
+        let is_shared =
+            others.into_iter().any(|(_, worker)| worker.is_alive && usize::from(worker.spec.pool.0) == pool);
+        if !is_shared {
+            self.devices[pool].wipe();
+        }
+        self.apply(Input::WorkerLost { worker })
+    }
+
+    fn engine_apply(&mut self, input: Input) {
         let input = Timed { at: self.now, input };
         if let Some(log) = &mut self.log {
             log.input(&input);
         }
+        self.clients.iter_mut().for_each(|client| client.before(self.now));
         self.engine.apply(input, &mut self.effects);
-        self.take_effects()
+        if let Some(log) = &mut self.log {
+            log.effects(&self.effects);
+        }
+    }
+
+    fn apply(&mut self, input: Input) -> Result<(), Failure> {
+        self.engine_apply(input);
+        self.take_effects()?;
+        self.check_deadlines()
+    }
+
+    /// Nobody is past its deadline but those that a device is at.
+    fn check_deadlines(&mut self) -> Result<(), Failure> {
+        for at in 0..self.clients.len() {
+            let is_due = self.clients[at].after();
+            let request = RequestId(at as u64);
+            check(!is_due || self.is_busy(request), "deadline", || format!("{request:?} is past its deadline"))?;
+        }
+        Ok(())
     }
 
     fn plan(&mut self, worker: WorkerId) -> Result<(), Failure> {
         let mut plan = StepPlan::empty();
+        let before = Before::new(&self.engine, worker);
         let is_planned = self.engine.plan(worker, &mut plan, &mut self.effects);
         check(is_planned != plan.slices.is_empty(), "plan", || format!("{is_planned} with {plan:?}"))?;
-        if is_planned {
-            if let Some(log) = &mut self.log {
-                log.plan(&plan);
-            }
-            self.check_plan(&plan)?;
-            self.coverage.steps += 1;
+        if let Some(log) = &mut self.log {
+            log.plan(worker, is_planned, &plan);
+            log.effects(&self.effects);
         }
+        if is_planned {
+            before.check_step(&self.engine, &plan, &self.effects)?;
+            self.coverage.steps += 1;
+            self.coverage.stalls += u64::from(self.engine.workers[usize::from(worker.0)].is_stalled);
+        }
+        before.check_victims(&self.engine, &self.effects)?;
+        before.check_evictions(&self.engine, worker, &self.effects)?;
         self.take_effects()?;
         if is_planned {
             self.in_flight.push(plan);
@@ -228,66 +393,57 @@ impl Run {
             let index = request.0 as usize;
             let is_known = index < self.clients.len();
             check(is_known, "unknown request", || format!("{effect:?}"))?;
+            let (class, tenant) = (self.class(&self.clients[index].submission), self.clients[index].submission.tenant);
+            let (was_waiting, known) = (self.clients[index].is_waiting, self.clients[index].known());
+            let is_first = self.clients[index].is_fresh();
             self.clients[index].take(effect, &self.workload.config)?;
-            match *effect {
+            self.coverage.effect(effect);
+            match effect {
                 Effect::Scheduled { cached_tokens, .. } => {
-                    self.coverage.prefix_hits += u64::from(cached_tokens > 0);
-                    let is_oldest = !self.clients[..index].iter().any(|older| older.is_waiting);
-                    check(is_oldest, "admission order", || format!("{effect:?} although an older one waits"))?;
+                    self.ledger.start(request)?;
+                    if is_first {
+                        self.ledger.charge(class, tenant, known - cached_tokens);
+                    }
                     let thrashes = effects[..at].contains(&Effect::Preempted { request });
                     check(!thrashes, "thrash", || format!("{request:?} lost its blocks in the same plan"))?;
                 }
-                Effect::Token { .. } => self.coverage.tokens += 1,
-                Effect::Preempted { .. } => self.coverage.preemptions += 1,
-                Effect::Finish { reason, .. } => {
-                    self.coverage.stopped += u64::from(reason == FinishReason::Stop);
-                    self.coverage.cancelled += u64::from(matches!(reason, FinishReason::Cancelled(_)));
-                    self.coverage.failed += u64::from(reason == FinishReason::Error);
-                    self.coverage.refused += u64::from(matches!(reason, FinishReason::Refused(_)));
+                Effect::Preempted { .. } => self.ledger.insert(request, class, tenant),
+                Effect::Token { .. } => self.ledger.charge(class, tenant, 1),
+                Effect::Finish { .. } if was_waiting => self.ledger.remove(request),
+                Effect::Transfer { transfer, from, to, blocks, .. } => {
+                    let (id, from, to, blocks) = (*transfer, *from, *to, blocks.clone());
+                    self.transfers.push(Transfer { id, request, from, to, blocks });
                 }
+                Effect::Finish { .. } | Effect::Moved { .. } => {}
             }
-        }
-        if let Some(log) = &mut self.log {
-            log.effects(&effects);
         }
         self.effects = effects;
         self.effects.clear();
         Ok(())
     }
 
-    /// The step's limits, and that `policy.rs` keeps its promise: the oldest request of a worker is in each of its steps
-    /// and keeps its blocks, each decode is in each step, and nobody is left out while there is budget.
-    fn check_plan(&self, plan: &StepPlan) -> Result<(), Failure> {
-        let config = &self.workload.config;
-        let budget = config.step_tokens_max as usize;
-        check(plan.tokens.len() <= budget, InvariantId::Sch1, || format!("{} of {budget}", plan.tokens.len()))?;
-        check(plan.slices.len() <= policy::running_max(config), "slices", || format!("{}", plan.slices.len()))?;
-        let worker = &self.engine.workers[usize::from(plan.worker.0)];
-        for (at, (_, index)) in worker.iter_running().enumerate() {
-            let request = &self.engine.requests[index];
-            let slices = plan.slices.iter().filter(|slice| slice.request == request.id).count();
-            let must_run = at == 0 || request.remaining() == 1 || plan.tokens.len() < budget;
-            check(slices == 1 || (slices == 0 && !must_run), "fairness", || {
-                format!("{:?}, number {at} in age, has {slices} slices", request.id)
-            })?;
-        }
-        // An effect of this plan tells who was preempted; those who kept their blocks must be older.
-        let oldest = worker.iter_running().next().map(|(_, index)| self.engine.requests[index].id);
-        let youngest_first = self.effects.iter().all(|effect| match *effect {
-            Effect::Preempted { request } => oldest.is_some_and(|oldest| oldest < request),
-            _ => true,
-        });
-        check(youngest_first, "preemption order", || format!("{:?} with {oldest:?} running", self.effects))
-    }
-
-    /// The device may still read and write the blocks of each step in flight.
+    /// The devices may still read and write the blocks of each step in flight, and of each transfer.
     fn check_in_flight(&self) -> Result<(), Failure> {
         for plan in &self.in_flight {
-            let pool = &self.engine.workers[usize::from(plan.worker.0)].pool;
+            let pool = &self.engine.pools[self.pool(plan.worker)];
             let freed = plan.block_tables.iter().find(|block| pool.is_free(**block));
             check(freed.is_none(), InvariantId::Kv3, || format!("{freed:?} is free while {:?} uses it", plan.step))?;
         }
+        for transfer in &self.transfers {
+            let (from, to) = (self.pool(transfer.from), self.pool(transfer.to));
+            let pools = &self.engine.pools;
+            let freed = |(source, target): &&(_, _)| pools[from].is_free(*source) || pools[to].is_free(*target);
+            let freed = transfer.blocks.iter().find(freed);
+            check(freed.is_none(), InvariantId::Hnd1, || format!("{freed:?} is free while {:?} copies", transfer.id))?;
+        }
         Ok(())
+    }
+
+    fn check_ceilings(&mut self) -> Result<(), Failure> {
+        // A lowered ceiling holds again once the tenant has come down to it.
+        let engine = &self.engine;
+        self.lowered.retain(|tenant| check_ceilings(engine, |other| other == *tenant).is_err());
+        check_ceilings(engine, |tenant| !self.lowered.contains(&tenant))
     }
 
     fn check_end(&mut self) -> Result<(), Failure> {
@@ -296,15 +452,15 @@ impl Run {
         }
         let stats = self.engine.stats();
         check(stats.blocks_live == 0, "leak", || format!("{stats:?}"))?;
-        check(stats.running == 0 && stats.waiting == 0 && self.in_flight.is_empty(), "leak", || format!("{stats:?}"))?;
+        let is_empty = self.in_flight.is_empty() && self.transfers.is_empty();
+        check(stats.running == 0 && stats.waiting == 0 && is_empty, "leak", || format!("{stats:?}"))?;
         let preemptions = self.clients.iter().map(|client| u64::from(client.preemptions)).sum::<u64>();
         check(stats.preemptions == preemptions, "stats", || format!("{stats:?}, {preemptions} preemptions"))?;
         check(stats.prefix_hits <= stats.prefix_queries, "stats", || format!("{stats:?}"))?;
+        let signals = self.engine.signals();
+        let is_calm = signals.queued_tokens == 0 && signals.blocks_live + signals.blocks_pinned + signals.running == 0;
+        check(is_calm && signals.queue_pressure == 0, "signals", || format!("{signals:?}"))?;
         self.coverage.collisions = self.engine.hash_collisions();
         Ok(())
     }
-}
-
-fn check(holds: bool, name: impl std::fmt::Display, detail: impl FnOnce() -> String) -> Result<(), Failure> {
-    if holds { Ok(()) } else { Err(Failure::new(name, detail())) }
 }

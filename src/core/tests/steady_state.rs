@@ -1,8 +1,8 @@
-//! In the steady state of a running batch neither verb of the core allocates.
+//! In the steady state of a running batch neither verb of the core allocates, however many requests wait.
 
 use kvern_core::{
-    CacheSalt, CoreConfig, Effect, Engine, Input, Micros, RequestId, Role, Sampled, StepPlan, Submission, Timed,
-    WorkerId, WorkerSpec,
+    CacheSalt, ClassId, CoreConfig, Effect, Engine, Input, Micros, RequestId, Sampled, StepPlan, Submission, TenantId,
+    Timed, WorkerId,
 };
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -34,19 +34,18 @@ unsafe impl GlobalAlloc for Counting {
 static ALLOCATOR: Counting = Counting;
 
 const NUM_REQUESTS: u64 = 64;
+/// Those that find no place.
+const NUM_WAITING: u64 = 1000;
 
 fn engine() -> Engine {
     let mut engine = Engine::new(CoreConfig {
-        workers: vec![WorkerSpec { role: Role::Mixed, num_blocks: 8192 }],
-        block_size: 16,
         step_tokens_max: 512,
         running_max: NUM_REQUESTS as u32,
-        waiting_max: 1000,
+        waiting_max: 2000,
         request_tokens_max: 4096,
-        prefix_caching: true,
-        hash_bits: 128,
+        ..CoreConfig::mixed(8192, 16)
     });
-    for request in 0..NUM_REQUESTS {
+    for request in 0..NUM_REQUESTS + NUM_WAITING {
         let submission = Submission {
             request: RequestId(request),
             prompt: (0..100 + request as u32).map(|at| at * (1 + request as u32 % 3)).collect(),
@@ -54,6 +53,9 @@ fn engine() -> Engine {
             min_new_tokens: 0,
             stop_tokens: vec![2, 3],
             salt: CacheSalt(0),
+            tenant: TenantId(0),
+            class: ClassId(0),
+            deadline: None,
         };
         engine.apply(Timed { at: Micros(0), input: Input::Submit(submission) }, &mut Vec::new());
     }
@@ -67,7 +69,7 @@ fn turn(engine: &mut Engine, plan: &mut StepPlan, effects: &mut Vec<Effect>, tok
     let mut sampled = engine.recycle_sampled();
     let samples = plan.slices.iter().filter(|slice| slice.sample);
     sampled.extend(samples.map(|slice| (slice.request, Sampled::Token(token))));
-    let input = Input::StepDone { worker: plan.worker, step: plan.step, sampled };
+    let input = Input::StepDone { worker: plan.worker, step: plan.step, device_us: 0, sampled };
     engine.apply(Timed { at: Micros(0), input }, effects);
     plan.slices.len()
 }
@@ -91,6 +93,7 @@ fn decoding_allocates_nothing() {
         assert_eq!(turn(&mut engine, &mut plan, &mut effects, 100 + step % 7), NUM_REQUESTS as usize);
         assert_eq!(effects.len(), NUM_REQUESTS as usize);
     }
+    assert_eq!(u64::from(engine.stats().waiting), NUM_WAITING);
     let allocations = ALLOCATIONS.load(Ordering::Relaxed) - before;
     assert_eq!(allocations, 0, "allocations in 800 steps of 64 decoding requests");
     assert_eq!(engine.check(), Ok(()));
