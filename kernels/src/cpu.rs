@@ -54,7 +54,7 @@ pub(crate) struct CpuDevice {
     tile_unit: amx::TileUnit,
     /// Quantized activations of the running matrix product; grows to the largest seen.
     activations: Mutex<quantize::QuantRows>,
-    /// Rounded ones, likewise.
+    /// Rounded ones, likewise; larger from the start.
     pairs: Mutex<round::PairRows>,
     /// Per worker, the records that it has open.
     opened: Vec<Mutex<Buffer<open::Group>>>,

@@ -8,6 +8,10 @@ use super::simd::{Kernel, LANES, Simd, dispatch};
 use crate::Result;
 use crate::buffer::Buffer;
 
+/// Pairs that there is room for from the start, 2,048 rows of 16,384 values: memory is touched as it is used, and a step
+/// allocates nothing.
+const PAIRS: usize = 16 << 20;
+
 /// The rounded rows of one matrix product.
 pub(crate) struct PairRows {
     pairs: Buffer<Pair>,
@@ -15,7 +19,7 @@ pub(crate) struct PairRows {
 
 impl PairRows {
     pub(crate) fn new() -> Result<Self> {
-        Ok(PairRows { pairs: Buffer::zeros(0)? })
+        Ok(PairRows { pairs: Buffer::zeros(PAIRS)? })
     }
 
     /// Rounds the rows of `x [rows, cols]`; returns them as `[rows][cols / 2]`, odd `cols` rounded up with a zero.
