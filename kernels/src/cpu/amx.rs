@@ -39,7 +39,11 @@ impl TileShapes {
     /// For products over `k_bytes` (at most 64) of `rows` (at most 16) rows: registers 0 to 3 are results, 4 and 5 `A`, 6 and
     /// 7 `B`.
     pub(super) const fn product(rows: usize, k_bytes: usize) -> Self {
-        assert!(0 < rows && rows <= TILE_ROWS && 0 < k_bytes && k_bytes <= TILE_ROW_BYTES && k_bytes % 4 == 0);
+        assert!(0 < rows && rows <= TILE_ROWS, "rows of a register");
+        assert!(
+            0 < k_bytes && k_bytes <= TILE_ROW_BYTES && k_bytes.is_multiple_of(4),
+            "whole words of a register's row"
+        );
         let c = (rows as u8, TILE_ROW_BYTES as u8);
         let (a, b) = ((rows as u8, k_bytes as u8), ((k_bytes / 4) as u8, TILE_ROW_BYTES as u8));
         TileShapes([c, c, c, c, a, a, b, b])

@@ -57,15 +57,14 @@ fn add_record<S: Simd, P: Planes, A: Affine, const R: usize>(
         let sums = if A::PARTS == 2 { &x.half_sums[part] } else { &x.sums };
         let mut dots = [s.splat_int(0); R];
         if bias != 0 {
-            for r in 0..R {
-                dots[r] = s.splat_int(bias * sums[first + r]);
+            for (dot, &sum) in dots.iter_mut().zip(&sums[first..]) {
+                *dot = s.splat_int(bias * sum);
             }
         }
         for quad in part * (8 / A::PARTS)..(part + 1) * (8 / A::PARTS) {
             let codes = P::quad(s, planes, quad);
-            for r in 0..R {
-                let x = x.codes[first + r][quad];
-                dots[r] = if P::BYTES { s.dot4_bytes(dots[r], codes, x) } else { s.dot4_small(dots[r], codes, x) };
+            for (dot, x) in dots.iter_mut().zip(&x.codes[first..]) {
+                *dot = if P::BYTES { s.dot4_bytes(*dot, codes, x[quad]) } else { s.dot4_small(*dot, codes, x[quad]) };
             }
         }
         let (scale, min) = (A::scale(s, head, scales, part), A::min(s, head, scales, part));

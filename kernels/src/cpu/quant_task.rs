@@ -38,9 +38,9 @@ fn by_vectors<S: Simd, P: Planes, A: Affine>(s: S, layout: Layout, data: &[u8], 
         for panel in task.panels.clone() {
             let bytes = &data[panel * panel_bytes..][..panel_bytes];
             let dots = quant::dots::<S, P, A, R>(s, layout, bytes, x, row % TILE_ROWS);
-            for r in 0..R {
+            for (r, &dot) in dots.iter().enumerate() {
                 // SAFETY: a task owns its panels.
-                unsafe { out.store(s, part, row + r, panel, dots[r]) };
+                unsafe { out.store(s, part, row + r, panel, dot) };
             }
         }
     });
