@@ -11,7 +11,7 @@ mod tiny_model;
 use kvern::admission::GenerationDefaults;
 use kvern::http::{ApiKeys, AppState, HttpLimits, ServedModel, serve};
 use kvern::request::{Engine, EngineHealth, Request, SubmitError, TokenEvent, TokenRx};
-use kvern_core::{CancelReason, FinishReason, RequestId, Usage};
+use kvern_core::{CancelReason, FinishReason, RequestId, TenantSpec, Usage};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::process::{Command, Stdio};
@@ -46,6 +46,7 @@ fn end(tokens: u32) -> TokenEvent {
 impl Engine for NullEngine {
     fn submit(&self, request: Request) -> Result<TokenRx, SubmitError> {
         let (sender, receiver) = channel::channel(CHANNEL);
+        sender.try_send(TokenEvent::Accepted).unwrap();
         if request.max_new_tokens == 1 {
             sender.try_send(word(0)).unwrap();
             sender.try_send(end(1)).unwrap();
@@ -63,6 +64,12 @@ impl Engine for NullEngine {
     }
     fn metrics_text(&self) -> String {
         String::new()
+    }
+    fn saturation(&self) -> f32 {
+        0.0
+    }
+    fn set_tenants(&self, _: &[TenantSpec]) -> bool {
+        true
     }
 }
 

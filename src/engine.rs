@@ -48,13 +48,12 @@ impl EngineLoop {
         core: Core,
         inbox: Receiver<Message>,
         worker: SyncSender<StepCommand>,
-        salt: u128,
         telemetry: Arc<Telemetry>,
         shared: Arc<Shared>,
     ) -> Self {
         EngineLoop {
             core,
-            streams: Streams::new(salt, Arc::clone(&shared), Arc::clone(&telemetry)),
+            streams: Streams::new(Arc::clone(&shared), Arc::clone(&telemetry)),
             inbox,
             worker,
             shared,
@@ -91,10 +90,13 @@ impl EngineLoop {
             match next {
                 None => break,
                 Some(Message::Submit(request, events)) => {
+                    let id = request.id;
                     let submission = self.streams.open(*request, events, self.now());
                     self.apply(Input::Submit(submission));
+                    self.streams.accept(id);
                 }
                 Some(Message::Cancel(request, reason)) => self.apply(Input::Cancel { request, reason }),
+                Some(Message::SetTenants(tenants)) => self.apply(Input::SetTenants(tenants)),
                 Some(Message::StepDone(result)) => self.step_done(*result),
                 Some(Message::Wake) => {}
                 Some(Message::Shutdown) => {

@@ -34,10 +34,13 @@ pub enum ServeError {
     BodyTimeout { limit: Duration },
     #[error("expected the content type application/json, found {found}")]
     WrongMediaType { found: String },
-    #[error("the queue is full: {waiting} requests wait, the limit is {limit}")]
-    QueueFull { waiting: u32, limit: u32 },
-    #[error("more requests wait than this server takes")]
-    Overloaded,
+    /// The server has too much to do; another replica may not.
+    #[error("{why}: {} requests wait; try again in {:.1} s", .backoff.queue_depth, .backoff.seconds())]
+    Overloaded { why: Overload, backoff: Backoff },
+    #[error("the answer was not complete within the request's time limit")]
+    DeadlinePassed,
+    #[error("the same prompt made the model fail a short while ago; it is taken again in {:.1} s", .backoff.seconds())]
+    Quarantined { backoff: Backoff },
     #[error("the prompt and the answer need more memory than this server has for one request")]
     TooLongForCache,
     #[error("the model is still loading")]
@@ -57,6 +60,38 @@ pub enum ServeError {
     Internal,
 }
 
+/// What the server has too much of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Overload {
+    #[error("the queue of requests is full")]
+    Queue,
+    #[error("the queue of prompt tokens is full")]
+    QueueTokens,
+    #[error("the answer would come later than its time limit or than its class is promised")]
+    Deadline,
+}
+
+/// When a refused request may be sent again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Backoff {
+    /// As predicted by the model of what steps cost.
+    pub retry_in: Duration,
+    /// Requests that wait.
+    pub queue_depth: u32,
+}
+
+impl Backoff {
+    fn seconds(self) -> f64 {
+        self.retry_in.as_secs_f64()
+    }
+}
+
+impl From<kvern_core::Backoff> for Backoff {
+    fn from(backoff: kvern_core::Backoff) -> Self {
+        Backoff { retry_in: Duration::from_micros(backoff.retry_in.0), queue_depth: backoff.queue_depth }
+    }
+}
+
 /// `{"error": {...}}`, the body of every error.
 #[derive(Serialize, ToSchema)]
 pub struct ErrorBody<'a> {
@@ -73,10 +108,16 @@ pub struct ErrorDetail<'a> {
     pub param: Option<&'a str>,
     /// A stable word for programs, such as `context_length_exceeded`.
     pub code: Option<&'static str>,
+    /// Seconds after which the same request is expected to be taken.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub retry_in: Option<f64>,
+    /// Requests that wait.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub queue_depth: Option<u32>,
 }
 
-/// A client that met a full queue or a server that loads or drains may try again after this many seconds.
-const RETRY_AFTER_S: u32 = 1;
+/// A client that met a server that loads or drains may try again after this long.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 impl ServeError {
     /// A parameter with a value that it cannot take.
@@ -112,13 +153,16 @@ impl ServeError {
             ServeError::BodyTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             ServeError::BodyTimeout { .. } => StatusCode::REQUEST_TIMEOUT,
             ServeError::WrongMediaType { .. } => StatusCode::UNSUPPORTED_MEDIA_TYPE,
-            ServeError::QueueFull { .. } | ServeError::Overloaded | ServeError::SlowReader => {
-                StatusCode::TOO_MANY_REQUESTS
+            ServeError::SlowReader => StatusCode::TOO_MANY_REQUESTS,
+            ServeError::Overloaded { .. }
+            | ServeError::Loading
+            | ServeError::Draining
+            | ServeError::EngineStopped
+            | ServeError::Shutdown => StatusCode::SERVICE_UNAVAILABLE,
+            ServeError::DeadlinePassed => StatusCode::GATEWAY_TIMEOUT,
+            ServeError::Quarantined { .. } | ServeError::GenerationFailed | ServeError::Internal => {
+                StatusCode::INTERNAL_SERVER_ERROR
             }
-            ServeError::Loading | ServeError::Draining | ServeError::EngineStopped | ServeError::Shutdown => {
-                StatusCode::SERVICE_UNAVAILABLE
-            }
-            ServeError::GenerationFailed | ServeError::Internal => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
 
@@ -143,7 +187,10 @@ impl ServeError {
             ServeError::BodyTooLarge { .. } => Some("body_too_large"),
             ServeError::BodyTimeout { .. } => Some("body_timeout"),
             ServeError::WrongMediaType { .. } => Some("unsupported_media_type"),
-            ServeError::QueueFull { .. } | ServeError::Overloaded => Some("queue_full"),
+            ServeError::Overloaded { why: Overload::Queue | Overload::QueueTokens, .. } => Some("queue_full"),
+            ServeError::Overloaded { why: Overload::Deadline, .. } => Some("would_be_late"),
+            ServeError::DeadlinePassed => Some("deadline_exceeded"),
+            ServeError::Quarantined { .. } => Some("quarantined"),
             ServeError::TooLongForCache => Some("context_length_exceeded"),
             ServeError::Loading => Some("model_loading"),
             ServeError::Draining | ServeError::Shutdown => Some("shutting_down"),
@@ -164,22 +211,33 @@ impl ServeError {
     /// The body that says this error, also the data of an error frame inside a stream.
     #[must_use]
     pub fn body(&self) -> ErrorBody<'_> {
+        let backoff = self.backoff();
         ErrorBody {
             error: ErrorDetail {
                 message: Cow::Owned(self.to_string()),
                 r#type: self.kind(),
                 param: self.param(),
                 code: self.code(),
+                // Milliseconds are all that a prediction is good for.
+                retry_in: backoff.map(|backoff| (backoff.seconds() * 1e3).ceil() / 1e3),
+                queue_depth: backoff.map(|backoff| backoff.queue_depth),
             },
         }
     }
 
-    /// Whether the same request may succeed a little later, on this replica or on another.
-    fn retryable(&self) -> bool {
-        matches!(
-            self,
-            ServeError::QueueFull { .. } | ServeError::Overloaded | ServeError::Loading | ServeError::Draining
-        )
+    fn backoff(&self) -> Option<Backoff> {
+        match self {
+            ServeError::Overloaded { backoff, .. } | ServeError::Quarantined { backoff } => Some(*backoff),
+            _ => None,
+        }
+    }
+
+    /// When the same request may succeed, on this replica or on another.
+    fn retry_after(&self) -> Option<Duration> {
+        match self {
+            ServeError::Loading | ServeError::Draining => Some(RETRY_AFTER),
+            _ => self.backoff().map(|backoff| backoff.retry_in),
+        }
     }
 
     /// The whole HTTP answer: the one mapping of errors to HTTP.
@@ -196,8 +254,15 @@ impl ServeError {
         *response.status_mut() = status;
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
-        if self.retryable() {
-            headers.insert(header::RETRY_AFTER, HeaderValue::from(RETRY_AFTER_S));
+        if let Some(after) = self.retry_after() {
+            // Whole seconds are what HTTP knows; the SDKs of OpenAI read the milliseconds first.
+            let ms = u64::try_from(after.as_millis()).unwrap_or(u64::MAX).max(1);
+            headers.insert(header::RETRY_AFTER, HeaderValue::from(ms.div_ceil(1000)));
+            headers.insert("retry-after-ms", HeaderValue::from(ms));
+        }
+        if matches!(self, ServeError::DeadlinePassed) {
+            // Whoever set the limit has no more time.
+            headers.insert("x-should-retry", HeaderValue::from_static("false"));
         }
         if status == StatusCode::UNAUTHORIZED {
             headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
@@ -219,7 +284,9 @@ impl axum::response::IntoResponse for ServeError {
 impl From<SubmitError> for ServeError {
     fn from(error: SubmitError) -> Self {
         match error {
-            SubmitError::QueueFull { waiting, limit } => ServeError::QueueFull { waiting, limit },
+            SubmitError::QueueFull { waiting, retry_in, .. } => {
+                ServeError::Overloaded { why: Overload::Queue, backoff: Backoff { retry_in, queue_depth: waiting } }
+            }
             SubmitError::Draining => ServeError::Draining,
             SubmitError::Stopped => ServeError::EngineStopped,
         }

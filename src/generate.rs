@@ -1,7 +1,7 @@
 //! `kvern generate "prompt"`: one answer on the terminal, streamed as it is made, by the same engine that serves.
 
 use crate::config::GenerateConfig;
-use crate::request::{Engine, Request, SamplingParams, TokenEvent};
+use crate::request::{Engine, Request, SamplingParams, Terms, TokenEvent};
 use crate::runtime::Runtime;
 use crate::text::{IncrementalDetokenizer, RenderInput, TemplateError, TextModel, TokenizerError};
 use kvern_core::{FinishReason, TokenId, Usage};
@@ -103,12 +103,13 @@ pub fn generate(
         sampling,
         max_new_tokens: max_tokens.unwrap_or(u32::MAX).clamp(1, room as u32),
         n: 1,
-        tenant: 0,
+        terms: Terms::default(),
     })?;
     let mut detokenizer = IncrementalDetokenizer::new(Arc::clone(&text.tokenizer), true);
     let mut first = None;
     loop {
         match events.blocking_recv().ok_or(GenerateError::EngineStopped)? {
+            TokenEvent::Accepted => {}
             TokenEvent::Token { token, .. } => {
                 first.get_or_insert_with(|| started.elapsed());
                 out.write_all(detokenizer.push(token).as_bytes())?;

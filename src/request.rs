@@ -1,7 +1,8 @@
 //! A request past admission, and the words that the engine says about it.
 
-use kvern_core::{CancelReason, FinishReason, RequestId, TokenId, Usage};
+use kvern_core::{CacheSalt, CancelReason, ClassId, FinishReason, RequestId, TenantId, TenantSpec, TokenId, Usage};
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::sync::mpsc;
 
 /// A validated request: plain data, tokenized.
@@ -16,8 +17,21 @@ pub struct Request {
     pub max_new_tokens: u32,
     /// Choices that its caller asked for, this one among them.
     pub n: u32,
-    /// Whose prefix cache it may share: 0 for all (no keys file yet).
-    pub tenant: u64,
+    pub terms: Terms,
+}
+
+/// On whose behalf a request runs, and what that gives it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Terms {
+    pub tenant: TenantId,
+    /// 0 is the most urgent.
+    pub class: ClassId,
+    /// Requests of equal salt share the cache of their prefixes; nobody else can read or time it.
+    pub salt: CacheSalt,
+    /// Whole blocks of this many first prompt tokens are shared by all salts: the operator made them public.
+    pub shared_tokens: u32,
+    /// How long after its submission the request is stopped, wherever it is.
+    pub timeout: Option<Duration>,
 }
 
 /// How tokens are drawn. Every field is in range: admission checked it.
@@ -61,6 +75,8 @@ pub struct TokenLogprobs {
 /// What the engine tells a request's owner.
 #[derive(Clone, Debug)]
 pub enum TokenEvent {
+    /// The first event of a request that was taken; one that was not has only its `Finished`.
+    Accepted,
     /// `Box`ed so that the common case stays small.
     Token { token: TokenId, logprobs: Option<Box<TokenLogprobs>> },
     /// The last event. A stop token that ended the request was sent as a `Token` before.
@@ -73,7 +89,12 @@ pub type TokenRx = mpsc::Receiver<TokenEvent>;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SubmitError {
     #[error("the queue is full: {waiting} requests wait, the limit is {limit}")]
-    QueueFull { waiting: u32, limit: u32 },
+    QueueFull {
+        waiting: u32,
+        limit: u32,
+        /// When there is room again, as far as the engine can tell.
+        retry_in: Duration,
+    },
     #[error("the server is draining and takes no new requests")]
     Draining,
     #[error("the engine has stopped")]
@@ -91,6 +112,11 @@ pub trait Engine: Send + Sync + 'static {
     fn health(&self) -> EngineHealth;
     /// Prometheus text format 0.0.4.
     fn metrics_text(&self) -> String;
+    /// 0 to 1: the largest of the pressures on queue, KV cache and inter-token latency. Cheap enough for every answer.
+    fn saturation(&self) -> f32;
+    /// Replaces the settings of all tenants; those of a request's tenant must be there before the request. `false` when the
+    /// engine is too busy to take them now: say it again.
+    fn set_tenants(&self, tenants: &[TenantSpec]) -> bool;
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

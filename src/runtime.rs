@@ -40,8 +40,6 @@ pub enum StartError {
     KvTooSmall { bytes: u64, tokens: u64, model_len: u32, needed: u64 },
     #[error("could not start the {name} thread: {source}")]
     Thread { name: &'static str, source: std::io::Error },
-    #[error("the system gives no random numbers: {0}")]
-    Random(getrandom::Error),
     #[error("the warm-up step failed: {0}")]
     WarmUp(KernelError),
 }
@@ -243,13 +241,12 @@ fn spawn(
         prefix_caching: options.engine.prefix_caching,
         ..CoreConfig::mixed(account.kv_blocks, options.engine.block_size)
     });
-    let salt = random_salt()?;
     let limits = EngineLimits { waiting_max: options.engine.max_num_queued_reqs };
     let (handle, inbox, shared) = EngineHandle::new(limits, Arc::clone(&telemetry));
     let (ended, has_ended) = oneshot::channel();
     let (steps, commands) = sync_channel(1);
     let reporter = handle.reporter();
-    let engine = EngineLoop::new(core, inbox, steps, salt, telemetry, shared);
+    let engine = EngineLoop::new(core, inbox, steps, telemetry, shared);
     let threads = vec![
         thread("kvern-worker", move || crate::engine::serve_worker(worker, &commands, &reporter))?,
         thread("kvern-engine", move || {
@@ -259,12 +256,6 @@ fn spawn(
         })?,
     ];
     Ok(Running { handle, threads, ended: has_ended })
-}
-
-fn random_salt() -> Result<u128, StartError> {
-    let mut bytes = [0; 16];
-    getrandom::fill(&mut bytes).map_err(StartError::Random)?;
-    Ok(u128::from_ne_bytes(bytes))
 }
 
 fn thread(name: &'static str, run: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, StartError> {

@@ -146,7 +146,7 @@ fn draining_finishes_what_runs_and_takes_nothing_new() {
         sampling: ask.sampling.clone(),
         max_new_tokens: 1,
         n: 1,
-        tenant: 0,
+        terms: kvern::request::Terms::default(),
     });
     assert_eq!(refused.unwrap_err(), SubmitError::Draining);
     assert_eq!(collect(running).tokens.len(), 30);

@@ -3,7 +3,7 @@
 use crate::request::{Engine, EngineHealth, Request, SubmitError, TokenEvent, TokenRx};
 use crate::telemetry::Telemetry;
 use crate::worker::StepResult;
-use kvern_core::{Backoff, CancelReason, Refusal, RequestId};
+use kvern_core::{Backoff, CancelReason, Refusal, RequestId, TenantSpec};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
@@ -20,6 +20,7 @@ const STALL_MAX: Duration = Duration::from_secs(120);
 pub(crate) enum Message {
     Submit(Box<Request>, mpsc::Sender<TokenEvent>),
     Cancel(RequestId, CancelReason),
+    SetTenants(Vec<TenantSpec>),
     StepDone(Box<StepResult>),
     /// Look at the flags again.
     Wake,
@@ -45,6 +46,10 @@ pub(crate) struct Shared {
     started: Instant,
     /// Milliseconds after `started` of the loop's last turn.
     last_turn_ms: AtomicU64,
+    /// Until a full queue is expected to take a request again.
+    retry_in_us: AtomicU64,
+    /// Thousandths.
+    saturation: AtomicU32,
 }
 
 impl Shared {
@@ -88,6 +93,8 @@ impl EngineHandle {
             busy: AtomicBool::new(false),
             started: Instant::now(),
             last_turn_ms: AtomicU64::new(0),
+            retry_in_us: AtomicU64::new(0),
+            saturation: AtomicU32::new(0),
         });
         (EngineHandle { inbox, shared: Arc::clone(&shared), telemetry }, messages, shared)
     }
@@ -128,14 +135,16 @@ impl Engine for EngineHandle {
         let limit = shared.limits.waiting_max;
         let full = |waiting| {
             self.telemetry.on_rejected(Refusal::QueueFull(Backoff::default()));
-            SubmitError::QueueFull { waiting, limit }
+            let retry_in = Duration::from_micros(shared.retry_in_us.load(Ordering::Relaxed));
+            SubmitError::QueueFull { waiting, limit, retry_in }
         };
         let waiting = shared.waiting.fetch_add(1, Ordering::Relaxed);
         if waiting >= limit {
             shared.leave_queue();
             return Err(full(waiting));
         }
-        let room = (request.max_new_tokens as usize + 1).min(STREAM_EVENTS_MAX);
+        // Its tokens, `Accepted` and `Finished`.
+        let room = (request.max_new_tokens as usize).saturating_add(2).min(STREAM_EVENTS_MAX);
         let (events, receiver) = mpsc::channel(room);
         match self.inbox.try_send(Message::Submit(Box::new(request), events)) {
             Ok(()) => Ok(receiver),
@@ -169,5 +178,13 @@ impl Engine for EngineHandle {
 
     fn metrics_text(&self) -> String {
         self.telemetry.render()
+    }
+
+    fn saturation(&self) -> f32 {
+        self.shared.saturation.load(Ordering::Relaxed) as f32 / 1000.0
+    }
+
+    fn set_tenants(&self, tenants: &[TenantSpec]) -> bool {
+        self.inbox.try_send(Message::SetTenants(tenants.to_vec())).is_ok()
     }
 }

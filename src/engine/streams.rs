@@ -4,7 +4,7 @@ use super::handle::Shared;
 use crate::request::{Request, TokenEvent, TokenLogprobs};
 use crate::telemetry::{RequestInfo, RequestTimeline, Telemetry};
 use crate::worker::{SequenceSampling, TokenCounts};
-use kvern_core::{CacheSalt, ClassId, Effect, Micros, RequestId, Submission, TenantId};
+use kvern_core::{Effect, Micros, RequestId, Submission};
 use std::collections::HashMap;
 use std::sync::Arc;
 use tokio::sync::mpsc;
@@ -14,8 +14,6 @@ pub(super) struct Streams {
     /// What the worker must learn with the next step.
     admitted: Vec<(RequestId, SequenceSampling)>,
     forgotten: Vec<RequestId>,
-    /// Of this process: nobody outside can compute block hashes, and so none can be made to collide.
-    salt: u128,
     shared: Arc<Shared>,
     telemetry: Arc<Telemetry>,
 }
@@ -30,8 +28,8 @@ struct Stream {
 }
 
 impl Streams {
-    pub(super) fn new(salt: u128, shared: Arc<Shared>, telemetry: Arc<Telemetry>) -> Self {
-        Streams { table: HashMap::new(), admitted: Vec::new(), forgotten: Vec::new(), salt, shared, telemetry }
+    pub(super) fn new(shared: Arc<Shared>, telemetry: Arc<Telemetry>) -> Self {
+        Streams { table: HashMap::new(), admitted: Vec::new(), forgotten: Vec::new(), shared, telemetry }
     }
 
     /// Opens a stream and gives the request's part that the core needs.
@@ -50,14 +48,22 @@ impl Streams {
             max_new_tokens: request.max_new_tokens,
             min_new_tokens: request.sampling.min_tokens,
             stop_tokens: request.sampling.stop_tokens.clone(),
-            salt: CacheSalt(self.salt ^ u128::from(request.tenant)),
-            tenant: TenantId::default(),
-            class: ClassId::default(),
-            deadline: None,
+            salt: request.terms.salt,
+            tenant: request.terms.tenant,
+            class: request.terms.class,
+            deadline: request.terms.timeout.map(|timeout| Micros(now.0.saturating_add(timeout.as_micros() as u64))),
         };
         let sampling = Some(SequenceSampling { params: Arc::new(request.sampling), counts });
         self.table.insert(request.id, Stream { events, timeline, sampling, logprobs: None });
         submission
+    }
+
+    /// Tells a stream that its request was taken, unless it has ended.
+    pub(super) fn accept(&mut self, request: RequestId) {
+        if let Some(stream) = self.table.get(&request) {
+            // The first event of a new channel: there is room, or nobody listens any more.
+            let _ = stream.events.try_send(TokenEvent::Accepted);
+        }
     }
 
     pub(super) fn ids(&self) -> impl Iterator<Item = RequestId> {

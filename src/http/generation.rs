@@ -9,8 +9,8 @@ use super::logprobs::PendingLogprobs;
 use super::state::ServedModel;
 use super::types::common::{FinishReason, PromptTokensDetails, StopReason, Usage};
 use crate::admission::{Admitted, OutputRules};
-use crate::error::ServeError;
-use crate::request::{Request, TokenEvent, TokenRx};
+use crate::error::{Overload, ServeError};
+use crate::request::{Request, Terms, TokenEvent, TokenRx};
 use crate::text::{IncrementalDetokenizer, StopMatcher};
 use kvern_core::{CancelReason, FinishReason as EngineFinish, Refusal, RequestId, TokenId, Usage as EngineUsage};
 use std::sync::Arc;
@@ -62,11 +62,34 @@ enum Phase {
 }
 
 impl Generation {
-    /// Submits every choice, or none: the first refusal drops those before it.
-    pub(crate) fn submit(
+    /// Submits every choice, or none: the first refusal drops those before it. Returns when the engine has taken them all,
+    /// which it says at once.
+    pub(crate) async fn submit(
         model: Arc<ServedModel>,
         admitted: Admitted,
         external_id: &Arc<str>,
+        terms: Terms,
+    ) -> Result<Self, ServeError> {
+        let mut generation = Self::submit_all(model, admitted, external_id, terms)?;
+        for choice in &mut generation.choices {
+            let Phase::Running(receiver) = &mut choice.phase else { unreachable!("a choice starts as running") };
+            match receiver.recv().await {
+                Some(TokenEvent::Accepted) => {}
+                Some(TokenEvent::Finished { reason: EngineFinish::Refused(refusal), .. }) => return Err(refused(refusal)),
+                other => {
+                    tracing::error!(?other, "the engine did not say whether it takes a request");
+                    return Err(ServeError::EngineStopped);
+                }
+            }
+        }
+        Ok(generation)
+    }
+
+    fn submit_all(
+        model: Arc<ServedModel>,
+        admitted: Admitted,
+        external_id: &Arc<str>,
+        terms: Terms,
     ) -> Result<Self, ServeError> {
         let Admitted { prompts, sampling, n, rules, .. } = admitted;
         let mut choices = Vec::with_capacity(prompts.len() * n as usize);
@@ -90,7 +113,7 @@ impl Generation {
                     prompt: tokens,
                     sampling,
                     max_new_tokens: prompt.max_new_tokens,
-                    tenant: 0,
+                    terms,
                 })?;
                 choices.push(Choice {
                     index: choices.len() as u32,
@@ -147,7 +170,7 @@ impl Generation {
         };
         Poll::Ready(match (event, ending) {
             // What the engine made after the stop string is not part of the answer.
-            (Some(TokenEvent::Token { .. }), true) => Ok(Progress::Silent),
+            (Some(TokenEvent::Token { .. }), true) | (Some(TokenEvent::Accepted), _) => Ok(Progress::Silent),
             (Some(TokenEvent::Finished { usage, .. }), true) => {
                 choice.end(usage);
                 Ok(Progress::Silent)
@@ -201,18 +224,12 @@ impl Generation {
         let reason = match reason {
             EngineFinish::Stop => FinishReason::Stop,
             EngineFinish::Length => FinishReason::Length,
-            EngineFinish::Error | EngineFinish::Refused(Refusal::Quarantined(_)) => {
-                return Err(ServeError::GenerationFailed);
-            }
-            EngineFinish::Refused(Refusal::QueueFull(_) | Refusal::QueueTokens(_) | Refusal::Deadline(_)) => {
-                return Err(ServeError::Overloaded);
-            }
-            EngineFinish::Refused(Refusal::TooLong) => return Err(ServeError::TooLongForCache),
+            EngineFinish::Error => return Err(ServeError::GenerationFailed),
+            EngineFinish::Deadline => return Err(ServeError::DeadlinePassed),
+            EngineFinish::Refused(refusal) => return Err(refused(refusal)),
             EngineFinish::Cancelled(CancelReason::SlowReader) => return Err(ServeError::SlowReader),
             EngineFinish::Cancelled(CancelReason::Shutdown) => return Err(ServeError::Shutdown),
-            EngineFinish::Refused(Refusal::Empty | Refusal::UnknownTenant)
-            | EngineFinish::Deadline
-            | EngineFinish::Cancelled(CancelReason::ClientGone | CancelReason::StopString) => {
+            EngineFinish::Cancelled(CancelReason::ClientGone | CancelReason::StopString) => {
                 tracing::error!(?reason, "the engine ended a request as nobody asked it to");
                 return Err(ServeError::Internal);
             }
@@ -266,6 +283,21 @@ impl Generation {
             completion_tokens: completion,
             total_tokens: self.prompt_tokens + completion,
             prompt_tokens_details: Some(PromptTokensDetails { cached_tokens }),
+        }
+    }
+}
+
+fn refused(refusal: Refusal) -> ServeError {
+    let overloaded = |why, backoff: kvern_core::Backoff| ServeError::Overloaded { why, backoff: backoff.into() };
+    match refusal {
+        Refusal::QueueFull(backoff) => overloaded(Overload::Queue, backoff),
+        Refusal::QueueTokens(backoff) => overloaded(Overload::QueueTokens, backoff),
+        Refusal::Deadline(backoff) => overloaded(Overload::Deadline, backoff),
+        Refusal::Quarantined(backoff) => ServeError::Quarantined { backoff: backoff.into() },
+        Refusal::TooLong => ServeError::TooLongForCache,
+        Refusal::Empty | Refusal::UnknownTenant => {
+            tracing::error!(?refusal, "the engine refused what admission had checked");
+            ServeError::Internal
         }
     }
 }

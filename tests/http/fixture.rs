@@ -4,7 +4,7 @@ use crate::tiny_model::{IM_END, TEXT, VOCAB_SIZE};
 use kvern::admission::GenerationDefaults;
 use kvern::http::{ApiKeys, AppState, HttpLimits, ServedModel, serve};
 use kvern::request::{Engine, EngineHealth, Request, SubmitError, TokenEvent, TokenRx};
-use kvern_core::{CancelReason, FinishReason, RequestId, TokenId, Usage};
+use kvern_core::{CancelReason, FinishReason, RequestId, TenantSpec, TokenId, Usage};
 use serde_json::{Value, json};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -34,6 +34,8 @@ pub(crate) struct FakeEngine {
     pub(crate) refusal: Mutex<Option<SubmitError>>,
     pub(crate) health: Mutex<EngineHealth>,
     pub(crate) cancelled: Mutex<Vec<(RequestId, CancelReason)>>,
+    pub(crate) saturation: Mutex<f32>,
+    pub(crate) tenants: Mutex<Vec<TenantSpec>>,
 }
 
 impl Engine for FakeEngine {
@@ -42,8 +44,14 @@ impl Engine for FakeEngine {
             return Err(error);
         }
         let (sender, receiver) = mpsc::channel(CHANNEL);
-        if let Some(script) = &self.script {
-            let events = script(&request);
+        let events = self.script.as_ref().map(|script| script(&request));
+        let refuses = |events: &Vec<TokenEvent>| {
+            matches!(events.first(), Some(TokenEvent::Finished { reason: FinishReason::Refused(_), .. }))
+        };
+        if !events.as_ref().is_some_and(refuses) {
+            sender.try_send(TokenEvent::Accepted).expect("a new channel has room");
+        }
+        if let Some(events) = events {
             let speaker = sender.clone();
             tokio::spawn(async move {
                 for event in events {
@@ -72,6 +80,15 @@ impl Engine for FakeEngine {
 
     fn metrics_text(&self) -> String {
         "# TYPE kvern_fake gauge\nkvern_fake 1\n".into()
+    }
+
+    fn saturation(&self) -> f32 {
+        *self.saturation.lock().unwrap()
+    }
+
+    fn set_tenants(&self, tenants: &[TenantSpec]) -> bool {
+        *self.tenants.lock().unwrap() = tenants.to_vec();
+        true
     }
 }
 
@@ -134,6 +151,8 @@ impl Setup {
             refusal: Mutex::new(None),
             health: Mutex::new(EngineHealth { ready: true, live: true, draining: false }),
             cancelled: Mutex::default(),
+            saturation: Mutex::default(),
+            tenants: Mutex::default(),
         });
         let state = AppState::new(self.limits, ApiKeys::new(self.keys));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

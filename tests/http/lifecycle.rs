@@ -153,8 +153,9 @@ async fn a_reader_that_never_reads_is_cut_off() {
 #[tokio::test]
 async fn refusals_of_the_engine() {
     let server = Setup::default().start().await;
+    let retry_in = std::time::Duration::from_millis(1_250);
     let cases = [
-        (SubmitError::QueueFull { waiting: 7, limit: 7 }, 429, "rate_limit_error", "queue_full", true),
+        (SubmitError::QueueFull { waiting: 7, limit: 7, retry_in }, 503, "server_error", "queue_full", true),
         (SubmitError::Draining, 503, "server_error", "shutting_down", true),
         (SubmitError::Stopped, 503, "server_error", "engine_stopped", false),
     ];
@@ -175,8 +176,7 @@ async fn failures_of_a_whole_answer() {
     use kvern_core::{Backoff, CancelReason, Refusal};
     let cases = [
         (FinishReason::Error, 500, "internal_error"),
-        (FinishReason::Refused(Refusal::QueueFull(Backoff::default())), 429, "queue_full"),
-        (FinishReason::Refused(Refusal::TooLong), 400, "context_length_exceeded"),
+        (FinishReason::Deadline, 504, "deadline_exceeded"),
         (FinishReason::Cancelled(CancelReason::Shutdown), 503, "shutting_down"),
     ];
     for (reason, status, code) in cases {
@@ -185,6 +185,35 @@ async fn failures_of_a_whole_answer() {
         let response = server.post_json(CHAT, chat_with(json!({}))).await;
         assert_eq!(response.status(), status, "{reason:?}");
         assert_eq!(response.json::<Value>().await.unwrap()["error"]["code"], code, "{reason:?}");
+    }
+}
+
+#[tokio::test]
+async fn refusals_of_the_scheduler() {
+    use kvern_core::{Backoff, Micros, Refusal};
+    let backoff = Backoff { retry_in: Micros(1_250_400), queue_depth: 9 };
+    let cases = [
+        (Refusal::QueueFull(backoff), 503, "queue_full", true),
+        (Refusal::QueueTokens(backoff), 503, "queue_full", true),
+        (Refusal::Deadline(backoff), 503, "would_be_late", true),
+        (Refusal::Quarantined(backoff), 500, "quarantined", true),
+        (Refusal::TooLong, 400, "context_length_exceeded", false),
+    ];
+    for (refusal, status, code, retry) in cases {
+        let script = move |_: &kvern::request::Request| vec![finished(FinishReason::Refused(refusal), 0)];
+        let server = Setup { script: Some(Box::new(script)), ..Setup::default() }.start().await;
+        // A stream hears of it before its head is sent.
+        for stream in [false, true] {
+            let response = server.post_json(CHAT, chat_with(json!({"stream": stream}))).await;
+            assert_eq!(response.status(), status, "{refusal:?}");
+            let header = |name: &str| response.headers().get(name).map(|value| value.to_str().unwrap().to_owned());
+            let expected = retry.then_some(["2", "1250"]).map(|texts| texts.map(str::to_owned));
+            assert_eq!(header("retry-after").zip(header("retry-after-ms")).map(<[String; 2]>::from), expected);
+            let body: Value = response.json().await.unwrap();
+            assert_eq!(body["error"]["code"], code, "{refusal:?}");
+            let wait = retry.then_some((1.251, 9));
+            assert_eq!(body["error"]["retry_in"].as_f64().zip(body["error"]["queue_depth"].as_u64()), wait);
+        }
     }
 }
 

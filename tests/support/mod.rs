@@ -95,6 +95,7 @@ pub fn collect(mut events: TokenRx) -> Answer {
     let mut tokens = Vec::new();
     loop {
         match events.blocking_recv().expect("the stream ends with Finished") {
+            TokenEvent::Accepted => {}
             TokenEvent::Token { token, .. } => tokens.push(token),
             TokenEvent::Finished { reason, usage } => return Answer { tokens, reason, usage },
         }

@@ -3,6 +3,7 @@
 use super::Heading;
 use crate::admission::{self, Endpoint, StreamUsage};
 use crate::error::ServeError;
+use crate::request::Terms;
 use crate::http::edge::RequestName;
 use crate::http::generation::{Choice, Generation};
 use crate::http::sse::{AnswerStream, EventBuffer, Events, PreparedEvent};
@@ -34,7 +35,7 @@ pub(crate) async fn chat(
     let admitted = admission::chat(&state, &model, wire, bytes).await?;
     let stream = admitted.stream;
     let logprobs = admitted.rules.logprobs;
-    let generation = Generation::submit(Arc::clone(&model), admitted, &heading.id)?;
+    let generation = Generation::submit(Arc::clone(&model), admitted, &heading.id, Terms::default()).await?;
     match stream {
         None => whole(heading, &model, generation, logprobs).await,
         Some(usage) => {

@@ -3,6 +3,7 @@
 use super::Heading;
 use crate::admission::{self, Endpoint, StreamUsage};
 use crate::error::ServeError;
+use crate::request::Terms;
 use crate::http::edge::RequestName;
 use crate::http::generation::{Choice, Finish, Generation};
 use crate::http::sse::{AnswerStream, EventBuffer, Events, PreparedEvent};
@@ -32,7 +33,7 @@ pub(crate) async fn completions(
     let admitted = admission::completion(&state, &model, wire, bytes).await?;
     let stream = admitted.stream;
     let logprobs = admitted.rules.logprobs;
-    let generation = Generation::submit(Arc::clone(&model), admitted, &heading.id)?;
+    let generation = Generation::submit(Arc::clone(&model), admitted, &heading.id, Terms::default()).await?;
     match stream {
         None => whole(heading, &model, generation, logprobs).await,
         Some(usage) => {
