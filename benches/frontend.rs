@@ -10,8 +10,8 @@ mod tiny_model;
 
 use kvern::admission::GenerationDefaults;
 use kvern::http::{ApiKeys, AppState, HttpLimits, ServedModel, serve};
-use kvern::request::{Engine, EngineHealth, Request, SubmitError, TokenEvent, TokenRx};
-use kvern_core::{CancelReason, FinishReason, RequestId, TenantSpec, Usage};
+use kvern::request::{Engine, EngineHealth, NamedTenant, Request, SubmitError, TokenEvent, TokenRx};
+use kvern_core::{CancelReason, FinishReason, RequestId, Usage};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::process::{Command, Stdio};
@@ -68,7 +68,7 @@ impl Engine for NullEngine {
     fn saturation(&self) -> f32 {
         0.0
     }
-    fn set_tenants(&self, _: &[TenantSpec]) -> bool {
+    fn set_tenants(&self, _: &[NamedTenant]) -> bool {
         true
     }
 }

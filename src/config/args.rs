@@ -1,6 +1,7 @@
 //! The command line as typed. Flags carry vLLM's names where vLLM has the flag; the text of a flag's help is here only.
 
 use super::bench::{Workload, parse_decode, parse_prefill};
+use super::scheduling::{PoolLayout, PriorityClass, WorkerLayout, parse_class, parse_saturation};
 use super::values::{
     Secret, parse_amount, parse_count, parse_filled, parse_host, parse_log_level, parse_seconds, parse_secret,
     parse_temperature,
@@ -42,6 +43,8 @@ pub(super) struct ServeArgs {
     pub(super) model_given: Option<String>,
     #[command(flatten)]
     pub(super) server: ServerArgs,
+    #[command(flatten)]
+    pub(super) scheduling: SchedulingArgs,
     #[command(flatten)]
     pub(super) model: ModelArgs,
     #[command(flatten)]
@@ -130,6 +133,33 @@ pub(super) struct ServerArgs {
 }
 
 #[derive(Debug, Args)]
+#[command(next_help_heading = "Scheduling")]
+pub(super) struct SchedulingArgs {
+    /// Priority class NAME[:ttft=TIME][:itl=TIME], the most urgent first; ttft refuses what would wait longer, itl bounds
+    /// the steps of running answers [default: high, normal, low]
+    #[arg(long, value_name = "CLASS", num_args = 1.., value_parser = parse_class)]
+    pub(super) class: Vec<PriorityClass>,
+    /// Most prompt tokens, less the cached ones, that wait; further requests are refused with 503 [default: no limit]
+    #[arg(long, value_name = "TOKENS", value_parser = parse_amount)]
+    pub(super) max_num_queued_tokens: Option<u64>,
+    /// One worker for prefill and decode, or one for each
+    #[arg(long, value_name = "LAYOUT", value_enum, default_value_t = WorkerLayout::Mixed)]
+    pub(super) workers: WorkerLayout,
+    /// One KV pool for split workers, or one for each
+    #[arg(long, value_name = "LAYOUT", value_enum, default_value_t = PoolLayout::Shared)]
+    pub(super) kv_pools: PoolLayout,
+    /// Compute threads of the decode worker of --workers split, out of --threads [default: half]
+    #[arg(long, value_name = "N", value_parser = parse_count)]
+    pub(super) decode_threads: Option<u32>,
+    /// Seconds without a finished step, while there is work, after which /health/live fails
+    #[arg(long, value_name = "SECONDS", default_value = "120", value_parser = parse_seconds)]
+    pub(super) stall_timeout: Duration,
+    /// Saturation that replicas should have, for the gauge of desired replicas
+    #[arg(long, value_name = "0..1", default_value = "0.7", value_parser = parse_saturation)]
+    pub(super) target_saturation: u32,
+}
+
+#[derive(Debug, Args)]
 #[command(next_help_heading = "Model")]
 pub(super) struct ModelArgs {
     /// As MODEL [default: SmolLM2-135M-Instruct]
@@ -158,7 +188,7 @@ pub(super) struct EngineArgs {
     /// Most tokens of one step; more makes prefill cheaper and running answers wait longer
     #[arg(long, value_name = "TOKENS", default_value = "512", value_parser = parse_count)]
     pub(super) max_num_batched_tokens: u32,
-    /// Most requests that wait; further ones are refused with 429
+    /// Most requests that wait; further ones are refused with 503
     #[arg(long, value_name = "N", default_value = "1024", value_parser = parse_count)]
     pub(super) max_num_queued_reqs: u32,
     /// Tokens of a KV block

@@ -18,12 +18,14 @@ mod bench;
 mod environment;
 mod layers;
 mod resolve;
+mod scheduling;
 mod values;
 
 pub use args::LogFormat;
 pub use bench::{BenchConfig, Workload};
 pub use environment::Environment;
 pub use layers::{Origin, Setting};
+pub use scheduling::{CLASSES_MAX, PoolLayout, PriorityClass, SchedulingConfig, WorkerLayout};
 pub use values::Secret;
 
 use kvern_kernels::{CpuOptions, KvDType, Precision};
@@ -69,6 +71,7 @@ pub struct ServerConfig {
     pub max_body_bytes: usize,
     /// How long running requests may go on after SIGTERM.
     pub shutdown_timeout: Duration,
+    pub scheduling: SchedulingConfig,
 }
 
 /// `kvern generate`.

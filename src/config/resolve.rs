@@ -1,8 +1,10 @@
 //! Args as typed -> Config as meant: defaults that depend on other settings, and checks across settings.
 
 use super::args::{
-    BenchArgs, Cli, Command, CpuIsaArg, DtypeArg, EngineArgs, GenerateArgs, LogArgs, ModelArgs, ServeArgs,
+    BenchArgs, Cli, Command, CpuIsaArg, DtypeArg, EngineArgs, GenerateArgs, LogArgs, ModelArgs, SchedulingArgs,
+    ServeArgs,
 };
+use super::scheduling::{CLASSES_MAX, PoolLayout, PriorityClass, SchedulingConfig, WorkerLayout};
 use super::{
     Action, BenchConfig, Config, ConfigError, EngineConfig, Environment, GenerateConfig, HubConfig, LogConfig,
     ModelSource, Secret, ServerConfig, layers,
@@ -39,6 +41,7 @@ pub(super) fn resolve(argv: Vec<OsString>, environment: &Environment) -> Result<
                 api_keys: args.server.api_key,
                 max_body_bytes: body_bytes(args.server.max_body_bytes)?,
                 shutdown_timeout: args.server.shutdown_timeout,
+                scheduling: scheduling_config(args.scheduling)?,
             };
             (Action::Serve(server), model, args.engine, args.log)
         }
@@ -144,6 +147,31 @@ fn engine_config(args: EngineArgs) -> Result<EngineConfig, ConfigError> {
         precision,
         kv_dtype,
         cpu: CpuOptions { threads, isa },
+    })
+}
+
+fn scheduling_config(args: SchedulingArgs) -> Result<SchedulingConfig, ConfigError> {
+    let conflict = |message: String| Err(ConfigError::Conflict(message));
+    let classes = if args.class.is_empty() { PriorityClass::defaults() } else { args.class };
+    if classes.len() > CLASSES_MAX {
+        return conflict(format!("--class: expected at most {CLASSES_MAX} classes, found {}", classes.len()));
+    }
+    let twice = classes.iter().enumerate().find(|(at, class)| classes[..*at].iter().any(|c| c.name == class.name));
+    if let Some((_, class)) = twice {
+        return conflict(format!("--class: expected different names, found `{}` twice", class.name));
+    }
+    let is_split = args.workers == WorkerLayout::Split;
+    if !is_split && (args.decode_threads.is_some() || args.kv_pools == PoolLayout::Apart) {
+        return conflict("--decode-threads and --kv-pools apart need --workers split".to_owned());
+    }
+    Ok(SchedulingConfig {
+        classes,
+        queued_tokens_max: args.max_num_queued_tokens,
+        workers: args.workers,
+        pools: args.kv_pools,
+        decode_threads: args.decode_threads.map(|threads| usize::try_from(threads).expect("a u32 fits usize")),
+        stall_timeout: args.stall_timeout,
+        target_saturation: args.target_saturation,
     })
 }
 

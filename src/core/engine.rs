@@ -239,6 +239,12 @@ impl Engine {
         self.requests.len() == 0
     }
 
+    /// When the next request must be stopped, if any has a deadline: an [`Input::Tick`] then does it.
+    #[must_use]
+    pub fn next_deadline(&self) -> Option<Micros> {
+        self.deadlines.first().map(|(deadline, _)| *deadline)
+    }
+
     /// An empty vector for the next `StepDone`: one that an earlier `StepDone` brought, while there is one.
     #[must_use]
     pub fn recycle_sampled(&mut self) -> Vec<(RequestId, Sampled)> {

@@ -13,6 +13,7 @@ fn telemetry() -> Telemetry {
         kv_cache_bytes: 4096,
         kv_dtype: "bf16",
         prefix_caching: true,
+        classes: ["high", "low"].map(str::to_owned).to_vec(),
     })
 }
 

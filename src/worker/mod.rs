@@ -6,37 +6,61 @@
 
 pub(crate) mod batch;
 mod sampler;
+mod transfer;
+
+pub use transfer::{Mover, Transfer};
 
 pub use sampler::{Draw, Scratch, TokenCounts, sample};
 
 use crate::request::{SamplingParams, TokenLogprobs};
 use batch::BatchBuffers;
-use kvern_core::{RequestId, Sampled, SeqSlice, StepPlan};
+use kvern_core::{RequestId, Sampled, SeqSlice, StepPlan, TokenId};
 use kvern_kernels::{Device, KernelError, KvCache, Tensor};
 use kvern_models::{Model, StepLimits};
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Receiver;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 /// A step and what changed since the last one. Sent only to an idle worker, so a channel of one is enough.
 #[derive(Debug)]
 pub struct StepCommand {
     pub plan: StepPlan,
-    /// Requests that appear in a plan for the first time.
-    pub admitted: Vec<(RequestId, SequenceSampling)>,
-    /// Requests that will not appear again.
-    pub forgotten: Vec<RequestId>,
+    /// What changed among the worker's sequences, in order; comes back empty in [`StepResult::changes`].
+    pub changes: Vec<SequenceChange>,
     /// Empty; comes back filled in [`StepResult::sampled`].
     pub sampled: Vec<(RequestId, Sampled)>,
 }
 
-/// How a sequence is sampled; the worker keeps it until the request is forgotten, preemptions included.
+#[derive(Debug)]
+pub enum SequenceChange {
+    /// The request appears in this worker's plans from now on.
+    Admit(RequestId, Arc<SequenceSampling>),
+    /// The request does not appear again, unless it is admitted again.
+    Forget(RequestId),
+}
+
+/// How a sequence is sampled. It goes with its request from worker to worker; a worker keeps it until the request is
+/// forgotten, preemptions included.
 #[derive(Debug)]
 pub struct SequenceSampling {
-    pub params: Arc<SamplingParams>,
-    pub counts: TokenCounts,
+    pub params: SamplingParams,
+    /// Never contended: a request is in one step at a time.
+    counts: Mutex<TokenCounts>,
+}
+
+impl SequenceSampling {
+    #[must_use]
+    pub fn new(prompt: &[TokenId], params: SamplingParams) -> Self {
+        SequenceSampling { counts: Mutex::new(TokenCounts::new(prompt, &params)), params }
+    }
+
+    fn counts(&self) -> MutexGuard<'_, TokenCounts> {
+        // Counts that a panic left half changed belong to a request whose step failed, which repeats it.
+        self.counts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 #[derive(Debug)]
@@ -45,6 +69,8 @@ pub struct StepResult {
     pub plan: StepPlan,
     /// One entry per slice that samples, in the order of the slices; empty when the step failed.
     pub sampled: Vec<(RequestId, Sampled)>,
+    /// Empty, to be filled again.
+    pub changes: Vec<SequenceChange>,
     pub logprobs: Vec<(RequestId, Box<TokenLogprobs>)>,
     pub device_us: u64,
     /// Why the whole step failed, for the log.
@@ -69,7 +95,7 @@ pub struct Worker {
     model: Box<dyn Model>,
     kv: KvCache,
     batch: BatchBuffers,
-    sequences: HashMap<RequestId, SequenceSampling>,
+    sequences: HashMap<RequestId, Arc<SequenceSampling>>,
     lanes: Vec<Mutex<SamplerLane>>,
 }
 
@@ -93,19 +119,26 @@ impl Worker {
         }
     }
 
-    /// Serves steps until the engine hangs up. `report` gives a result to the engine.
-    pub fn run(mut self, commands: &Receiver<StepCommand>, mut report: impl FnMut(StepResult)) {
+    /// Serves steps until the engine hangs up, or until `killed` is found set after a step, which then is not reported.
+    /// `report` gives a result to the engine.
+    pub fn run(mut self, commands: &Receiver<StepCommand>, killed: &AtomicBool, mut report: impl FnMut(StepResult)) {
         while let Ok(command) = commands.recv() {
-            report(self.step(command));
+            let result = self.step(command);
+            if killed.load(Ordering::Relaxed) {
+                return;
+            }
+            report(result);
         }
     }
 
     fn step(&mut self, command: StepCommand) -> StepResult {
-        let StepCommand { plan, admitted, forgotten, mut sampled } = command;
-        for id in forgotten {
-            self.sequences.remove(&id);
+        let StepCommand { plan, mut changes, mut sampled } = command;
+        for change in changes.drain(..) {
+            match change {
+                SequenceChange::Admit(id, sampling) => self.sequences.insert(id, sampling),
+                SequenceChange::Forget(id) => self.sequences.remove(&id),
+            };
         }
-        self.sequences.extend(admitted);
         let started = Instant::now();
         let mut logprobs = Vec::new();
         // Sound to go on after a panic: a step overwrites whatever buffers it reads.
@@ -120,7 +153,7 @@ impl Worker {
             sampled.clear();
         }
         let device_us = started.elapsed().as_micros() as u64;
-        StepResult { plan, sampled, logprobs, device_us, error }
+        StepResult { plan, sampled, changes, logprobs, device_us, error }
     }
 
     fn compute(
@@ -142,9 +175,8 @@ impl Worker {
         lanes.iter_mut().for_each(|lane| lane.draws.reverse());
         for (row, slice) in plan.slices.iter().filter(|s| s.sample).enumerate() {
             let draw = lanes[row % num_lanes].draws.pop().expect("every sampled row was drawn");
-            if let (Sampled::Token(token), Some(sequence)) = (draw.sampled, self.sequences.get_mut(&slice.request)) {
-                let SequenceSampling { params, counts } = sequence;
-                counts.push(token, params);
+            if let (Sampled::Token(token), Some(sequence)) = (draw.sampled, self.sequences.get(&slice.request)) {
+                sequence.counts().push(token, &sequence.params);
             }
             sampled.push((slice.request, draw.sampled));
             logprobs.extend(draw.logprobs.map(|l| (slice.request, l)));
@@ -157,7 +189,7 @@ impl Worker {
 fn sample_rows(
     device: &Device,
     lanes: &[Mutex<SamplerLane>],
-    sequences: &HashMap<RequestId, SequenceSampling>,
+    sequences: &HashMap<RequestId, Arc<SequenceSampling>>,
     plan: &StepPlan,
     logits: &Tensor,
 ) {
@@ -178,12 +210,12 @@ fn sample_rows(
 fn draw_slice(
     logits: &[f32],
     slice: &SeqSlice,
-    sequences: &HashMap<RequestId, SequenceSampling>,
+    sequences: &HashMap<RequestId, Arc<SequenceSampling>>,
     scratch: &mut Scratch,
 ) -> Draw {
     let position = slice.start + slice.tokens.len() as u32;
     match sequences.get(&slice.request) {
-        Some(sequence) => sample(logits, &sequence.params, &sequence.counts, position, scratch),
+        Some(sequence) => sample(logits, &sequence.params, &sequence.counts(), position, scratch),
         None => Draw { sampled: Sampled::Failed, logprobs: None },
     }
 }

@@ -3,8 +3,8 @@
 use crate::tiny_model::{IM_END, TEXT, VOCAB_SIZE};
 use kvern::admission::GenerationDefaults;
 use kvern::http::{ApiKeys, AppState, HttpLimits, ServedModel, serve};
-use kvern::request::{Engine, EngineHealth, Request, SubmitError, TokenEvent, TokenRx};
-use kvern_core::{CancelReason, FinishReason, RequestId, TenantSpec, TokenId, Usage};
+use kvern::request::{Engine, EngineHealth, NamedTenant, Request, SubmitError, TokenEvent, TokenRx};
+use kvern_core::{CancelReason, FinishReason, RequestId, TokenId, Usage};
 use serde_json::{Value, json};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -35,7 +35,7 @@ pub(crate) struct FakeEngine {
     pub(crate) health: Mutex<EngineHealth>,
     pub(crate) cancelled: Mutex<Vec<(RequestId, CancelReason)>>,
     pub(crate) saturation: Mutex<f32>,
-    pub(crate) tenants: Mutex<Vec<TenantSpec>>,
+    pub(crate) tenants: Mutex<Vec<NamedTenant>>,
 }
 
 impl Engine for FakeEngine {
@@ -86,7 +86,7 @@ impl Engine for FakeEngine {
         *self.saturation.lock().unwrap()
     }
 
-    fn set_tenants(&self, tenants: &[TenantSpec]) -> bool {
+    fn set_tenants(&self, tenants: &[NamedTenant]) -> bool {
         *self.tenants.lock().unwrap() = tenants.to_vec();
         true
     }

@@ -4,6 +4,7 @@
 pub use kvern::config::EngineConfig;
 use kvern::request::{Engine, Request, SamplingParams, TokenEvent, TokenRx};
 pub use kvern::runtime::RuntimeOptions;
+use kvern::config::SchedulingConfig;
 use kvern::runtime::{self, Runtime};
 use kvern_core::{FinishReason, TokenId, Usage};
 use kvern_kernels::{CpuOptions, KvDType, Precision};
@@ -19,7 +20,7 @@ pub fn model_path() -> PathBuf {
 }
 
 pub fn options() -> RuntimeOptions {
-    RuntimeOptions { engine: engine(), served_model_name: "test".to_owned() }
+    RuntimeOptions { engine: engine(), scheduling: SchedulingConfig::default(), served_model_name: "test".to_owned() }
 }
 
 /// The default settings of a small server.
