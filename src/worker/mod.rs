@@ -21,7 +21,7 @@ use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Receiver;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 /// A step and what changed since the last one. Sent only to an idle worker, so a channel of one is enough.
@@ -48,18 +48,37 @@ pub enum SequenceChange {
 pub struct SequenceSampling {
     pub params: SamplingParams,
     /// Never contended: a request is in one step at a time.
-    counts: Mutex<TokenCounts>,
+    drawn: Mutex<Drawn>,
+}
+
+/// The tokens that a sequence has said.
+#[derive(Debug)]
+struct Drawn {
+    counts: TokenCounts,
+    /// The last token drawn, with its position. It counts from the next position on: a step that failed or was lost with its
+    /// worker is repeated, and its token was never said.
+    last: Option<(u32, TokenId)>,
 }
 
 impl SequenceSampling {
     #[must_use]
     pub fn new(prompt: &[TokenId], params: SamplingParams) -> Self {
-        SequenceSampling { counts: Mutex::new(TokenCounts::new(prompt, &params)), params }
+        SequenceSampling { drawn: Mutex::new(Drawn { counts: TokenCounts::new(prompt, &params), last: None }), params }
     }
 
-    fn counts(&self) -> MutexGuard<'_, TokenCounts> {
-        // Counts that a panic left half changed belong to a request whose step failed, which repeats it.
-        self.counts.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Draws the token at `position`.
+    fn draw(&self, logits: &[f32], position: u32, scratch: &mut Scratch) -> Draw {
+        // What a panic leaves half changed is a scratch; the counts change in one place, whole.
+        let mut drawn = self.drawn.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, token)) = drawn.last.take_if(|(at, _)| *at < position) {
+            drawn.counts.push(token, &self.params);
+        }
+        let draw = sample(logits, &self.params, &drawn.counts, position, scratch);
+        drawn.last = match draw.sampled {
+            Sampled::Token(token) => Some((position, token)),
+            Sampled::Failed => None,
+        };
+        draw
     }
 }
 
@@ -175,9 +194,6 @@ impl Worker {
         lanes.iter_mut().for_each(|lane| lane.draws.reverse());
         for (row, slice) in plan.slices.iter().filter(|s| s.sample).enumerate() {
             let draw = lanes[row % num_lanes].draws.pop().expect("every sampled row was drawn");
-            if let (Sampled::Token(token), Some(sequence)) = (draw.sampled, self.sequences.get(&slice.request)) {
-                sequence.counts().push(token, &sequence.params);
-            }
             sampled.push((slice.request, draw.sampled));
             logprobs.extend(draw.logprobs.map(|l| (slice.request, l)));
         }
@@ -215,7 +231,7 @@ fn draw_slice(
 ) -> Draw {
     let position = slice.start + slice.tokens.len() as u32;
     match sequences.get(&slice.request) {
-        Some(sequence) => sample(logits, &sequence.params, &sequence.counts(), position, scratch),
+        Some(sequence) => sequence.draw(logits, position, scratch),
         None => Draw { sampled: Sampled::Failed, logprobs: None },
     }
 }
