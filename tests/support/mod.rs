@@ -108,6 +108,10 @@ pub struct Answer {
 }
 
 pub fn submit(engine: &impl Engine, ask: &Ask) -> TokenRx {
+    submit_as(engine, ask, Terms::default())
+}
+
+pub fn submit_as(engine: &impl Engine, ask: &Ask, terms: Terms) -> TokenRx {
     let id = engine.next_id();
     let request = Request {
         id,
@@ -116,7 +120,7 @@ pub fn submit(engine: &impl Engine, ask: &Ask) -> TokenRx {
         sampling: ask.sampling.clone(),
         max_new_tokens: ask.max_new_tokens,
         n: 1,
-        terms: Terms::default(),
+        terms,
     };
     engine.submit(request).unwrap()
 }
