@@ -154,9 +154,14 @@ impl Worker {
         let StepCommand { plan, mut changes, mut sampled } = command;
         for change in changes.drain(..) {
             match change {
-                SequenceChange::Admit(id, sampling) => self.sequences.insert(id, sampling),
-                SequenceChange::Forget(id) => self.sequences.remove(&id),
-            };
+                SequenceChange::Admit(id, sampling) => {
+                    self.sequences.insert(id, sampling);
+                }
+                SequenceChange::Forget(id) => {
+                    self.sequences.remove(&id);
+                    self.batch.forget(id);
+                }
+            }
         }
         let started = Instant::now();
         let mut logprobs = Vec::new();
