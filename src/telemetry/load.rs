@@ -96,7 +96,8 @@ fn seconds(time: Micros) -> f64 {
 struct TenantSeries {
     requests: prometheus::IntGaugeVec,
     blocks: prometheus::IntGaugeVec,
-    tokens: prometheus::IntCounterVec,
+    charged: prometheus::IntCounterVec,
+    refunded: prometheus::IntCounterVec,
     model_name: String,
 }
 
@@ -105,9 +106,13 @@ impl TenantSeries {
         TenantSeries {
             requests: maker.own_by_tenant("tenant_requests", "A tenant's requests by state."),
             blocks: maker.own_by_tenant("tenant_kv_blocks", "A tenant's KV blocks by state."),
-            tokens: maker.own_counter_by_tenant(
+            charged: maker.own_counter_by_tenant(
                 "tenant_tokens_charged",
                 "Tokens charged to a tenant: prompt tokens to compute, and output.",
+            ),
+            refunded: maker.own_counter_by_tenant(
+                "tenant_tokens_refunded",
+                "Of the tokens charged, those that were given back: their requests ended before they were computed.",
             ),
             model_name: maker.model_name().to_owned(),
         }
@@ -126,6 +131,7 @@ impl TenantSeries {
             blocks_live: sum.blocks_live + one.blocks_live,
             blocks_cached: sum.blocks_cached + one.blocks_cached,
             tokens_charged: sum.tokens_charged + one.tokens_charged,
+            tokens_refunded: sum.tokens_refunded + one.tokens_refunded,
         });
         if let Some(others) = others {
             self.set_one(OTHERS, &others);
@@ -138,8 +144,9 @@ impl TenantSeries {
         self.requests.with_label_values(&labels("running")).set(i64::from(tenant.running));
         self.blocks.with_label_values(&labels("live")).set(i64::from(tenant.blocks_live));
         self.blocks.with_label_values(&labels("cached")).set(i64::from(tenant.blocks_cached));
-        let tokens: IntCounter = self.tokens.with_label_values(&[self.model_name.as_str(), "0", name]);
-        // What a cancelled request gives back is not taken from a counter: it stands until the next tokens pass it.
-        tokens.inc_by(tenant.tokens_charged.saturating_sub(tokens.get()));
+        for (family, total) in [(&self.charged, tenant.tokens_charged), (&self.refunded, tenant.tokens_refunded)] {
+            let counter: IntCounter = family.with_label_values(&[self.model_name.as_str(), "0", name]);
+            counter.inc_by(total.saturating_sub(counter.get()));
+        }
     }
 }
