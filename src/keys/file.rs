@@ -146,7 +146,7 @@ impl KeyFile {
             let entry = entry.get_ref();
             let key = reader.key(entry)?;
             reader.unique(&mut names, &entry.name, "key")?;
-            if !secrets.insert((key.secret.salt, key.secret.hash)) {
+            if !secrets.insert(key.secret) {
                 let message = "`secret`: expected one secret for each key, found that of an earlier key";
                 return Err(reader.error(entry.secret.span(), message.to_owned()));
             }

@@ -208,6 +208,34 @@ impl Keyring {
         Ok(true)
     }
 
+    /// Reloads the file when it has changed: looks every `every`, and at once when `asked`. Never returns. The content is
+    /// compared, not the file's time, which a quick second change need not move.
+    pub async fn follow(&self, every: Duration, asked: &Notify) {
+        let mut last_error = None;
+        loop {
+            let was_asked = tokio::select! {
+                () = asked.notified() => true,
+                () = tokio::time::sleep(every) => false,
+            };
+            match self.reload().await {
+                Ok(changed) => {
+                    last_error = None;
+                    if was_asked && !changed {
+                        tracing::info!("the keys file has not changed");
+                    }
+                }
+                // A file that stays broken is told once.
+                Err(error) => {
+                    let error = error.to_string();
+                    if was_asked || last_error.as_ref() != Some(&error) {
+                        tracing::error!(%error, "the keys in use stay as they were");
+                    }
+                    last_error = Some(error);
+                }
+            }
+        }
+    }
+
     /// Puts a table in use, once the engine knows its tenants.
     async fn install(&self, book: &Book, mut table: Table) -> Result<(), KeyringError> {
         if let Some(site) = &book.site {
@@ -256,34 +284,6 @@ impl From<ApiKeys> for Keyring {
     fn from(api_keys: ApiKeys) -> Self {
         let options = KeyringOptions { api_keys, ..KeyringOptions::default() };
         Keyring::open(options).expect("the operating system gives random bytes, and there is no file to read")
-    }
-}
-
-/// Reloads the file when it has changed: looks every `every`, and at once when `asked`. Never returns. The content is
-/// compared, not the file's time, which a quick second change need not move.
-pub(super) async fn follow(keyring: &Keyring, every: Duration, asked: &Notify) {
-    let mut last_error = None;
-    loop {
-        let was_asked = tokio::select! {
-            () = asked.notified() => true,
-            () = tokio::time::sleep(every) => false,
-        };
-        match keyring.reload().await {
-            Ok(changed) => {
-                last_error = None;
-                if was_asked && !changed {
-                    tracing::info!("the keys file has not changed");
-                }
-            }
-            // A file that stays broken is told once.
-            Err(error) => {
-                let error = error.to_string();
-                if was_asked || last_error.as_ref() != Some(&error) {
-                    tracing::error!(%error, "the keys in use stay as they were");
-                }
-                last_error = Some(error);
-            }
-        }
     }
 }
 

@@ -19,7 +19,7 @@ pub(super) const SECRET_BYTES_MAX: usize = 256;
 const FORM: &str = "sha256:SALT:HASH with 32 and 64 hex digits";
 
 /// What is hashed before a secret. Keys of one salt are checked with one hash.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Salt([u8; SALT_BYTES]);
 
 impl Salt {
@@ -60,7 +60,7 @@ impl fmt::Debug for Salt {
 }
 
 /// A secret as the file knows it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct HashedSecret {
     pub(super) salt: Salt,
     pub(super) hash: [u8; HASH_BYTES],
