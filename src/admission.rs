@@ -68,9 +68,8 @@ impl Admitted {
 
     /// Most tokens that all answers may take: each prompt once, each answer in full.
     pub(crate) fn tokens_max(&self) -> u64 {
-        let of = |prompt: &AdmittedPrompt| {
-            prompt.tokens.len() as u64 + u64::from(self.n) * u64::from(prompt.max_new_tokens)
-        };
+        let of =
+            |prompt: &AdmittedPrompt| prompt.tokens.len() as u64 + u64::from(self.n) * u64::from(prompt.max_new_tokens);
         self.prompts.iter().map(of).sum()
     }
 }

@@ -1,13 +1,13 @@
 //! Args as typed -> Config as meant: defaults that depend on other settings, and checks across settings.
 
 use super::args::{
-    BenchArgs, Cli, Command, CpuIsaArg, DtypeArg, EngineArgs, GenerateArgs, KeyArgs, LogArgs, ModelArgs, SchedulingArgs,
-    ServeArgs,
+    BenchArgs, Cli, Command, CpuIsaArg, DtypeArg, EngineArgs, GenerateArgs, KeyArgs, LogArgs, ModelArgs,
+    SchedulingArgs, ServeArgs,
 };
 use super::scheduling::{CLASSES_MAX, PoolLayout, PriorityClass, SchedulingConfig, WorkerLayout};
 use super::{
-    Action, BenchConfig, Config, ConfigError, EngineConfig, Environment, GenerateConfig, HubConfig, KeyConfig, LogConfig,
-    ModelSource, Secret, ServerConfig, layers,
+    Action, BenchConfig, Config, ConfigError, EngineConfig, Environment, GenerateConfig, HubConfig, KeyConfig,
+    LogConfig, ModelSource, Secret, ServerConfig, layers,
 };
 use clap::{CommandFactory, FromArgMatches, Parser};
 use kvern_kernels::{CpuIsa, CpuOptions, KvDType, Precision};

@@ -79,7 +79,9 @@ impl Generation {
             let Phase::Running(receiver) = &mut choice.phase else { unreachable!("a choice starts as running") };
             match receiver.recv().await {
                 Some(TokenEvent::Accepted) => {}
-                Some(TokenEvent::Finished { reason: EngineFinish::Refused(refusal), .. }) => return Err(refused(refusal)),
+                Some(TokenEvent::Finished { reason: EngineFinish::Refused(refusal), .. }) => {
+                    return Err(refused(refusal));
+                }
                 other => {
                     tracing::error!(?other, "the engine did not say whether it takes a request");
                     return Err(ServeError::EngineStopped);

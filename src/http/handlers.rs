@@ -5,8 +5,8 @@ pub(crate) mod completions;
 pub(crate) mod models;
 pub(crate) mod tokenize;
 
-use super::types::Object;
 use super::generation::Generation;
+use super::types::Object;
 use super::{AppState, ServedModel, limits};
 use crate::admission::{Admitted, Endpoint, refuse_unsupported};
 use crate::error::ServeError;

@@ -309,7 +309,10 @@ mod tests {
         account.reserve(600, at(4_000)).expect("the minute is full").settle(600);
         account.reserve(600, at(64_000)).expect("the minute is full").settle(600);
         account.reserve(600, at(124_000)).expect("the minute is full").settle(600);
-        assert_eq!(account.standing(at(184_000)).tokens.map(|window| (window.limit, window.remaining)), Some((2_000, 160)));
+        assert_eq!(
+            account.standing(at(184_000)).tokens.map(|window| (window.limit, window.remaining)),
+            Some((2_000, 160))
+        );
         let noon_to_midnight = DAY / 2 - Duration::from_secs(184);
         let day = |asked, retry_in| Denied::Day { limit: 2_000, left: 160, asked, retry_in };
         assert_eq!(account.reserve(161, at(184_000)).expect_err("160"), day(161, Some(noon_to_midnight)));

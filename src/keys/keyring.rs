@@ -312,7 +312,8 @@ fn digest_of(text: &str) -> Vec<u8> {
 fn next_table(book: &mut Book, file: &KeyFile, before: &Table) -> Result<Table, KeyringError> {
     let declared = file.tenants.iter().map(|tenant| tenant.name.as_str());
     let named: BTreeSet<&str> = declared.chain(file.keys.iter().map(|key| key.tenant.as_str())).collect();
-    let new: Vec<Arc<str>> = named.into_iter().filter(|name| !book.numbers.contains_key(*name)).map(Arc::from).collect();
+    let new: Vec<Arc<str>> =
+        named.into_iter().filter(|name| !book.numbers.contains_key(*name)).map(Arc::from).collect();
     let found = book.names.len() + new.len();
     if found > TENANTS_MAX {
         return Err(KeyringError::TooManyTenants { found });

@@ -53,7 +53,8 @@ fn a_whole_file() {
         [[shared_prefix]]
         text = "Once upon"
     "#;
-    let tenant = |name: &str, weight, kv_floor, kv_ceiling| TenantEntry { name: name.into(), weight, kv_floor, kv_ceiling };
+    let tenant =
+        |name: &str, weight, kv_floor, kv_ceiling| TenantEntry { name: name.into(), weight, kv_floor, kv_ceiling };
     let web = KeyEntry {
         name: "acme-web".into(),
         secret: hashed("a"),
@@ -104,13 +105,21 @@ fn what_is_wrong_is_told_with_its_line() {
         (in_key("tenant = \"a b\""), 4, "`tenant`: expected 1 to 64 letters, digits and ._-:@/, found \"a b\""),
         (in_key("tenant = \"\""), 4, "found \"\""),
         (in_key("class = \"gold\""), 4, "`class`: expected one of `high`, `normal`, `low`, found \"gold\""),
-        (in_key("highest_class = \"low\""), 4, "`highest_class`: expected a class no less urgent than `class`, found `low`"),
+        (
+            in_key("highest_class = \"low\""),
+            4,
+            "`highest_class`: expected a class no less urgent than `class`, found `low`",
+        ),
         (in_key("requests_per_minute = 0"), 4, "`requests_per_minute`: expected an integer in [1, "),
         (in_key("tokens_per_minute = -5"), 4, "found -5"),
         (in_key("tokens_per_day = 1.5"), 4, "invalid type: floating point `1.5`"),
         (in_key("concurrent_requests = 9_000_000"), 4, "[1, 1000000], found 9000000"),
         (in_key("tokens_per_day = 99999999999999999999"), 4, ""),
-        (format!("{key}\n[[key]]\nname = \"a\"\nsecret = \"OTHER\""), 6, "`name`: expected one key of a name, found `a` again"),
+        (
+            format!("{key}\n[[key]]\nname = \"a\"\nsecret = \"OTHER\""),
+            6,
+            "`name`: expected one key of a name, found `a` again",
+        ),
         (format!("{key}\n[[key]]\nname = \"b\"\nsecret = \"HASH\""), 7, "`secret`: expected one secret for each key"),
         (format!("{key}name = \"b\""), 4, "duplicate key"),
         (in_tenant("weight = 0"), 3, "`weight`: expected an integer in [1, 65536], found 0"),
@@ -119,7 +128,11 @@ fn what_is_wrong_is_told_with_its_line() {
         (in_shared("system = \"a\"\ntext = \"b\""), 1, "expected one of `system` and `text`, found both"),
         (in_shared(""), 1, "found neither"),
         (in_shared("text = \"\""), 2, "expected a text, found an empty one"),
-        ("[[shared_prefix]]\ntext = \"a\"\n".repeat(257), 513, "expected at most 256 [[shared_prefix]] entries, found 257"),
+        (
+            "[[shared_prefix]]\ntext = \"a\"\n".repeat(257),
+            513,
+            "expected at most 256 [[shared_prefix]] entries, found 257",
+        ),
     ];
     for (text, line, message) in cases {
         let error = parse(&text).expect_err(&text);
@@ -241,7 +254,9 @@ fn terms_are_within_what_the_key_allows() {
     );
     let (raised, fixed, anyone) = (keys.find(b"a").unwrap(), keys.find(b"b").unwrap(), keys.anyone());
     let class = |caller, class_steps| keys.terms(caller, &Asked { class_steps, ..Asked::default() }).class.0;
-    for (steps, expected) in [(0, [1, 1, 1]), (-1, [0, 1, 0]), (i64::MIN, [0, 1, 0]), (1, [2, 2, 2]), (i64::MAX, [2, 2, 2])] {
+    for (steps, expected) in
+        [(0, [1, 1, 1]), (-1, [0, 1, 0]), (i64::MIN, [0, 1, 0]), (1, [2, 2, 2]), (i64::MAX, [2, 2, 2])]
+    {
         assert_eq!([&raised, &fixed, &anyone].map(|caller| class(caller, steps)), expected, "{steps}");
     }
     let timeout = Some(Duration::from_millis(1_500));

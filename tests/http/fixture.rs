@@ -92,7 +92,8 @@ impl Engine for FakeEngine {
     }
 
     fn set_tenants(&self, tenants: &[NamedTenant]) -> bool {
-        let refuses = self.tenants_refused.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1));
+        let refuses =
+            self.tenants_refused.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1));
         if refuses.is_ok() {
             return false;
         }

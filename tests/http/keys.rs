@@ -126,7 +126,10 @@ async fn requests_per_minute_are_limited_and_told() {
     let (server, _file) = serving(&(key("a", "requests_per_minute = 2") + &key("b", "")), Setup::saying("x")).await;
     let first = send(&server, "a", CHAT, chat_with(json!({}))).await;
     assert_eq!(first.status(), 200);
-    assert_eq!((number(&first, "x-ratelimit-limit-requests"), number(&first, "x-ratelimit-remaining-requests")), (2, 1));
+    assert_eq!(
+        (number(&first, "x-ratelimit-limit-requests"), number(&first, "x-ratelimit-remaining-requests")),
+        (2, 1)
+    );
     assert!(header(&first, "x-ratelimit-reset-requests").unwrap().ends_with('s'));
     assert_eq!(header(&first, "x-ratelimit-limit-tokens"), None);
     // One that is no good counts too; looking does not.
@@ -169,7 +172,10 @@ async fn a_days_budget_is_kept() {
     let first = send(&server, "a", CHAT, chat_with(json!({"max_tokens": 7}))).await;
     assert_eq!(first.status(), 200);
     let left = budget - (PROMPT - CACHED + ANSWER);
-    assert_eq!((number(&first, "x-ratelimit-limit-tokens"), number(&first, "x-ratelimit-remaining-tokens")), (budget, left));
+    assert_eq!(
+        (number(&first, "x-ratelimit-limit-tokens"), number(&first, "x-ratelimit-remaining-tokens")),
+        (budget, left)
+    );
     let refused = send(&server, "a", CHAT, chat_with(json!({"max_tokens": 7}))).await;
     assert_eq!((refused.status().as_u16(), header(&refused, "x-should-retry")), (429, Some("false")));
     assert!(number(&refused, "retry-after") <= 86_400);
@@ -309,7 +315,8 @@ async fn prefixes_are_shared_within_a_tenant_and_a_salt() {
     let (mut server, _file) = serving(&text, Setup::saying("x")).await;
     let mut salts = Vec::new();
     let with = |salt: &str| json!({"cache_salt": salt});
-    let cases = [("a", json!({})), ("b", json!({})), ("c", json!({})), ("a", with("s")), ("b", with("s")), ("c", with("s"))];
+    let cases =
+        [("a", json!({})), ("b", json!({})), ("c", json!({})), ("a", with("s")), ("b", with("s")), ("c", with("s"))];
     for (key, fields) in cases {
         assert_eq!(send(&server, key, CHAT, chat_with(fields)).await.status(), 200);
         salts.push(submitted(&mut server).await.terms.salt);
@@ -330,7 +337,8 @@ async fn public_prefixes_are_found() {
     let shared = |field: &str, text: &str| format!("[[shared_prefix]]\n{field} = \"{text}\"\n");
     let text = key("a", "") + &shared("system", "be kind") + &shared("text", "Once") + &shared("text", "Once upon");
     let (mut server, file) = serving(&text, Setup::saying("x")).await;
-    let messages = |system: &str| json!({"messages": [{"role": "system", "content": system}, {"role": "user", "content": "hi"}]});
+    let messages =
+        |system: &str| json!({"messages": [{"role": "system", "content": system}, {"role": "user", "content": "hi"}]});
     // <|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\n
     let head = 1 + "system\nbe kind".len() + 2 + 1 + "user\n".len();
     let cases = [
@@ -360,7 +368,8 @@ async fn public_prefixes_are_found() {
 
 #[tokio::test]
 async fn urgency_is_capped_by_the_key() {
-    let text = key("a", "highest_class = \"high\"") + &key("b", "") + &key("c", "class = \"low\"\nhighest_class = \"normal\"");
+    let text =
+        key("a", "highest_class = \"high\"") + &key("b", "") + &key("c", "class = \"low\"\nhighest_class = \"normal\"");
     let (mut server, _file) = serving(&text, Setup::saying("x")).await;
     let cases = [
         (json!({}), [1, 1, 2]),

@@ -173,7 +173,7 @@ async fn refusals_of_the_engine() {
 
 #[tokio::test]
 async fn failures_of_a_whole_answer() {
-    use kvern_core::{Backoff, CancelReason, Refusal};
+    use kvern_core::CancelReason;
     let cases = [
         (FinishReason::Error, 500, "internal_error"),
         (FinishReason::Deadline, 504, "deadline_exceeded"),

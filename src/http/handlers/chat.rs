@@ -18,7 +18,9 @@ use axum::{Extension, Json};
 use std::sync::Arc;
 
 /// Answers a conversation.
-#[utoipa::path(post, path = "/v1/chat/completions", tag = "openai", request_body = ChatRequest, responses(
+#[utoipa::path(post, path = "/v1/chat/completions", tag = "openai", request_body = ChatRequest,
+    params(("x-request-timeout-ms" = Option<u64>, Header, description = "As `timeout`, in milliseconds; the shorter one counts")),
+    responses(
     (status = 200, description = "The answer; as server-sent events, each a ChatChunk, when `stream` is true", content(
         (ChatResponse = "application/json"), (ChatChunk = "text/event-stream"))),
     (status = 400, body = crate::error::ErrorBody), (status = 401, body = crate::error::ErrorBody),

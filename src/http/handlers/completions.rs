@@ -16,7 +16,9 @@ use axum::{Extension, Json};
 use std::sync::Arc;
 
 /// Continues one or more prompts.
-#[utoipa::path(post, path = "/v1/completions", tag = "openai", request_body = CompletionRequest, responses(
+#[utoipa::path(post, path = "/v1/completions", tag = "openai", request_body = CompletionRequest,
+    params(("x-request-timeout-ms" = Option<u64>, Header, description = "As `timeout`, in milliseconds; the shorter one counts")),
+    responses(
     (status = 200, description = "The answer; as server-sent events of the same shape when `stream` is true", content(
         (CompletionResponse = "application/json"), (CompletionResponse = "text/event-stream"))),
     (status = 400, body = crate::error::ErrorBody), (status = 401, body = crate::error::ErrorBody),
