@@ -182,18 +182,20 @@ fn main() {
     let engine = Arc::new(NullEngine { ids: AtomicU64::new(1), streams });
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let state = AppState::new(HttpLimits::default(), ApiKeys::default());
-    state.publish(ServedModel {
+    let model = ServedModel {
         engine,
         text: Arc::clone(&tiny_model::TEXT),
         names: vec!["null".into()],
         root: "null".into(),
         context_tokens_max: 4096,
+        block_size: 16,
         vocab_size: tiny_model::VOCAB_SIZE,
         defaults: GenerationDefaults::default(),
         created: 0,
         fingerprint: "null".into(),
         log_prompts: false,
-    });
+    };
+    runtime.block_on(state.publish(model));
     let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).unwrap();
     let address = listener.local_addr().unwrap().to_string();
     runtime.spawn(serve(listener, state, std::future::pending()));

@@ -48,7 +48,7 @@ pub fn load(config: &Config, names: &[String]) -> Result<Loaded, LoadFailure> {
     let names = if names.is_empty() { vec![resolved.name.clone()] } else { names.to_vec() };
     let scheduling = match &config.action {
         Action::Serve(server) => server.scheduling.clone(),
-        Action::Generate(_) | Action::Bench(_) => SchedulingConfig::default(),
+        Action::Generate(_) | Action::Bench(_) | Action::Key(_) => SchedulingConfig::default(),
     };
     let options = RuntimeOptions { engine: config.engine.clone(), scheduling, served_model_name: names[0].clone() };
     let bar = progress_bar();

@@ -6,6 +6,7 @@ use super::values::{
     Secret, parse_amount, parse_count, parse_filled, parse_host, parse_log_level, parse_seconds, parse_secret,
     parse_temperature,
 };
+use crate::keys::Salt;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -34,6 +35,8 @@ pub(super) enum Command {
     /// Time a model's prefill and decoding, without the server
     #[command(after_help = LAYERS_HELP)]
     Bench(BenchArgs),
+    /// Make an entry of the keys file
+    Key(KeyArgs),
 }
 
 #[derive(Debug, Args)]
@@ -110,6 +113,21 @@ pub(super) struct BenchArgs {
 }
 
 #[derive(Debug, Args)]
+pub(super) struct KeyArgs {
+    /// new makes a secret and shows it once; hash reads one from standard input
+    #[arg(value_name = "TASK", value_enum)]
+    pub(super) task: KeyTask,
+    /// What the key is called
+    #[arg(value_name = "NAME", value_parser = parse_filled)]
+    pub(super) name: String,
+    /// Salt of the hash, as 32 hex digits; keys of one salt are checked with one hash [default: a new one]
+    #[arg(long, value_name = "HEX")]
+    pub(super) salt: Option<Salt>,
+    #[command(flatten)]
+    pub(super) log: LogArgs,
+}
+
+#[derive(Debug, Args)]
 #[command(next_help_heading = "Server")]
 pub(super) struct ServerArgs {
     /// Address to listen on; the default is all interfaces, as containers need it
@@ -124,6 +142,12 @@ pub(super) struct ServerArgs {
     /// Keys that clients must send as a bearer token [default: open to all]
     #[arg(long, value_name = "KEY", num_args = 1.., value_parser = parse_secret)]
     pub(super) api_key: Vec<Secret>,
+    /// TOML file of keys with their tenants and limits, followed as it changes (docs/keys.md)
+    #[arg(long, value_name = "FILE")]
+    pub(super) keys: Option<PathBuf>,
+    /// Ask for a key on /metrics too
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value = "false")]
+    pub(super) guard_metrics: bool,
     /// Most bytes of a request body
     #[arg(long, value_name = "BYTES", default_value = "16MiB", value_parser = parse_amount)]
     pub(super) max_body_bytes: u64,
@@ -250,6 +274,15 @@ pub(super) enum CpuIsaArg {
     Avx2,
     Avx512,
     Amx,
+}
+
+/// What `kvern key` is to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum KeyTask {
+    /// Make a secret.
+    New,
+    /// Hash one that is there.
+    Hash,
 }
 
 /// Form of the log.

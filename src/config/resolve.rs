@@ -1,15 +1,15 @@
 //! Args as typed -> Config as meant: defaults that depend on other settings, and checks across settings.
 
 use super::args::{
-    BenchArgs, Cli, Command, CpuIsaArg, DtypeArg, EngineArgs, GenerateArgs, LogArgs, ModelArgs, SchedulingArgs,
-    ServeArgs,
+    BenchArgs, Cli, Command, CpuIsaArg, DtypeArg, EngineArgs, GenerateArgs, KeyArgs, LogArgs, ModelArgs,
+    SchedulingArgs, ServeArgs,
 };
 use super::scheduling::{CLASSES_MAX, PoolLayout, PriorityClass, SchedulingConfig, WorkerLayout};
 use super::{
-    Action, BenchConfig, Config, ConfigError, EngineConfig, Environment, GenerateConfig, HubConfig, LogConfig,
-    ModelSource, Secret, ServerConfig, layers,
+    Action, BenchConfig, Config, ConfigError, EngineConfig, Environment, GenerateConfig, HubConfig, KeyConfig,
+    LogConfig, ModelSource, Secret, ServerConfig, layers,
 };
-use clap::{CommandFactory, FromArgMatches};
+use clap::{CommandFactory, FromArgMatches, Parser};
 use kvern_kernels::{CpuIsa, CpuOptions, KvDType, Precision};
 use std::ffi::OsString;
 use std::net::SocketAddr;
@@ -30,6 +30,7 @@ pub(super) fn resolve(argv: Vec<OsString>, environment: &Environment) -> Result<
     let command = match name.as_ref().and_then(|name| name.to_str()) {
         Some("generate") => Command::Generate(GenerateArgs::from_arg_matches(&layered.matches)?),
         Some("bench") => Command::Bench(BenchArgs::from_arg_matches(&layered.matches)?),
+        Some("key") => Command::Key(KeyArgs::from_arg_matches(&layered.matches)?),
         _ => Command::Serve(ServeArgs::from_arg_matches(&layered.matches)?),
     };
     let (action, model, engine, log) = match command {
@@ -39,6 +40,8 @@ pub(super) fn resolve(argv: Vec<OsString>, environment: &Environment) -> Result<
                 address: SocketAddr::new(args.server.host, args.server.port),
                 served_model_names: args.server.served_model_name,
                 api_keys: args.server.api_key,
+                keys_file: args.server.keys,
+                guard_metrics: args.server.guard_metrics,
                 max_body_bytes: body_bytes(args.server.max_body_bytes)?,
                 shutdown_timeout: args.server.shutdown_timeout,
                 scheduling: scheduling_config(args.scheduling)?,
@@ -56,6 +59,10 @@ pub(super) fn resolve(argv: Vec<OsString>, environment: &Environment) -> Result<
             let bench = BenchConfig { workloads: [prefill, decode].concat(), rounds, steps, limits, json };
             (Action::Bench(bench), model, args.engine, args.log)
         }
+        Command::Key(KeyArgs { task, name, salt, log }) => {
+            let (model, engine) = unused()?;
+            (Action::Key(KeyConfig { task, name, salt }), model, engine, log)
+        }
     };
     Ok(Config {
         action,
@@ -65,6 +72,14 @@ pub(super) fn resolve(argv: Vec<OsString>, environment: &Environment) -> Result<
         notes: layered.notes,
         settings: layered.settings,
     })
+}
+
+/// The settings of a command that has neither model nor engine: defaults, which nothing reads.
+fn unused() -> Result<(ModelArgs, EngineArgs), ConfigError> {
+    match Cli::try_parse_from(["kvern", "serve"])?.command {
+        Command::Serve(args) => Ok((args.model, args.engine)),
+        other => unreachable!("`serve` was parsed as {other:?}"),
+    }
 }
 
 fn one_model(positional: Option<String>, flag: Option<String>) -> Result<Option<String>, ConfigError> {
