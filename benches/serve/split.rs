@@ -9,7 +9,7 @@ use crate::server::{Access, Server, require};
 use crate::stats::{median, quantile};
 use crate::{Outcome, Setup, note};
 
-const REQUESTS: f64 = 80.0;
+const REQUESTS: f64 = 64.0;
 const FLIGHT: usize = 12;
 /// Names of the rows and their flags; each is measured [`ROUNDS`] times, in an order that changes.
 const LAYOUTS: [(&str, &[&str]); 3] = [
