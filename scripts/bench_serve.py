@@ -84,20 +84,24 @@ def by_setting(series: "dict[tuple[str, str], list[dict]]") -> str:
 
 
 def spread(found: "list[dict]") -> str:
-    values = [figure["value"] for figure in found]
+    values = [figure["value"] for figure in found if figure["value"] is not None]
+    if not values:
+        return "nothing to measure"
     is_count = not found[0]["unit"] and all(value == int(value) for value in values)
     digits = 0 if is_count else DIGITS.get(found[0]["unit"], 2)
     return record.spread(values, digits) if len(values) > 1 else f"{values[0]:.{digits}f}"
 
 
 def verdict(found: "list[dict]") -> "tuple[str, str]":
-    """The aim and whether the median meets it; empty without one."""
+    """The aim and whether the median meets it; both empty where there is none."""
     aim = found[0].get("aim")
     if not aim:
         return "", ""
     ((sense, bound),) = aim.items()
-    value = record.median([figure["value"] for figure in found])
-    met = value <= bound if sense == "at_most" else value >= bound
+    values = [figure["value"] for figure in found]
+    # What could not be measured is not met.
+    value = None if None in values else record.median(values)
+    met = value is not None and (value <= bound if sense == "at_most" else value >= bound)
     return f"{'<=' if sense == 'at_most' else '>='} {bound:g}", "yes" if met else "no"
 
 
@@ -108,11 +112,12 @@ def text_of(about: dict, options: argparse.Namespace, results: "dict[str, list[d
     generator = max(found["detail"]["generator_cores"] for found in runs)
     scale = "" if options.scale == 1 else f" Times scaled by {options.scale:g}: a quick look, no result."
     flags = f" Further flags of the server: {' '.join(options.flag)}." if options.flag else ""
-    parts = [f"{record.headline(about)} SmolLM2-135M-Instruct Q4_1, seeds from {options.seed}. Median (least to most) of "
-             f"{options.rounds} rounds. {disturbed} of {len(runs)} runs were beside other processes (at most "
+    parts = [f"{record.headline(about)} SmolLM2-135M-Instruct Q4_1, seeds from {options.seed}. One round where "
+             f"nothing else is said; of several the median (least to most). {disturbed} of {len(runs)} runs were beside other processes (at most "
              f"{max(others):.2f} cores); the load generator used at most {generator:.3f} cores.{flags}{scale}"]
     for scenario, rounds in results.items():
-        parts += [f"**{TITLES[scenario]}**", shown(rounds)]
+        count = f", {len(rounds)} rounds" if len(rounds) > 1 else ""
+        parts += [f"**{TITLES[scenario]}**{count}", shown(rounds)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -91,6 +91,11 @@ async fn measure(
     server.stop().await?;
     let alone = gaps(&answers, from, between);
     let with = gaps(&answers, between, until);
+    if alone.is_empty() || with.is_empty() {
+        return Err(
+            format!("{row}: expected tokens in both phases, found none in one: give it a larger --scale").into()
+        );
+    }
     let decode_ms = median(&alone);
     let times = reference.map_or(0.0, |(_, times)| times);
     report.add_to(row, "objective", "ms", reference.map_or(0.0, |(reference, times)| reference.decode_ms * times));

@@ -55,6 +55,7 @@ pub(crate) async fn run(setup: &Setup) -> Outcome<Report> {
     report.aim(Aim::AtLeast(0.95));
     refusals(&over, &mut report);
     returns("twice the capacity", &over.returns, &mut report);
+    report.add("came back as told and was taken", "of all", over.returns.taken_share());
     memory(&over, &mut report);
     lost_count += lost(&over.answers) + lost(&over.returns.answers);
 
@@ -85,7 +86,7 @@ async fn capacity(setup: &Setup, server: &Server) -> Outcome<f64> {
     let from = began + (seconds / 6.0 * 1e6) as Micros;
     let finished = answers.iter().filter(|answer| answer.whole() && answer.ended >= from).count();
     if finished == 0 {
-        return Err(format!("no request finished: {:?}", ends(&answers)).into());
+        return Err(format!("no request finished in {seconds} s: {:?}", ends(&answers)).into());
     }
     Ok(finished as f64 / (seconds * 5.0 / 6.0))
 }
@@ -178,7 +179,6 @@ fn returns(when: &str, returns: &Returns, report: &mut Report) {
     report.add(&format!("Retry-After at {when}, over what proved right, median"), "", median(&ratios));
     report.add(&format!("Retry-After at {when}, distance from what proved right, median"), "", returns.error_median());
     report.aim(Aim::AtMost(0.3));
-    report.add(&format!("came back as told at {when} and was taken"), "of all", returns.taken_share());
     report.detail(&format!("returns_at_{}", when.replace(' ', "_")), returns.summary());
 }
 

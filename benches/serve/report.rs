@@ -20,6 +20,7 @@ struct Figure {
     row: String,
     name: String,
     unit: &'static str,
+    /// Null in JSON where there was nothing to measure.
     value: f64,
     #[serde(skip_serializing_if = "Option::is_none")]
     aim: Option<Aim>,

@@ -11,8 +11,9 @@ use std::time::Duration;
 /// Part of `retry_in` between two attempts, within bounds.
 const RESOLUTION: f64 = 1.0 / 10.0;
 const PERIOD_S: (f64, f64) = (0.01, 0.1);
-/// Probes at a time: they must not become the load.
+/// Probes at a time: they must not become the load. After a burst they are all there is.
 const PROBES_MAX: usize = 2;
+const PROBES_AFTER_BURST_MAX: usize = 8;
 /// A probe is given up after this many times its `retry_in`, and counted as that.
 const PATIENCE: f64 = 8.0;
 
@@ -49,7 +50,7 @@ impl Returns {
 
     /// Part of those who came back as told that were taken.
     pub(crate) fn taken_share(&self) -> f64 {
-        self.taken_back as f64 / self.came_back.max(1) as f64
+        self.taken_back as f64 / self.came_back as f64
     }
 
     pub(crate) fn summary(&self) -> serde_json::Value {
@@ -78,7 +79,8 @@ pub(crate) async fn follow_up(client: Rc<Client>, asked: Asked, refused: &Answer
     let turn = {
         let mut returns = returns.borrow_mut();
         returns.refused += 1;
-        let turn = if returns.probing < PROBES_MAX { Turn::Probe } else { Turn::Nothing };
+        let most = if returns.probing_only { PROBES_AFTER_BURST_MAX } else { PROBES_MAX };
+        let turn = if returns.probing < most { Turn::Probe } else { Turn::Nothing };
         let turn = if returns.refused % 4 == 0 && !returns.probing_only { Turn::ComeBack } else { turn };
         returns.probing += usize::from(turn == Turn::Probe);
         returns.came_back += usize::from(turn == Turn::ComeBack);

@@ -1,10 +1,11 @@
 //! Numbers from samples, and the random numbers that name a run by its seed.
 
-/// The `share` quantile (0 to 1), interpolated between neighbours; 0 without samples.
+/// The `share` quantile (0 to 1), interpolated between neighbours; not a number without samples, so that
+/// nothing found never looks like a good figure.
 pub(crate) fn quantile(samples: &[f64], share: f64) -> f64 {
     let mut sorted = samples.to_vec();
     sorted.sort_unstable_by(f64::total_cmp);
-    let Some(last) = sorted.len().checked_sub(1) else { return 0.0 };
+    let Some(last) = sorted.len().checked_sub(1) else { return f64::NAN };
     let place = share * last as f64;
     let (below, above) = (place.floor() as usize, place.ceil() as usize);
     sorted[below] + (sorted[above] - sorted[below]) * place.fract()
