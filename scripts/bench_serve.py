@@ -118,6 +118,7 @@ def text_of(about: dict, options: argparse.Namespace, results: "dict[str, list[d
     for scenario, rounds in results.items():
         count = f", {len(rounds)} rounds" if len(rounds) > 1 else ""
         parts += [f"**{TITLES[scenario]}**{count}", shown(rounds)]
+        parts += [f"```text\n{found['detail']['replay'][0]}\n```" for found in rounds if "replay" in found["detail"]]
     return "\n\n".join(parts) + "\n"
 
 

@@ -160,7 +160,7 @@ const GROUPS: usize = 16;
 const PREFIX_TOKENS: u32 = 384;
 const OWN_TOKENS: u32 = 48;
 const PRICE_OUTPUT: u32 = 12;
-const PRICE_REQUESTS: usize = 96;
+const PRICE_REQUESTS: usize = 80;
 const PRICE_FLIGHT: usize = 64;
 const PRICE_FLAGS: [&str; 3] = ["--max-num-seqs=8", "--max-model-len=2048", "--kv-cache-memory-bytes=160MiB"];
 const PRICE_ROUNDS: u64 = 2;

@@ -19,8 +19,9 @@ const STREAM: Shape = Shape { prompt: (32, 32), output: (200, 400) };
 const PROMPT_TOKENS: u32 = 1500;
 const SETTLE_S: f64 = 1.5;
 const DECODE_S: f64 = 3.0;
-/// Long prompts, one after the other, until so many are done or the time is over.
+/// Long prompts, one after the other, until so many are done or the time is over; the last one is waited for.
 const PROMPTS: usize = 4;
+const LAST_S: f64 = 36.0;
 const BOTH_S: f64 = 12.0;
 /// Without a flag.
 const TOKENS_DEFAULT: u32 = 512;
@@ -32,19 +33,22 @@ const AIMED: f64 = 1.5;
 const RUNNING: &str = "--max-num-seqs=32";
 
 pub(crate) async fn run(setup: &Setup) -> Outcome<Report> {
-    require(setup, &["--class", "--max-num-batched-tokens"])?;
+    require(setup, &["--class", "--max-num-batched-tokens", "--workers"])?;
     let mut report = Report::default();
     let row = format!("{TOKENS_DEFAULT} tokens a step");
     let first = measure(setup, &row, &[], None, &mut report).await?;
+    let objective = |times: f64| format!("--class=normal:itl={:.1}ms", first.decode_ms * times);
     for times in OBJECTIVES {
-        let flag = format!("--class=normal:itl={:.1}ms", first.decode_ms * times);
-        let row = format!("objective {times}x");
-        measure(setup, &row, &[flag], Some((first, times)), &mut report).await?;
+        measure(setup, &format!("objective {times}x"), &[objective(times)], Some((first, times)), &mut report).await?;
     }
     for tokens in TOKENS {
         let flag = format!("--max-num-batched-tokens={tokens}");
         measure(setup, &format!("{tokens} tokens a step"), &[flag], Some((first, 0.0)), &mut report).await?;
     }
+    let split = "--workers=split".to_owned();
+    measure(setup, "split workers", &[split.clone()], Some((first, 0.0)), &mut report).await?;
+    let row = format!("split workers, objective {AIMED}x");
+    measure(setup, &row, &[split, objective(AIMED)], Some((first, AIMED)), &mut report).await?;
     Ok(report)
 }
 
@@ -141,7 +145,7 @@ fn gaps(answers: &[Answer], from: Micros, until: Micros) -> Vec<f64> {
     answers.iter().flat_map(|answer| answer.gaps().filter_map(within)).collect()
 }
 
-/// Prompt tokens per second of up to `count` long prompts, one after the other; 0 when none was done in time.
+/// Prompt tokens per second of up to `count` long prompts, one after the other; 0 when the first took too long.
 async fn prefill(setup: &Setup, server: &Server, rng: &mut Rng, count: usize) -> Outcome<f64> {
     let client = server.client();
     let began = client.now();
@@ -153,7 +157,7 @@ async fn prefill(setup: &Setup, server: &Server, rng: &mut Rng, count: usize) ->
     };
     let load = closed_loop(&client, 1, make);
     let timer = async {
-        tokio::time::sleep(Duration::from_secs_f64(BOTH_S * setup.scale)).await;
+        tokio::time::sleep(Duration::from_secs_f64(BOTH_S * setup.scale + LAST_S)).await;
         client.leave_all();
         std::future::pending::<()>().await;
     };

@@ -26,7 +26,7 @@ use clap::{Parser, ValueEnum};
 use report::Report;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 pub(crate) type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 
@@ -84,7 +84,17 @@ pub(crate) fn note(text: &str) {
     eprintln!("  {text}");
 }
 
+/// More than any scenario takes on a machine that is fit for it: every run ends.
+const SECONDS_MAX: f64 = 900.0;
+
 async fn run(setup: &Setup) -> Outcome<Report> {
+    let load_s = if setup.scenario == Scenario::Load { 2.0 * setup.seconds } else { 0.0 };
+    let limit = Duration::from_secs_f64(SECONDS_MAX * setup.scale.max(1.0) + load_s);
+    let late = |_| format!("the scenario was not over after {} s", limit.as_secs());
+    tokio::time::timeout(limit, scenario(setup)).await.map_err(late)?
+}
+
+async fn scenario(setup: &Setup) -> Outcome<Report> {
     match setup.scenario {
         Scenario::Fairness => fairness::run(setup).await,
         Scenario::Overload => overload::run(setup).await,
