@@ -2,14 +2,14 @@
 CARGO ?= cargo
 PYTHON ?= python3
 # For `make serve`: a model other than the default, and further flags, as in `make serve ARGS="--port 9000"`; ARGS also for the
-# scripts of bench-peer and bench-scaling, as in `make bench-peer ARGS="--only prefill --rounds 3"`.
+# scripts of the bench-* targets, as in `make bench-peer ARGS="--only prefill --rounds 3"`.
 MODEL ?=
 ARGS ?=
 SEEDS ?= 1000000
 BENCHES ?= forward plan prefix kernels frontend text
 
 .DEFAULT_GOAL := help
-.PHONY: help serve model test unit clients sim lint bench bench-peer bench-scaling openapi doc
+.PHONY: help serve model test unit clients sim lint bench bench-peer bench-scaling bench-serve openapi doc
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ bench-peer: model ## Build llama.cpp and measure Kvern beside it; ARGS=--help sa
 
 bench-scaling: model ## Measure batches and contexts; writes docs/performance.md and its plot
 	$(PYTHON) scripts/bench_scaling.py $(ARGS)
+
+bench-serve: model ## Load the server: fairness, overload, latency, split workers; ARGS="--only load" for ten minutes with a replay
+	$(PYTHON) scripts/bench_serve.py $(ARGS)
 
 openapi: ## Write docs/openapi.json anew from the code
 	KVERN_WRITE_OPENAPI=1 $(CARGO) test --test http openapi

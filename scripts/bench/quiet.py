@@ -59,12 +59,13 @@ class Quiet:
         return {"measurements": len(found), "disturbed": disturbed, "others_cores_most": found[-1] if found else 0.0}
 
 
-def measured(command: list[str]) -> "tuple[float, str]":
-    """Cores that others used while `command` ran, and its output."""
+def measured(command: list[str], progress: bool = False) -> "tuple[float, str]":
+    """Cores that others used while `command` ran, and its output; with `progress` its standard error is shown as it comes."""
     busy, own, began = busy_s(), children_s(), time.monotonic()
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=None if progress else subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        sys.exit(f"{done.stdout[-2000:]}{done.stderr[-4000:]}\n{' '.join(command)}: ended with {done.returncode}")
+        said = f"{done.stdout[-2000:]}{(done.stderr or '')[-4000:]}"
+        sys.exit(f"{said}\n{' '.join(command)}: ended with {done.returncode}")
     others = (busy_s() - busy - (children_s() - own)) / (time.monotonic() - began)
     # Time is counted in ticks: over a short command the quotient may exceed what there is.
     return min(max(0.0, others), float(os.cpu_count())), done.stdout
