@@ -19,11 +19,10 @@ pub(super) fn asked(fields: &mut GenerationFields) -> Result<Asked, ServeError> 
         Some(ServiceTier::Auto | ServiceTier::Default) | None => 0,
     };
     let cache_salt = fields.cache_salt.take();
-    if let Some(found) = cache_salt.as_ref().map(|salt| salt.chars().count()) {
-        if !(1..=CACHE_SALT_CHARS_MAX).contains(&found) {
-            let message = format!("`cache_salt`: expected 1 to {CACHE_SALT_CHARS_MAX} characters, found {found}");
-            return Err(ServeError::invalid("cache_salt", message));
-        }
+    let found = cache_salt.as_ref().map_or(1, |salt| salt.chars().count());
+    if !(1..=CACHE_SALT_CHARS_MAX).contains(&found) {
+        let message = format!("`cache_salt`: expected 1 to {CACHE_SALT_CHARS_MAX} characters, found {found}");
+        return Err(ServeError::invalid("cache_salt", message));
     }
     let timeout = fields.timeout.map(|seconds| {
         // Below a millisecond nothing can be done.

@@ -100,7 +100,7 @@ impl Keyring {
             let text = read(path)?;
             table = next_table(&mut book, &parse(path, &text, &classes)?, &table)?;
             book.content = Some(digest_of(&text));
-            tracing::info!(keys = table.num_keys(), tenants = table.tenants.len(), "keys");
+            tracing::info!(keys = table.num_keys(), tenants = book.names.len(), "the keys file is read");
         }
         Ok(Keyring {
             api_keys,
@@ -202,9 +202,10 @@ impl Keyring {
         };
         let Some((file, content)) = blocking(read).await? else { return Ok(false) };
         let table = next_table(&mut book, &file, &before)?;
-        tracing::info!(keys = table.num_keys(), tenants = table.tenants.len(), "the keys file has changed");
+        let keys = table.num_keys();
         self.install(&book, table).await?;
         book.content = Some(content);
+        tracing::info!(keys, "the keys file has changed and is in use");
         Ok(true)
     }
 

@@ -13,7 +13,7 @@ const ALPHABET: &[u8; 32] = b"abcdefghijkmnpqrstuvwxyz23456789";
 const RANDOM_CHARS: usize = 32;
 const PREFIX: &str = "kv-";
 const SALT_BYTES: usize = 16;
-const HASH_BYTES: usize = digest::SHA256_OUTPUT_LEN;
+pub(super) const HASH_BYTES: usize = digest::SHA256_OUTPUT_LEN;
 /// Longer ones open nothing: a head full of bytes must not be hashed once per salt.
 pub(super) const SECRET_BYTES_MAX: usize = 256;
 const FORM: &str = "sha256:SALT:HASH with 32 and 64 hex digits";

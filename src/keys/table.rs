@@ -5,7 +5,7 @@
 use super::account::{Account, Limits};
 use super::file::{KeyEntry, SharedText};
 use super::prefixes::SharedPrefixes;
-use super::secret::{HashedSecret, SECRET_BYTES_MAX, Salt};
+use super::secret::{HASH_BYTES, SECRET_BYTES_MAX, Salt};
 use kvern_core::{ClassId, TenantId};
 use std::collections::BTreeMap;
 use std::fmt;
@@ -63,6 +63,14 @@ pub struct Asked {
     pub timeout: Option<Duration>,
 }
 
+/// A hash in words, which compare faster than bytes.
+type HashWords = [u64; HASH_BYTES / 8];
+
+fn words(hash: &[u8; HASH_BYTES]) -> HashWords {
+    let (words, _) = hash.as_chunks();
+    std::array::from_fn(|at| u64::from_le_bytes(words[at]))
+}
+
 /// One key and what it stands for.
 #[derive(Clone, Debug)]
 pub(super) struct Key {
@@ -84,8 +92,8 @@ pub(super) struct TenantSettings {
 #[derive(Clone, Debug, Default)]
 pub(super) struct Table {
     keys: Vec<Key>,
-    /// The secrets by their salts, each with its key's index.
-    secrets: Vec<(Salt, Vec<(HashedSecret, u32)>)>,
+    /// The hashes of secrets by their salts, each with its key's index.
+    secrets: Vec<(Salt, Vec<(HashWords, u32)>)>,
     pub(super) tenants: Vec<TenantSettings>,
     pub(super) shared: Vec<SharedText>,
     pub(super) prefixes: SharedPrefixes,
@@ -102,10 +110,10 @@ impl Table {
     ) -> Self {
         let accounts: BTreeMap<&str, &Arc<Account>> =
             before.keys.iter().filter_map(|key| Some((key.name.as_str(), key.caller.account.as_ref()?))).collect();
-        let mut secrets: BTreeMap<Salt, Vec<(HashedSecret, u32)>> = BTreeMap::new();
+        let mut secrets: BTreeMap<Salt, Vec<(HashWords, u32)>> = BTreeMap::new();
         let mut keys = Vec::with_capacity(entries.len());
         for (at, entry) in (0..).zip(entries) {
-            secrets.entry(entry.secret.salt).or_default().push((entry.secret, at));
+            secrets.entry(entry.secret.salt).or_default().push((words(&entry.secret.hash), at));
             let account = accounts.get(entry.name.as_str()).map(|account| Arc::clone(account));
             let caller = Caller {
                 tenant: number(&entry.tenant),
@@ -134,9 +142,10 @@ impl Table {
         }
         let (mut found, mut at) = (Choice::from(0), 0_u32);
         for (salt, entries) in &self.secrets {
-            let hash = salt.hash(secret);
+            let hash = words(&salt.hash(secret));
             for (known, index) in entries {
-                let equal = known.hash.ct_eq(&hash);
+                let difference = known.iter().zip(&hash).fold(0, |all, (a, b)| all | (a ^ b));
+                let equal = difference.ct_eq(&0);
                 at.conditional_assign(index, equal);
                 found |= equal;
             }
