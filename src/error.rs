@@ -45,7 +45,7 @@ pub enum ServeError {
     DeadlinePassed,
     #[error("the same prompt made the model fail a short while ago; it is taken again in {:.1} s", .backoff.seconds())]
     Quarantined { backoff: Backoff },
-    #[error("the prompt and the answer need more memory than this server has for one request")]
+    #[error("the prompt and the answer need more of the KV cache than one request, or its tenant, may have here")]
     TooLongForCache,
     #[error("the model is still loading")]
     Loading,
