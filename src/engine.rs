@@ -10,6 +10,7 @@ mod streams;
 
 pub use handle::{EngineHandle, EngineLimits};
 
+use crate::record::Recorder;
 use crate::telemetry::Telemetry;
 use crate::worker::{StepCommand, StepResult};
 use handle::{Message, Shared};
@@ -28,6 +29,7 @@ const MESSAGES_PER_TURN_MAX: usize = 256;
 /// The engine thread's state.
 pub struct EngineLoop {
     core: Core,
+    recorder: Option<Recorder>,
     streams: Streams,
     inbox: Receiver<Message>,
     worker: SyncSender<StepCommand>,
@@ -45,7 +47,7 @@ impl EngineLoop {
     /// `worker` leads to an idle worker that reports to the inbox.
     #[must_use]
     pub(crate) fn new(
-        core: Core,
+        (core, recorder): (Core, Option<Recorder>),
         inbox: Receiver<Message>,
         worker: SyncSender<StepCommand>,
         telemetry: Arc<Telemetry>,
@@ -53,6 +55,7 @@ impl EngineLoop {
     ) -> Self {
         EngineLoop {
             core,
+            recorder,
             streams: Streams::new(Arc::clone(&shared), Arc::clone(&telemetry)),
             inbox,
             worker,
@@ -115,8 +118,11 @@ impl EngineLoop {
     }
 
     fn apply(&mut self, input: Input) {
-        let at = self.now();
-        self.core.apply(Timed { at, input }, &mut self.effects);
+        let input = Timed { at: self.now(), input };
+        if let Some(recorder) = &mut self.recorder {
+            recorder.input(&input);
+        }
+        self.core.apply(input, &mut self.effects);
         self.dispatch();
     }
 
@@ -155,6 +161,9 @@ impl EngineLoop {
     fn start_step(&mut self) {
         let Some(mut plan) = self.idle_plan.take() else { return };
         let planned = self.core.plan(WORKER, &mut plan, &mut self.effects);
+        if let Some(recorder) = &mut self.recorder {
+            recorder.planned(WORKER, &plan, planned);
+        }
         self.dispatch();
         if !planned {
             self.idle_plan = Some(plan);
@@ -171,6 +180,9 @@ impl EngineLoop {
     /// Tells the streams; those that cannot take a token are cancelled.
     fn dispatch(&mut self) {
         let now = self.now();
+        if let Some(recorder) = &mut self.recorder {
+            recorder.effects(&self.effects);
+        }
         for effect in self.effects.drain(..) {
             if let Some(slow) = self.streams.take(effect, now) {
                 self.cancels.push((slow, CancelReason::SlowReader));

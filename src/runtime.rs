@@ -3,8 +3,9 @@
 //! The memory account is made before the KV cache is allocated, and after start nothing grows with load: workspace is
 //! sized by the step limits, the KV cache by what is left, queues by their bounds.
 
-use crate::config::{EngineConfig, KV_CACHE_SHARE_OF_AVAILABLE};
+use crate::config::{EngineConfig, KV_CACHE_SHARE_OF_AVAILABLE, RecordConfig};
 use crate::engine::{EngineHandle, EngineLimits, EngineLoop};
+use crate::record::Recorder;
 use crate::telemetry::{Telemetry, TelemetryInfo};
 use crate::worker::{Worker, WorkerParts};
 use kvern_core::{CoreConfig, Engine as Core};
@@ -23,6 +24,8 @@ pub struct RuntimeOptions {
     pub engine: EngineConfig,
     /// Label of the metrics.
     pub served_model_name: String,
+    /// Where the core's inputs are recorded.
+    pub record: Option<RecordConfig>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -40,6 +43,8 @@ pub enum StartError {
     KvTooSmall { bytes: u64, tokens: u64, model_len: u32, needed: u64 },
     #[error("could not start the {name} thread: {source}")]
     Thread { name: &'static str, source: std::io::Error },
+    #[error("cannot record to {path}: {source}")]
+    Record { path: String, source: std::io::Error },
     #[error("the warm-up step failed: {0}")]
     WarmUp(KernelError),
 }
@@ -232,7 +237,7 @@ fn spawn(
         },
         prefix_caching: options.engine.prefix_caching,
     }));
-    let core = Core::new(CoreConfig {
+    let config = CoreConfig {
         step_tokens_max: options.engine.max_num_batched_tokens,
         running_max: options.engine.max_num_seqs,
         // The handle refuses first; preempted requests wait again and must find room.
@@ -240,13 +245,19 @@ fn spawn(
         request_tokens_max: max_model_len,
         prefix_caching: options.engine.prefix_caching,
         ..CoreConfig::mixed(account.kv_blocks, options.engine.block_size)
+    };
+    let recorder = options.record.as_ref().map(|record| {
+        let failed = |source| StartError::Record { path: record.path.display().to_string(), source };
+        Recorder::start(record, &config).map_err(failed)
     });
+    let recorder = recorder.transpose()?;
+    let core = Core::new(config);
     let limits = EngineLimits { waiting_max: options.engine.max_num_queued_reqs };
     let (handle, inbox, shared) = EngineHandle::new(limits, Arc::clone(&telemetry));
     let (ended, has_ended) = oneshot::channel();
     let (steps, commands) = sync_channel(1);
     let reporter = handle.reporter();
-    let engine = EngineLoop::new(core, inbox, steps, telemetry, shared);
+    let engine = EngineLoop::new((core, recorder), inbox, steps, telemetry, shared);
     let threads = vec![
         thread("kvern-worker", move || crate::engine::serve_worker(worker, &commands, &reporter))?,
         thread("kvern-engine", move || {

@@ -17,13 +17,17 @@ mod args;
 mod bench;
 mod environment;
 mod layers;
+mod record;
 mod resolve;
+mod simulate;
 mod values;
 
 pub use args::LogFormat;
 pub use bench::{BenchConfig, Workload};
 pub use environment::Environment;
 pub use layers::{Origin, Setting};
+pub use record::{RecordConfig, ReplayConfig};
+pub use simulate::{Objectives, ProfileSource, SimulateConfig, Synthetic, TraceSource};
 pub use values::Secret;
 
 use kvern_kernels::{CpuOptions, KvDType, Precision};
@@ -56,6 +60,8 @@ pub enum Action {
     Serve(ServerConfig),
     Generate(GenerateConfig),
     Bench(BenchConfig),
+    Replay(ReplayConfig),
+    Simulate(SimulateConfig),
 }
 
 /// `kvern serve`.
@@ -69,6 +75,7 @@ pub struct ServerConfig {
     pub max_body_bytes: usize,
     /// How long running requests may go on after SIGTERM.
     pub shutdown_timeout: Duration,
+    pub record: Option<RecordConfig>,
 }
 
 /// `kvern generate`.

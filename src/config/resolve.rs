@@ -1,11 +1,12 @@
 //! Args as typed -> Config as meant: defaults that depend on other settings, and checks across settings.
 
 use super::args::{
-    BenchArgs, Cli, Command, CpuIsaArg, DtypeArg, EngineArgs, GenerateArgs, LogArgs, ModelArgs, ServeArgs,
+    BenchArgs, Cli, Command, CpuIsaArg, DtypeArg, EngineArgs, GenerateArgs, LogArgs, ModelArgs, RecordArgs, ReplayArgs,
+    ServeArgs, SimulateArgs,
 };
 use super::{
     Action, BenchConfig, Config, ConfigError, EngineConfig, Environment, GenerateConfig, HubConfig, LogConfig,
-    ModelSource, Secret, ServerConfig, layers,
+    ModelSource, Objectives, RecordConfig, ReplayConfig, Secret, ServerConfig, SimulateConfig, TraceSource, layers,
 };
 use clap::{CommandFactory, FromArgMatches};
 use kvern_kernels::{CpuIsa, CpuOptions, KvDType, Precision};
@@ -21,6 +22,9 @@ const BLOCK_SIZE_MAX: u32 = 256;
 /// Largest body: the front end keeps a body in memory while it parses it.
 const BODY_BYTES_MAX: u64 = 1 << 30;
 
+/// Requests of a synthetic trace where nothing is asked for.
+const SYNTHETIC_REQUESTS: u64 = 10_000;
+
 pub(super) fn resolve(argv: Vec<OsString>, environment: &Environment) -> Result<Config, ConfigError> {
     let cli = Cli::command();
     let name = argv.get(1).cloned();
@@ -28,6 +32,8 @@ pub(super) fn resolve(argv: Vec<OsString>, environment: &Environment) -> Result<
     let command = match name.as_ref().and_then(|name| name.to_str()) {
         Some("generate") => Command::Generate(GenerateArgs::from_arg_matches(&layered.matches)?),
         Some("bench") => Command::Bench(BenchArgs::from_arg_matches(&layered.matches)?),
+        Some("replay") => Command::Replay(ReplayArgs::from_arg_matches(&layered.matches)?),
+        Some("simulate") => Command::Simulate(SimulateArgs::from_arg_matches(&layered.matches)?),
         _ => Command::Serve(ServeArgs::from_arg_matches(&layered.matches)?),
     };
     let (action, model, engine, log) = match command {
@@ -39,6 +45,7 @@ pub(super) fn resolve(argv: Vec<OsString>, environment: &Environment) -> Result<
                 api_keys: args.server.api_key,
                 max_body_bytes: body_bytes(args.server.max_body_bytes)?,
                 shutdown_timeout: args.server.shutdown_timeout,
+                record: record_config(args.record),
             };
             (Action::Serve(server), model, args.engine, args.log)
         }
@@ -53,6 +60,17 @@ pub(super) fn resolve(argv: Vec<OsString>, environment: &Environment) -> Result<
             let bench = BenchConfig { workloads: [prefill, decode].concat(), rounds, steps, limits, json };
             (Action::Bench(bench), model, args.engine, args.log)
         }
+        Command::Replay(args) => {
+            let unused = without_settings(&cli)?;
+            let replay = ReplayConfig { path: args.recording };
+            (Action::Replay(replay), unused.model, unused.engine, args.log)
+        }
+        Command::Simulate(args) => {
+            let unused = without_settings(&cli)?;
+            let log = args.log;
+            let args = SimulateArgs { log: unused.log, ..args };
+            (Action::Simulate(simulate_config(args)), unused.model, unused.engine, log)
+        }
     };
     Ok(Config {
         action,
@@ -62,6 +80,32 @@ pub(super) fn resolve(argv: Vec<OsString>, environment: &Environment) -> Result<
         notes: layered.notes,
         settings: layered.settings,
     })
+}
+
+/// The settings that a command without a model does not have, at their defaults.
+fn without_settings(cli: &clap::Command) -> Result<ServeArgs, ConfigError> {
+    let matches = cli.clone().try_get_matches_from(["kvern", "serve"])?;
+    let (_, matches) = matches.subcommand().expect("clap matched serve");
+    Ok(ServeArgs::from_arg_matches(matches)?)
+}
+
+fn record_config(args: RecordArgs) -> Option<RecordConfig> {
+    let path = args.record?;
+    Some(RecordConfig { path, bytes_max: args.record_max_bytes, prompts: args.record_prompts })
+}
+
+fn simulate_config(args: SimulateArgs) -> SimulateConfig {
+    let is_endless = matches!(args.trace, Some(TraceSource::Synthetic(_)));
+    SimulateConfig {
+        trace: args.trace,
+        profile: args.profile,
+        requests_max: args.requests.or(is_endless.then_some(SYNTHETIC_REQUESTS)),
+        speed_up: args.speed_up,
+        objectives: Objectives { ttft: args.ttft, itl: args.itl },
+        no_prefix_caching: args.no_prefix_caching,
+        json: args.json,
+        print_profile: args.print_profile,
+    }
 }
 
 fn one_model(positional: Option<String>, flag: Option<String>) -> Result<Option<String>, ConfigError> {

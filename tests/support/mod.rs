@@ -19,7 +19,7 @@ pub fn model_path() -> PathBuf {
 }
 
 pub fn options() -> RuntimeOptions {
-    RuntimeOptions { engine: engine(), served_model_name: "test".to_owned() }
+    RuntimeOptions { engine: engine(), served_model_name: "test".to_owned(), record: None }
 }
 
 /// The default settings of a small server.
