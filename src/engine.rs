@@ -16,6 +16,7 @@ pub(crate) use threads::{serve_mover, serve_worker};
 pub use handle::{EngineHandle, EngineLimits};
 pub use outlook::Outlook;
 
+use crate::record::Recorder;
 use crate::telemetry::Telemetry;
 use crate::worker::{StepCommand, StepResult, Transfer};
 use handle::{Message, Shared};
@@ -39,6 +40,7 @@ const TURN: Duration = Duration::from_secs(1);
 /// The engine thread's state.
 pub struct EngineLoop {
     core: Core,
+    recorder: Option<Recorder>,
     streams: Streams,
     inbox: Receiver<Message>,
     links: Links,
@@ -60,6 +62,7 @@ pub struct EngineLoop {
 /// What an engine is made of.
 pub(crate) struct EngineParts {
     pub(crate) core: Core,
+    pub(crate) recorder: Option<Recorder>,
     pub(crate) inbox: Receiver<Message>,
     /// To the idle workers, in the core's order; they report to the inbox.
     pub(crate) workers: Vec<SyncSender<StepCommand>>,
@@ -74,9 +77,10 @@ pub(crate) struct EngineParts {
 impl EngineLoop {
     #[must_use]
     pub(crate) fn new(parts: EngineParts) -> Self {
-        let EngineParts { core, inbox, workers, mover, shared, telemetry, target_saturation } = parts;
+        let EngineParts { core, recorder, inbox, workers, mover, shared, telemetry, target_saturation } = parts;
         EngineLoop {
             core,
+            recorder,
             streams: Streams::new(Arc::clone(&shared), Arc::clone(&telemetry)),
             inbox,
             links: Links::new(workers),
@@ -167,8 +171,11 @@ impl EngineLoop {
     }
 
     fn apply(&mut self, input: Input) {
-        let at = self.now();
-        self.core.apply(Timed { at, input }, &mut self.effects);
+        let input = Timed { at: self.now(), input };
+        if let Some(recorder) = &mut self.recorder {
+            recorder.input(&input);
+        }
+        self.core.apply(input, &mut self.effects);
         self.dispatch();
     }
 
@@ -253,6 +260,9 @@ impl EngineLoop {
 
     fn start_step(&mut self, worker: WorkerId, mut plan: StepPlan) {
         let planned = self.core.plan(worker, &mut plan, &mut self.effects);
+        if let Some(recorder) = &mut self.recorder {
+            recorder.planned(worker, &plan, planned);
+        }
         self.dispatch();
         if planned { self.links.start(worker, plan) } else { self.links.keep(worker, plan) }
     }
@@ -261,6 +271,9 @@ impl EngineLoop {
     fn dispatch(&mut self) {
         let now = self.now();
         let mut failed = Vec::new();
+        if let Some(recorder) = &mut self.recorder {
+            recorder.effects(&self.effects);
+        }
         for effect in self.effects.drain(..) {
             if let Effect::Transfer { transfer, from, to, blocks, .. } = effect {
                 let job = Transfer { transfer, from, to, blocks };

@@ -46,11 +46,12 @@ pub fn load(config: &Config, names: &[String]) -> Result<Loaded, LoadFailure> {
         ModelFiles::SafeTensors { dir } => TextModel::from_dir(dir)?,
     });
     let names = if names.is_empty() { vec![resolved.name.clone()] } else { names.to_vec() };
-    let scheduling = match &config.action {
-        Action::Serve(server) => server.scheduling.clone(),
-        Action::Generate(_) | Action::Bench(_) | Action::Key(_) => SchedulingConfig::default(),
+    let (scheduling, record) = match &config.action {
+        Action::Serve(server) => (server.scheduling.clone(), server.record.clone()),
+        _ => (SchedulingConfig::default(), None),
     };
-    let options = RuntimeOptions { engine: config.engine.clone(), scheduling, served_model_name: names[0].clone() };
+    let served_model_name = names[0].clone();
+    let options = RuntimeOptions { engine: config.engine.clone(), scheduling, served_model_name, record };
     let bar = progress_bar();
     let runtime = runtime::start(&files, &options, &mut |progress| {
         bar.set_length(progress.total_bytes);

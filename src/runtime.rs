@@ -6,8 +6,11 @@
 mod calibrate;
 mod team;
 
-use crate::config::{EngineConfig, KV_CACHE_SHARE_OF_AVAILABLE, PoolLayout, PriorityClass, SchedulingConfig, WorkerLayout};
+use crate::config::{
+    EngineConfig, KV_CACHE_SHARE_OF_AVAILABLE, PoolLayout, PriorityClass, RecordConfig, SchedulingConfig, WorkerLayout,
+};
 use crate::engine::{EngineHandle, EngineLimits, EngineLoop, EngineParts};
+use crate::record::Recorder;
 use crate::telemetry::{Telemetry, TelemetryInfo};
 use kvern_core::{ClassSpec, CoreConfig, CostModel, Engine as Core, Micros, WorkerId, WorkerSpec};
 use kvern_kernels::{Device, KernelError, KvDType, KvShape};
@@ -28,6 +31,8 @@ pub struct RuntimeOptions {
     pub scheduling: SchedulingConfig,
     /// Label of the metrics.
     pub served_model_name: String,
+    /// Where the core's inputs are recorded.
+    pub record: Option<RecordConfig>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -45,6 +50,8 @@ pub enum StartError {
     KvTooSmall { bytes: u64, tokens: u64, model_len: u32, needed: u64 },
     #[error("could not start the {name} thread: {source}")]
     Thread { name: &'static str, source: std::io::Error },
+    #[error("cannot record to {path}: {source}")]
+    Record { path: String, source: std::io::Error },
     #[error("the warm-up step failed: {0}")]
     WarmUp(KernelError),
 }
@@ -203,11 +210,15 @@ fn spawn(
 ) -> Result<Running, StartError> {
     let telemetry = Arc::new(Telemetry::new(&telemetry_info(options, max_model_len, account)));
     let ReadyTeam { workers, specs, pools, mover, cost } = team;
-    let core = Core::new(core_config(options, max_model_len, CoreShape { specs, pools, cost }));
-    let limits = EngineLimits {
-        waiting_max: options.engine.max_num_queued_reqs,
-        stall_max: options.scheduling.stall_timeout,
-    };
+    let config = core_config(options, max_model_len, CoreShape { specs, pools, cost });
+    let recorder = options.record.as_ref().map(|record| {
+        let failed = |source| StartError::Record { path: record.path.display().to_string(), source };
+        Recorder::start(record, &config).map_err(failed)
+    });
+    let recorder = recorder.transpose()?;
+    let core = Core::new(config);
+    let limits =
+        EngineLimits { waiting_max: options.engine.max_num_queued_reqs, stall_max: options.scheduling.stall_timeout };
     let (handle, inbox, shared) = EngineHandle::new(limits, Arc::clone(&telemetry));
     let (ended, has_ended) = oneshot::channel();
     let (mut senders, mut threads, mut killed) = (Vec::new(), Vec::new(), Vec::new());
@@ -231,6 +242,7 @@ fn spawn(
     }
     let engine = EngineLoop::new(EngineParts {
         core,
+        recorder,
         inbox,
         workers: senders,
         mover: transfers,

@@ -35,10 +35,8 @@ fn median(mut times: Vec<Duration>) -> f64 {
 #[test]
 fn another_tenants_cache_is_as_good_as_empty() {
     let runtime = start(&options());
-    let named = |tenant: u32| NamedTenant {
-        name: format!("tenant {tenant}").into(),
-        spec: TenantSpec::new(TenantId(tenant)),
-    };
+    let named =
+        |tenant: u32| NamedTenant { name: format!("tenant {tenant}").into(), spec: TenantSpec::new(TenantId(tenant)) };
     assert!(runtime.handle.set_tenants(&[named(1), named(2)]));
     let (mut theirs, mut nobodys, mut own) = (Vec::new(), Vec::new(), Vec::new());
     for round in 0..ROUNDS {

@@ -2,6 +2,7 @@
 
 use super::bench::{Workload, parse_decode, parse_prefill};
 use super::scheduling::{PoolLayout, PriorityClass, WorkerLayout, parse_class, parse_saturation};
+use super::simulate::{ProfileSource, TraceSource, parse_factor, parse_milliseconds, parse_profile, parse_trace};
 use super::values::{
     Secret, parse_amount, parse_count, parse_filled, parse_host, parse_log_level, parse_seconds, parse_secret,
     parse_temperature,
@@ -37,6 +38,12 @@ pub(super) enum Command {
     Bench(BenchArgs),
     /// Make an entry of the keys file
     Key(KeyArgs),
+    /// Repeat what `serve --record` has recorded, and compare every decision of the scheduler
+    #[command(after_help = LAYERS_HELP)]
+    Replay(ReplayArgs),
+    /// Run a workload through the scheduler, on a machine that is only calculated
+    #[command(after_help = LAYERS_HELP)]
+    Simulate(SimulateArgs),
 }
 
 #[derive(Debug, Args)]
@@ -48,6 +55,8 @@ pub(super) struct ServeArgs {
     pub(super) server: ServerArgs,
     #[command(flatten)]
     pub(super) scheduling: SchedulingArgs,
+    #[command(flatten)]
+    pub(super) record: RecordArgs,
     #[command(flatten)]
     pub(super) model: ModelArgs,
     #[command(flatten)]
@@ -125,6 +134,62 @@ pub(super) struct KeyArgs {
     pub(super) salt: Option<Salt>,
     #[command(flatten)]
     pub(super) log: LogArgs,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ReplayArgs {
+    /// A recording
+    #[arg(value_name = "FILE")]
+    pub(super) recording: PathBuf,
+    #[command(flatten)]
+    pub(super) log: LogArgs,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct SimulateArgs {
+    /// Mooncake's or Azure's trace, lines of JSON as docs/simulate.md says, synthetic:azure or synthetic:mooncake
+    #[arg(value_name = "TRACE", value_parser = parse_trace, required_unless_present = "print_profile")]
+    pub(super) trace: Option<TraceSource>,
+    /// Costs and limits of the machine: a TOML or JSON file, a recording, or `default`
+    #[arg(long, value_name = "FILE", default_value = "default", value_parser = parse_profile)]
+    pub(super) profile: ProfileSource,
+    /// Only the first N requests; a synthetic trace has no end, and 10000 without this
+    #[arg(long, value_name = "N", value_parser = parse_amount)]
+    pub(super) requests: Option<u64>,
+    /// Requests come so many times as fast
+    #[arg(long, value_name = "FACTOR", default_value = "1", value_parser = parse_factor)]
+    pub(super) speed_up: f64,
+    /// For the goodput: longest time to the first token, in milliseconds
+    #[arg(long, value_name = "MS", value_parser = parse_milliseconds)]
+    pub(super) ttft: Option<Duration>,
+    /// For the goodput: longest mean time between a request's tokens, in milliseconds
+    #[arg(long, value_name = "MS", value_parser = parse_milliseconds)]
+    pub(super) itl: Option<Duration>,
+    /// Cache no prefixes, whatever the profile says
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value = "false")]
+    pub(super) no_prefix_caching: bool,
+    /// One JSON object instead of a table
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value = "false")]
+    pub(super) json: bool,
+    /// Write the profile as TOML and run nothing
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value = "false")]
+    pub(super) print_profile: bool,
+    #[command(flatten)]
+    pub(super) log: LogArgs,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Recording")]
+pub(super) struct RecordArgs {
+    /// Record what goes into the scheduler, for `kvern replay`; an earlier recording becomes FILE.1, up to FILE.3
+    #[arg(long, value_name = "FILE")]
+    pub(super) record: Option<PathBuf>,
+    /// Largest size of a recording, at which it ends
+    #[arg(long, value_name = "BYTES", default_value = "1GiB", value_parser = parse_amount)]
+    pub(super) record_max_bytes: u64,
+    /// Record the tokens of prompts and answers, not only which are equal
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value = "false")]
+    pub(super) record_prompts: bool,
 }
 
 #[derive(Debug, Args)]

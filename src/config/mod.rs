@@ -17,15 +17,19 @@ mod args;
 mod bench;
 mod environment;
 mod layers;
+mod record;
 mod resolve;
 mod scheduling;
+mod simulate;
 mod values;
 
 pub use args::{KeyTask, LogFormat};
 pub use bench::{BenchConfig, Workload};
 pub use environment::Environment;
 pub use layers::{Origin, Setting};
+pub use record::{RecordConfig, ReplayConfig};
 pub use scheduling::{CLASSES_MAX, PoolLayout, PriorityClass, SchedulingConfig, WorkerLayout};
+pub use simulate::{Objectives, ProfileSource, SimulateConfig, Synthetic, TraceSource};
 pub use values::Secret;
 
 use crate::keys::Salt;
@@ -60,6 +64,8 @@ pub enum Action {
     Generate(GenerateConfig),
     Bench(BenchConfig),
     Key(KeyConfig),
+    Replay(ReplayConfig),
+    Simulate(SimulateConfig),
 }
 
 /// `kvern serve`.
@@ -78,6 +84,7 @@ pub struct ServerConfig {
     /// How long running requests may go on after SIGTERM.
     pub shutdown_timeout: Duration,
     pub scheduling: SchedulingConfig,
+    pub record: Option<RecordConfig>,
 }
 
 /// `kvern generate`.

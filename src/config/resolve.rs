@@ -1,15 +1,16 @@
 //! Args as typed -> Config as meant: defaults that depend on other settings, and checks across settings.
 
 use super::args::{
-    BenchArgs, Cli, Command, CpuIsaArg, DtypeArg, EngineArgs, GenerateArgs, KeyArgs, LogArgs, ModelArgs,
-    SchedulingArgs, ServeArgs,
+    BenchArgs, Cli, Command, CpuIsaArg, DtypeArg, EngineArgs, GenerateArgs, KeyArgs, LogArgs, ModelArgs, RecordArgs,
+    ReplayArgs, SchedulingArgs, ServeArgs, SimulateArgs,
 };
 use super::scheduling::{CLASSES_MAX, PoolLayout, PriorityClass, SchedulingConfig, WorkerLayout};
 use super::{
     Action, BenchConfig, Config, ConfigError, EngineConfig, Environment, GenerateConfig, HubConfig, KeyConfig,
-    LogConfig, ModelSource, Secret, ServerConfig, layers,
+    LogConfig, ModelSource, Objectives, RecordConfig, ReplayConfig, Secret, ServerConfig, SimulateConfig, TraceSource,
+    layers,
 };
-use clap::{CommandFactory, FromArgMatches, Parser};
+use clap::{CommandFactory, FromArgMatches};
 use kvern_kernels::{CpuIsa, CpuOptions, KvDType, Precision};
 use std::ffi::OsString;
 use std::net::SocketAddr;
@@ -23,6 +24,9 @@ const BLOCK_SIZE_MAX: u32 = 256;
 /// Largest body: the front end keeps a body in memory while it parses it.
 const BODY_BYTES_MAX: u64 = 1 << 30;
 
+/// Requests of a synthetic trace where nothing is asked for.
+const SYNTHETIC_REQUESTS: u64 = 10_000;
+
 pub(super) fn resolve(argv: Vec<OsString>, environment: &Environment) -> Result<Config, ConfigError> {
     let cli = Cli::command();
     let name = argv.get(1).cloned();
@@ -31,6 +35,8 @@ pub(super) fn resolve(argv: Vec<OsString>, environment: &Environment) -> Result<
         Some("generate") => Command::Generate(GenerateArgs::from_arg_matches(&layered.matches)?),
         Some("bench") => Command::Bench(BenchArgs::from_arg_matches(&layered.matches)?),
         Some("key") => Command::Key(KeyArgs::from_arg_matches(&layered.matches)?),
+        Some("replay") => Command::Replay(ReplayArgs::from_arg_matches(&layered.matches)?),
+        Some("simulate") => Command::Simulate(SimulateArgs::from_arg_matches(&layered.matches)?),
         _ => Command::Serve(ServeArgs::from_arg_matches(&layered.matches)?),
     };
     let (action, model, engine, log) = match command {
@@ -45,6 +51,7 @@ pub(super) fn resolve(argv: Vec<OsString>, environment: &Environment) -> Result<
                 max_body_bytes: body_bytes(args.server.max_body_bytes)?,
                 shutdown_timeout: args.server.shutdown_timeout,
                 scheduling: scheduling_config(args.scheduling)?,
+                record: record_config(args.record),
             };
             (Action::Serve(server), model, args.engine, args.log)
         }
@@ -60,8 +67,19 @@ pub(super) fn resolve(argv: Vec<OsString>, environment: &Environment) -> Result<
             (Action::Bench(bench), model, args.engine, args.log)
         }
         Command::Key(KeyArgs { task, name, salt, log }) => {
-            let (model, engine) = unused()?;
-            (Action::Key(KeyConfig { task, name, salt }), model, engine, log)
+            let unused = without_settings(&cli)?;
+            (Action::Key(KeyConfig { task, name, salt }), unused.model, unused.engine, log)
+        }
+        Command::Replay(args) => {
+            let unused = without_settings(&cli)?;
+            let replay = ReplayConfig { path: args.recording };
+            (Action::Replay(replay), unused.model, unused.engine, args.log)
+        }
+        Command::Simulate(args) => {
+            let unused = without_settings(&cli)?;
+            let log = args.log;
+            let args = SimulateArgs { log: unused.log, ..args };
+            (Action::Simulate(simulate_config(args)), unused.model, unused.engine, log)
         }
     };
     Ok(Config {
@@ -74,11 +92,29 @@ pub(super) fn resolve(argv: Vec<OsString>, environment: &Environment) -> Result<
     })
 }
 
-/// The settings of a command that has neither model nor engine: defaults, which nothing reads.
-fn unused() -> Result<(ModelArgs, EngineArgs), ConfigError> {
-    match Cli::try_parse_from(["kvern", "serve"])?.command {
-        Command::Serve(args) => Ok((args.model, args.engine)),
-        other => unreachable!("`serve` was parsed as {other:?}"),
+/// The settings that a command without a model does not have, at their defaults.
+fn without_settings(cli: &clap::Command) -> Result<ServeArgs, ConfigError> {
+    let matches = cli.clone().try_get_matches_from(["kvern", "serve"])?;
+    let (_, matches) = matches.subcommand().expect("clap matched serve");
+    Ok(ServeArgs::from_arg_matches(matches)?)
+}
+
+fn record_config(args: RecordArgs) -> Option<RecordConfig> {
+    let path = args.record?;
+    Some(RecordConfig { path, bytes_max: args.record_max_bytes, prompts: args.record_prompts })
+}
+
+fn simulate_config(args: SimulateArgs) -> SimulateConfig {
+    let is_endless = matches!(args.trace, Some(TraceSource::Synthetic(_)));
+    SimulateConfig {
+        trace: args.trace,
+        profile: args.profile,
+        requests_max: args.requests.or(is_endless.then_some(SYNTHETIC_REQUESTS)),
+        speed_up: args.speed_up,
+        objectives: Objectives { ttft: args.ttft, itl: args.itl },
+        no_prefix_caching: args.no_prefix_caching,
+        json: args.json,
+        print_profile: args.print_profile,
     }
 }
 

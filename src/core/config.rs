@@ -74,7 +74,8 @@ impl CoreConfig {
     }
 
     /// The first field that is out of the bounds that its documentation gives.
-    pub(crate) fn problem(&self) -> Option<String> {
+    #[must_use]
+    pub fn problem(&self) -> Option<String> {
         let blocks = |pick: fn(u32, u32) -> u32| self.pools.iter().copied().reduce(pick).unwrap_or(0).into();
         let stray = self.workers.iter().filter(|worker| usize::from(worker.pool.0) >= self.pools.len()).count() as u64;
         let bounded = [

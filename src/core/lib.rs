@@ -14,7 +14,7 @@
 //!   state: request.rs (store), queue.rs (who waits, in order), tenants.rs, worker.rs (running list, step in flight),
 //!          kv/ (pools), cost.rs (what a step takes)
 //!   asked: admission.rs (predicted time to first token), signals.rs (for autoscaling)
-//!   proof: invariants.rs, sim/ (tests only, with the mistakes of fault.rs planted), record/ (record and replay)
+//!   proof: invariants.rs, sim/ (tests only, with the mistakes of fault.rs planted), record/ and replay.rs
 //! ```
 //!
 //! What is absent: planning ahead of the device, and any knowledge of text, sampling or tensors.
@@ -37,6 +37,7 @@ mod policy;
 mod preempt;
 mod queue;
 pub mod record;
+pub mod replay;
 mod request;
 mod scheduler;
 mod signals;

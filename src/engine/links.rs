@@ -112,4 +112,3 @@ pub(super) struct Parts {
     pub(super) changes: Vec<SequenceChange>,
     pub(super) sampled: Vec<(RequestId, Sampled)>,
 }
-

@@ -84,7 +84,8 @@ impl Team {
             }
         };
         let mut members = Vec::with_capacity(2);
-        for (at, ((device, kv), role)) in devices.into_iter().zip(caches).zip([Role::Prefill, Role::Decode]).enumerate() {
+        for (at, ((device, kv), role)) in devices.into_iter().zip(caches).zip([Role::Prefill, Role::Decode]).enumerate()
+        {
             let pool = PoolId(if pools.len() > 1 { at as u8 } else { 0 });
             let model = model.twin(&device)?;
             members.push(Member { spec: WorkerSpec { role, pool }, device, model, kv });

@@ -52,7 +52,10 @@ impl LoadGauges {
                 "time_to_saturation_seconds",
                 "Until the saturation is 1 if it goes on growing; +Inf when it does not.",
             ),
-            desired_replicas: own("desired_replicas", "Replicas that this one's load would take; sum it over replicas."),
+            desired_replicas: own(
+                "desired_replicas",
+                "Replicas that this one's load would take; sum it over replicas.",
+            ),
             waiting_by_class: maker.own_counts(
                 "num_requests_waiting_by_class",
                 "Waiting requests by priority class.",

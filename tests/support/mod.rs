@@ -20,7 +20,12 @@ pub fn model_path() -> PathBuf {
 }
 
 pub fn options() -> RuntimeOptions {
-    RuntimeOptions { engine: engine(), scheduling: SchedulingConfig::default(), served_model_name: "test".to_owned() }
+    RuntimeOptions {
+        engine: engine(),
+        scheduling: SchedulingConfig::default(),
+        served_model_name: "test".to_owned(),
+        record: None,
+    }
 }
 
 /// The default settings of a small server.

@@ -20,6 +20,8 @@ const TAG_TRANSFER_DONE: u64 = 7;
 const TAG_TRANSFER_FAILED: u64 = 8;
 const TAG_WORKER_LOST: u64 = 9;
 const TAG_WORKER_BACK: u64 = 10;
+/// Not an input: [`super::write_digest`].
+pub(super) const TAG_DIGEST: u64 = 11;
 
 /// Their numbers in a recording; append only.
 pub(super) const REASONS: [CancelReason; 4] =

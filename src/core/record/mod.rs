@@ -3,6 +3,7 @@
 //! ```text
 //!   header   "KVERNREC"  version: u32  then an entry with the configuration
 //!   entry    length of the body: u32   checksum: u32   body: a tag, then its fields
+//!   after an input or a call of `plan`: an entry with the digest of what the core decided
 //! ```
 //!
 //! Fixed-width numbers are little-endian; fields are varints (LEB128, shortest form), lists carry their length first. The
@@ -17,25 +18,34 @@
 
 mod bytes;
 mod config;
+mod digest;
+mod encoder;
 mod input;
+mod pseudonyms;
+
+pub use digest::Digest;
+pub use encoder::Encoder;
+pub use pseudonyms::{Prf, Pseudonyms};
 
 use crate::{CoreConfig, Input, Timed, WorkerId};
 use bytes::{Reader, crc32, put_varint};
 use config::{put_config, read_config};
-use input::{TAG_PLAN, put_input, read_input, read_worker};
+use input::{TAG_DIGEST, TAG_PLAN, put_input, read_input, read_worker};
 use std::fmt;
 
 const MAGIC: &[u8; 8] = b"KVERNREC";
 /// Raised whenever the meaning of the bytes changes.
-const VERSION: u32 = 3;
+const VERSION: u32 = 4;
 
-/// One thing that was done to the core.
+/// One thing that was done to the core, or what it made of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Entry {
     /// [`crate::Engine::apply`].
     Input(Timed<Input>),
     /// [`crate::Engine::plan`].
     Plan(WorkerId),
+    /// The [`Digest`] of what the core decided on the entry before; a recording may leave it out.
+    Digest(u64),
 }
 
 /// Why bytes are not a recording. `at` is an offset in bytes.
@@ -70,6 +80,20 @@ impl fmt::Display for RecordError {
 
 impl std::error::Error for RecordError {}
 
+impl RecordError {
+    /// The same error of bytes that stand `by` bytes further back.
+    #[must_use]
+    pub fn moved(mut self, by: usize) -> Self {
+        match &mut self {
+            RecordError::Truncated { at } | RecordError::Checksum { at, .. } | RecordError::Malformed { at, .. } => {
+                *at += by;
+            }
+            RecordError::NotARecording | RecordError::Version { .. } | RecordError::Config { .. } => {}
+        }
+        self
+    }
+}
+
 /// Starts a recording of a core with this configuration at the end of `out`, which is otherwise empty.
 pub fn write_header(config: &CoreConfig, out: &mut Vec<u8>) {
     out.extend_from_slice(MAGIC);
@@ -88,6 +112,55 @@ pub fn write_plan(worker: WorkerId, out: &mut Vec<u8>) {
         put_varint(out, TAG_PLAN);
         put_varint(out, u64::from(worker.0));
     });
+}
+
+/// Appends the digest of what was decided on the entry before.
+pub fn write_digest(digest: u64, out: &mut Vec<u8>) {
+    write_entry(out, |out| {
+        put_varint(out, TAG_DIGEST);
+        put_varint(out, digest);
+    });
+}
+
+/// The configuration at the start of a recording, and the length of the header in bytes.
+///
+/// # Errors
+/// When the bytes do not start with a header of this version and a usable configuration; [`RecordError::Truncated`] where the
+/// bytes end within it.
+pub fn read_header(bytes: &[u8]) -> Result<(CoreConfig, usize), RecordError> {
+    let head = &bytes[..bytes.len().min(MAGIC.len())];
+    if !MAGIC.starts_with(head) || bytes.is_empty() {
+        return Err(RecordError::NotARecording);
+    }
+    let rest = &bytes[head.len()..];
+    let version = rest.first_chunk().ok_or(RecordError::Truncated { at: head.len() })?;
+    let found = u32::from_le_bytes(*version);
+    if found != VERSION {
+        return Err(RecordError::Version { found });
+    }
+    let mut at = MAGIC.len() + 4;
+    let config = read_config(&mut next_body(bytes, &mut at)?)?;
+    match config.problem() {
+        Some(problem) => Err(RecordError::Config { problem }),
+        None => Ok((config, at)),
+    }
+}
+
+/// The entry at the start of `bytes`, and its length in bytes.
+///
+/// # Errors
+/// When the bytes are not a whole entry; [`RecordError::Truncated`] where they end within it.
+pub fn read_entry(bytes: &[u8]) -> Result<(Entry, usize), RecordError> {
+    let mut at = 0;
+    let mut body = next_body(bytes, &mut at)?;
+    let tag = body.varint()?;
+    let entry = match tag {
+        TAG_PLAN => Entry::Plan(read_worker(&mut body)?),
+        TAG_DIGEST => Entry::Digest(body.varint()?),
+        tag => return read_input(&mut body, tag).map(|input| (Entry::Input(input), at)),
+    };
+    body.end()?;
+    Ok((entry, at))
 }
 
 /// Appends what `body` writes, with its length and checksum before it.
@@ -115,18 +188,7 @@ impl<'a> Recording<'a> {
     /// # Errors
     /// When the bytes do not start with a header of this version and a usable configuration.
     pub fn open(bytes: &'a [u8]) -> Result<Self, RecordError> {
-        let rest = bytes.strip_prefix(MAGIC).ok_or(RecordError::NotARecording)?;
-        let version = rest.first_chunk().ok_or(RecordError::Truncated { at: MAGIC.len() })?;
-        let found = u32::from_le_bytes(*version);
-        if found != VERSION {
-            return Err(RecordError::Version { found });
-        }
-        let mut at = MAGIC.len() + 4;
-        let config = read_config(&mut next_body(bytes, &mut at)?)?;
-        match config.problem() {
-            Some(problem) => Err(RecordError::Config { problem }),
-            None => Ok(Recording { config, bytes, at }),
-        }
+        read_header(bytes).map(|(config, at)| Recording { config, bytes, at })
     }
 
     #[must_use]
@@ -142,11 +204,17 @@ impl Iterator for Recording<'_> {
         if self.at == self.bytes.len() {
             return None;
         }
-        let entry = next_body(self.bytes, &mut self.at).and_then(|mut body| read_entry(&mut body));
-        if entry.is_err() {
-            self.at = self.bytes.len();
+        let entry = read_entry(&self.bytes[self.at..]).map_err(|error| error.moved(self.at));
+        match entry {
+            Ok((entry, len)) => {
+                self.at += len;
+                Some(Ok(entry))
+            }
+            Err(error) => {
+                self.at = self.bytes.len();
+                Some(Err(error))
+            }
         }
-        Some(entry)
     }
 }
 
@@ -164,16 +232,6 @@ fn next_body<'a>(bytes: &'a [u8], at: &mut usize) -> Result<Reader<'a>, RecordEr
     }
     *at = start + 8 + len;
     Ok(Reader::new(body, start))
-}
-
-fn read_entry(body: &mut Reader<'_>) -> Result<Entry, RecordError> {
-    let tag = body.varint()?;
-    if tag == TAG_PLAN {
-        let worker = read_worker(body)?;
-        body.end()?;
-        return Ok(Entry::Plan(worker));
-    }
-    read_input(body, tag).map(Entry::Input)
 }
 
 #[cfg(test)]

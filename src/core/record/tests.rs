@@ -102,6 +102,7 @@ fn entry() -> impl Strategy<Value = Entry> {
     prop_oneof![
         (number(), input).prop_map(|(at, input)| Entry::Input(Timed { at: Micros(at), input })),
         any::<u8>().prop_map(|worker| Entry::Plan(WorkerId(worker))),
+        number().prop_map(Entry::Digest),
     ]
 }
 
@@ -112,6 +113,7 @@ fn encode(entries: &[Entry]) -> Vec<u8> {
         match entry {
             Entry::Input(input) => write_input(input, &mut out),
             Entry::Plan(worker) => write_plan(*worker, &mut out),
+            Entry::Digest(digest) => write_digest(*digest, &mut out),
         }
     }
     out
@@ -161,6 +163,72 @@ proptest! {
     }
 }
 
+/// An entry that may follow others of its kind: few requests, workers, steps and tokens.
+fn plausible() -> impl Strategy<Value = Entry> {
+    let (worker, request, step) = (0..3u8, 0..6u64, 0..9u64);
+    let sampled = (request.clone(), prop_oneof![Just(Sampled::Failed), (0..3u32).prop_map(Sampled::Token)]);
+    let sampled = prop::collection::vec(sampled.prop_map(|(request, result)| (RequestId(request), result)), 0..3);
+    let submission = (request.clone(), submission(), 0..40u32, prop::collection::vec(0..3u32, 0..40));
+    let input = prop_oneof![
+        4 => submission.prop_map(|(request, submission, max_new_tokens, prompt)| {
+            Input::Submit(Submission { request: RequestId(request), prompt, max_new_tokens, ..submission })
+        }),
+        1 => (request, 0..4usize)
+            .prop_map(|(request, at)| Input::Cancel { request: RequestId(request), reason: REASONS[at] }),
+        4 => (worker.clone(), step.clone(), number(), sampled).prop_map(|(worker, step, device_us, sampled)| {
+            Input::StepDone { worker: WorkerId(worker), step: StepId(step), device_us, sampled }
+        }),
+        2 => (worker.clone(), step)
+            .prop_map(|(worker, step)| Input::StepFailed { worker: WorkerId(worker), step: StepId(step) }),
+        1 => prop::collection::vec(tenant(), 0..5).prop_map(Input::SetTenants),
+        1 => Just(Input::Tick),
+        1 => (0..3u64).prop_map(|transfer| Input::TransferDone { transfer: TransferId(transfer) }),
+        1 => (0..3u64).prop_map(|transfer| Input::TransferFailed { transfer: TransferId(transfer) }),
+        1 => worker.clone().prop_map(|worker| Input::WorkerLost { worker: WorkerId(worker) }),
+        1 => worker.clone().prop_map(|worker| Input::WorkerBack { worker: WorkerId(worker) }),
+    ];
+    prop_oneof![
+        3 => (number(), input).prop_map(|(at, input)| Entry::Input(Timed { at: Micros(at), input })),
+        3 => worker.prop_map(|worker| Entry::Plan(WorkerId(worker))),
+    ]
+}
+
+proptest! {
+    /// Entries that nobody recorded, whatever they say: each is done, or told and not done.
+    #[test]
+    fn hostile_recordings_do_not_panic_the_core(
+        likely in prop::collection::vec(plausible(), 1..60),
+        wild in prop::collection::vec(entry(), 1..20),
+        block_size in prop_oneof![1..20u32, 1..5_000u32],
+    ) {
+        let mut config = CoreConfig { block_size, pools: vec![20, 30], ..config() };
+        config.request_tokens_max = config.request_tokens_max.min(1 << 20);
+        let mut replay = crate::replay::Replay::new(config).unwrap();
+        let mut num_done = 0;
+        for entry in likely.into_iter().chain(wild) {
+            num_done += usize::from(replay.take(entry).is_ok());
+        }
+        let replayed = *replay.replayed();
+        prop_assert!(replayed.inputs + replayed.plans >= num_done as u64 - replayed.compared);
+        prop_assert!(replay.engine().stats().blocks_live <= 50);
+    }
+}
+
+#[test]
+fn engines_larger_than_a_server_s_are_not_made() {
+    let check = |config: CoreConfig, expected: &str| {
+        assert_eq!(crate::replay::Replay::new(config).err().as_deref(), Some(expected));
+    };
+    let mixed = CoreConfig::mixed(100, 16);
+    check(CoreConfig { block_size: 0, ..mixed.clone() }, "expected 1 to 4294967295 tokens in a block, found 0");
+    let large = CoreConfig { pools: vec![1 << 25], request_tokens_max: 5, ..mixed.clone() };
+    check(large, "expected at most 16777216 blocks in a pool, found 33554432");
+    let wide = CoreConfig { block_size: 1 << 22, request_tokens_max: 5, ..mixed.clone() };
+    check(wide, "expected a pool of at most 268435456 tokens, found 419430400");
+    let long = CoreConfig { block_size: 1 << 20, ..mixed };
+    check(long, "expected requests of at most 16777216 tokens, found 104857601");
+}
+
 #[test]
 fn crc_is_the_standard_one() {
     // The check value that every catalogue of CRCs gives for these bytes.
@@ -178,7 +246,7 @@ fn errors_say_what_is_wrong() {
     write_entry(&mut long_list, |out| out.extend_from_slice(&[2, 0, 0, 0, 0, 0xff, 0xff, 0xff, 0x7f]));
     let table: [(&[u8], &str); 5] = [
         (b"", "expected a recording that starts with KVERNREC, found other bytes"),
-        (&other_version, "expected a recording of version 3, found 9"),
+        (&other_version, "expected a recording of version 4, found 9"),
         (&good[..good.len() - 1], "expected a whole entry at byte 89, found the end"),
         (&unusable, "the recorded configuration is unusable: expected 1 to 4294967295 tokens in a block, found 0"),
         (&long_list, "expected a list within the entry in the entry at byte 89, found something else"),
