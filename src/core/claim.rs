@@ -79,7 +79,8 @@ impl StepFiller<'_> {
         if !is_within(spec.floor_blocks) || planted!(self.engine, KeepShares) {
             return None;
         }
-        let mut lost: Vec<_> = losers.iter().map(|index| (self.engine.requests[*index].tenant, self.exclusive(*index))).collect();
+        let mut lost: Vec<_> =
+            losers.iter().map(|index| (self.engine.requests[*index].tenant, self.exclusive(*index))).collect();
         let weights = self.engine.pools[self.pool].total_weight(&self.engine.tenants);
         for index in self.takeable(weights) {
             let (pool, tenant) = (&self.engine.pools[self.pool], self.engine.requests[index].tenant);

@@ -49,13 +49,7 @@ impl StepPlan {
     /// An empty plan to be filled by [`crate::Engine::plan`].
     #[must_use]
     pub fn empty() -> Self {
-        StepPlan {
-            step: StepId(0),
-            worker: WorkerId(0),
-            slices: Vec::new(),
-            tokens: Vec::new(),
-            blocks: Vec::new(),
-        }
+        StepPlan { step: StepId(0), worker: WorkerId(0), slices: Vec::new(), tokens: Vec::new(), blocks: Vec::new() }
     }
 
     #[must_use]

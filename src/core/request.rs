@@ -7,8 +7,7 @@ use crate::kv::hash::{BlockHash, extend_hashes};
 use crate::kv::{Audience, NodeId};
 use crate::tenants::TenantSlot;
 use crate::{
-    BlockId, ClassId, CoreConfig, FinishReason, Micros, PoolId, RequestId, TokenId, TransferId, Usage,
-    WorkerId,
+    BlockId, ClassId, CoreConfig, FinishReason, Micros, PoolId, RequestId, TokenId, TransferId, Usage, WorkerId,
 };
 use std::collections::HashMap;
 use std::ops::{Index, IndexMut};

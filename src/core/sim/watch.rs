@@ -229,8 +229,9 @@ fn owed(engine: &Engine, id: WorkerId) -> Option<(RequestId, Right)> {
         worker.iter_running().map(|(class, _, index)| (class, engine.requests[index].tenant)).collect();
     let count = |tenant| tenants.iter().filter(|(_, other)| *other == tenant).count();
     if is_full {
-        let yields =
-            |(class, tenant): &(ClassId, TenantSlot)| *class >= request.class && count(*tenant) >= 2 && holdings[tenant.0 as usize].standing() > 0;
+        let yields = |(class, tenant): &(ClassId, TenantSlot)| {
+            *class >= request.class && count(*tenant) >= 2 && holdings[tenant.0 as usize].standing() > 0
+        };
         let is_owed = count(request.tenant) == 0 && tenants.iter().any(yields) && pool.num_free() >= needed;
         return is_owed.then_some((request.id, Right::Place));
     }
