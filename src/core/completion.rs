@@ -6,9 +6,31 @@
 use crate::fault::planted;
 use crate::invariants::InvariantId;
 use crate::kv::{FullBlock, KvPool};
+use crate::queue::Waiting;
 use crate::request::{Arriving, Phase, Request, RequestIndex};
+use crate::tenants::{TenantSlot, Tenants};
 use crate::worker::PlannedSlice;
-use crate::{Effect, Engine, FinishReason, RequestId, Sampled, StepId, WorkerId};
+use crate::{ClassId, Effect, Engine, FinishReason, RequestId, Sampled, StepId, WorkerId};
+
+/// Output tokens of one class and tenant that are to be charged: neighbours in a step mostly share both.
+struct Due {
+    class: ClassId,
+    tenant: TenantSlot,
+    tokens: u64,
+}
+
+impl Due {
+    const NOTHING: Due = Due { class: ClassId(0), tenant: TenantSlot::FIRST, tokens: 0 };
+
+    fn charge(&mut self, tenants: &mut Tenants, waiting: &mut Waiting) {
+        if self.tokens > 0 {
+            let tenant = &mut tenants[self.tenant];
+            tenant.charged += self.tokens;
+            waiting.charge(self.class, self.tenant, tenant.weight(), self.tokens);
+            self.tokens = 0;
+        }
+    }
+}
 
 impl Engine {
     /// Takes the result of the step in flight.
@@ -28,6 +50,7 @@ impl Engine {
         }
         let hands_off = self.duty(worker).hands_off;
         let mut results = sampled.drain(..);
+        let mut due = Due::NOTHING;
         for slice in planned.drain(..) {
             let result = slice.sample.then(|| {
                 let (request, result) = results.next().expect("a step reports one result for each slice that samples");
@@ -35,7 +58,15 @@ impl Engine {
                 assert!(request == expected, "{worker:?} reports {request:?} where {expected:?} was planned");
                 result
             });
-            let reason = self.slice_done(pool, slice, result, effects);
+            let reason = self.slice_done(pool, slice, result, &mut due, effects);
+            let request = &self.requests[slice.index];
+            if reason.is_some() || request.yields {
+                // Who waits again does so behind what it was charged, and blocks are published before they are given back.
+                due.charge(&mut self.tenants, &mut self.waiting);
+                if self.filled.pop_if(|last| *last == slice.index).is_some() {
+                    publish(&mut self.requests[slice.index], &mut self.pools[pool], self.config.block_size);
+                }
+            }
             let request = &self.requests[slice.index];
             match reason {
                 Some(reason) => {
@@ -49,6 +80,8 @@ impl Engine {
                 None => {}
             }
         }
+        due.charge(&mut self.tenants, &mut self.waiting);
+        self.publish_filled(pool);
         assert!(results.next().is_none(), "{worker:?} reports more results than {step:?} has slices that sample");
         drop(results);
         self.workers[usize::from(worker.0)].planned = planned;
@@ -72,6 +105,7 @@ impl Engine {
         pool: usize,
         slice: PlannedSlice,
         result: Option<Sampled>,
+        due: &mut Due,
         effects: &mut Vec<Effect>,
     ) -> Option<FinishReason> {
         let publishes_failed = planted!(self, PublishFailed);
@@ -82,12 +116,13 @@ impl Engine {
         request.num_computed += slice.num_tokens;
         let known = request.num_tokens();
         assert!(request.num_computed <= known, "{}: {} of {known}", InvariantId::Sch3, request.num_computed);
+        let early = u32::from(planted!(pool, PublishPartial));
         let has_failed = result == Some(Sampled::Failed) && !publishes_failed;
         if has_failed {
             // Its K/V may be what failed: nobody may find them again.
             request.table.iter().for_each(|block| pool.forget(*block));
-        } else if self.config.prefix_caching {
-            publish(request, pool, self.config.block_size);
+        } else if self.config.prefix_caching && has_full_block(request, early, self.config.block_size) {
+            self.filled.push(slice.index);
         }
         if let Some(reason) = request.ending {
             return Some(reason);
@@ -99,9 +134,11 @@ impl Engine {
         if !planted!(self, DropToken) || !request.num_tokens().is_multiple_of(16) {
             effects.push(Effect::Token { request: request.id, index: request.num_new(), token });
         }
-        let tenant = &mut self.tenants[request.tenant];
-        tenant.charged += 1;
-        self.waiting.charge(request.class, request.tenant, tenant.weight(), 1);
+        if (due.class, due.tenant) != (request.class, request.tenant) {
+            due.charge(&mut self.tenants, &mut self.waiting);
+            *due = Due { class: request.class, tenant: request.tenant, tokens: 0 };
+        }
+        due.tokens += 1;
         request.push(token);
         let next_full = (request.hashes.len() as u64 + 1) * u64::from(self.config.block_size);
         if u64::from(request.num_tokens()) == next_full {
@@ -112,6 +149,19 @@ impl Engine {
             return Some(FinishReason::Stop);
         }
         (request.num_new() >= request.max_new_tokens).then_some(FinishReason::Length)
+    }
+
+    /// Publishes what the step has filled. A first pass asks for the places in the index, so that their cache misses overlap.
+    fn publish_filled(&mut self, pool: usize) {
+        let pool = &mut self.pools[pool];
+        let places = self.filled.iter().map(|index| {
+            let request = &self.requests[*index];
+            pool.touch(request.hashes[request.num_published as usize])
+        });
+        std::hint::black_box(places.fold(0, |sum, place| sum ^ place));
+        for index in self.filled.drain(..) {
+            publish(&mut self.requests[index], pool, self.config.block_size);
+        }
     }
 
     /// Forgets a request that is not in flight, wherever it is, and says its last word.
@@ -194,10 +244,15 @@ impl Engine {
     }
 }
 
+/// Whether a block of the request is full, or lacks `early` tokens at most, and is not published.
+fn has_full_block(request: &Request, early: u32, block_size: u32) -> bool {
+    (request.num_published + 1) * block_size <= (request.num_computed + early).min(request.num_tokens())
+}
+
 /// Publishes the blocks of a request that its last slice filled.
 fn publish(request: &mut Request, pool: &mut KvPool, block_size: u32) {
     let early = u32::from(planted!(pool, PublishPartial));
-    while (request.num_published + 1) * block_size <= (request.num_computed + early).min(request.num_tokens()) {
+    while has_full_block(request, early, block_size) {
         let at = request.num_published as usize;
         let first = at * block_size as usize;
         request.node = pool.publish(FullBlock {

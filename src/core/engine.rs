@@ -58,6 +58,8 @@ pub struct Engine {
     pub(crate) spare: Vec<Vec<(RequestId, Sampled)>>,
     /// The prefills of the step that is being filled; empty between plans.
     pub(crate) prefills: Vec<Prefill>,
+    /// Requests with blocks that the step that is being reported has filled; empty between inputs.
+    pub(crate) filled: Vec<RequestIndex>,
     #[cfg(test)]
     pub(crate) fault: Option<crate::fault::Fault>,
 }
@@ -92,6 +94,7 @@ impl Engine {
         let mut engine = Engine {
             spare: Vec::with_capacity(workers.len()),
             prefills: Vec::with_capacity(policy::running_max(&config).min(4096)),
+            filled: Vec::with_capacity(policy::running_max(&config).min(4096)),
             pools: config.pools.iter().map(|num_blocks| KvPool::new(*num_blocks, config.block_size)).collect(),
             workers,
             requests: Requests::default(),

@@ -37,6 +37,11 @@ impl PrefixIndex {
         (cell + 1) & (self.cells.len() - 1)
     }
 
+    /// What stands in the home of a hash.
+    pub(crate) fn touch(&self, hash: BlockHash) -> u32 {
+        self.cells[self.home(hash)]
+    }
+
     /// The first block near `hash` that `is_it` accepts.
     #[inline(always)]
     pub(crate) fn find(&self, hash: BlockHash, mut is_it: impl FnMut(BlockId) -> bool) -> Option<BlockId> {
