@@ -10,8 +10,8 @@ mod tiny_model;
 
 use kvern::admission::GenerationDefaults;
 use kvern::http::{ApiKeys, AppState, HttpLimits, ServedModel, serve};
-use kvern::request::{Engine, EngineHealth, Request, SubmitError, TokenEvent, TokenRx};
-use kvern_core::{CancelReason, FinishReason, RequestId, TenantSpec, Usage};
+use kvern::request::{Engine, EngineHealth, NamedTenant, Request, SubmitError, TokenEvent, TokenRx};
+use kvern_core::{CancelReason, FinishReason, RequestId, Usage};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::process::{Command, Stdio};
@@ -68,7 +68,7 @@ impl Engine for NullEngine {
     fn saturation(&self) -> f32 {
         0.0
     }
-    fn set_tenants(&self, _: &[TenantSpec]) -> bool {
+    fn set_tenants(&self, _: &[NamedTenant]) -> bool {
         true
     }
 }
@@ -182,18 +182,20 @@ fn main() {
     let engine = Arc::new(NullEngine { ids: AtomicU64::new(1), streams });
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let state = AppState::new(HttpLimits::default(), ApiKeys::default());
-    state.publish(ServedModel {
+    let model = ServedModel {
         engine,
         text: Arc::clone(&tiny_model::TEXT),
         names: vec!["null".into()],
         root: "null".into(),
         context_tokens_max: 4096,
+        block_size: 16,
         vocab_size: tiny_model::VOCAB_SIZE,
         defaults: GenerationDefaults::default(),
         created: 0,
         fingerprint: "null".into(),
         log_prompts: false,
-    });
+    };
+    runtime.block_on(state.publish(model));
     let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).unwrap();
     let address = listener.local_addr().unwrap().to_string();
     runtime.spawn(serve(listener, state, std::future::pending()));

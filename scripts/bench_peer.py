@@ -20,6 +20,8 @@ from bench import record, serving
 from bench.llama_cpp import VERSION, Peer, environment
 from bench.quiet import Quiet
 
+# Of docs/performance.md: a run of everything, or of a part, with a table of its own.
+SECTIONS = ("peer", "peer-formats", "peer-avx2")
 PARTS = ("prefill", "decode", "server")
 FORMATS = ("Q4_1", "Q8_0", "BF16", "F32")
 # File types that are compared where both sides are held to AVX2.
@@ -221,7 +223,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--compiler", default="clang", help="C compiler for llama.cpp")
     parser.add_argument("--peer-source", type=pathlib.Path, help="llama.cpp's source, unpacked already")
     parser.add_argument("--peer-build", type=pathlib.Path, help="folder that holds (or gets) the builds native and avx2")
-    parser.add_argument("--document", action="store_true", help="write the tables into docs/performance.md")
+    parser.add_argument("--document", nargs="?", const="peer", choices=SECTIONS, metavar="SECTION",
+                        help="write the tables into docs/performance.md, as one of its sections " + ",".join(SECTIONS))
     return parser.parse_args()
 
 
@@ -252,7 +255,7 @@ def main() -> None:
     print(text)
     note(f"every round: {record.save('bench-peer', result)}")
     if options.document:
-        record.write_section("peer", text)
+        record.write_section(options.document, text)
 
 
 if __name__ == "__main__":

@@ -7,20 +7,24 @@
 mod messages;
 mod prompt;
 mod sampling;
+mod terms;
 mod unsupported;
 
 pub(crate) use messages::ChatInput;
 pub(crate) use prompt::{check_tokens, encode_chat, encode_text, off_runtime};
+pub(crate) use terms::header_timeout;
 pub(crate) use unsupported::{Endpoint, refuse_unsupported};
 
 use crate::error::ServeError;
 use crate::http::types::chat::ChatRequest;
 use crate::http::types::completion::CompletionRequest;
 use crate::http::{AppState, ServedModel};
+use crate::keys::Asked;
 use crate::request::SamplingParams;
 use crate::text::StopMatcher;
 use kvern_core::TokenId;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// What a request that names no value gets: the model's `generation_config.json` over vLLM's defaults. Each value must be
 /// in the range that a request's would have to be in.
@@ -52,6 +56,22 @@ pub(crate) struct Admitted {
     pub(crate) rules: OutputRules,
     /// `None`: answer in one piece.
     pub(crate) stream: Option<StreamUsage>,
+    pub(crate) asked: Asked,
+}
+
+impl Admitted {
+    /// With a time limit from elsewhere; the shorter one counts.
+    pub(crate) fn within(mut self, limit: Option<Duration>) -> Self {
+        self.asked.timeout = self.asked.timeout.into_iter().chain(limit).min();
+        self
+    }
+
+    /// Most tokens that all answers may take: each prompt once, each answer in full.
+    pub(crate) fn tokens_max(&self) -> u64 {
+        let of =
+            |prompt: &AdmittedPrompt| prompt.tokens.len() as u64 + u64::from(self.n) * u64::from(prompt.max_new_tokens);
+        self.prompts.iter().map(of).sum()
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -62,6 +82,8 @@ pub(crate) struct AdmittedPrompt {
     pub(crate) max_new_tokens: u32,
     /// Text that the answer starts with.
     pub(crate) echo: Option<String>,
+    /// So many of its first tokens the operator made public.
+    pub(crate) shared_tokens: u32,
 }
 
 /// How tokens become the answer's text.
@@ -134,7 +156,8 @@ pub(crate) async fn chat(
     let shared = Arc::clone(model);
     let tokens = off_runtime(state, body_bytes, move || encode_chat(&shared, &input, false)).await??;
     let max_new_tokens = Budget { model, prompt: "messages", answer: max_name }.answer(tokens.len(), asked, None)?;
-    common.with_prompts(vec![AdmittedPrompt { tokens, max_new_tokens, echo: None }], &state.limits)
+    let shared_tokens = state.keys.shared_tokens(&tokens);
+    common.with_prompts(vec![AdmittedPrompt { tokens, max_new_tokens, echo: None, shared_tokens }], &state.limits)
 }
 
 /// Admits a completion request. `body_bytes` is the size of its JSON.
@@ -162,7 +185,8 @@ pub(crate) async fn completion(
     let mut prompts = Vec::new();
     for (tokens, echo) in encoded.await?? {
         let max_new_tokens = budget.answer(tokens.len(), asked, Some(COMPLETION_TOKENS_DEFAULT))?;
-        prompts.push(AdmittedPrompt { tokens, max_new_tokens, echo });
+        let shared_tokens = state.keys.shared_tokens(&tokens);
+        prompts.push(AdmittedPrompt { tokens, max_new_tokens, echo, shared_tokens });
     }
     common.with_prompts(prompts, &state.limits)
 }

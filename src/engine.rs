@@ -2,112 +2,164 @@
 //! that knows both the core and the workers.
 //!
 //! One thread. Everything that happens reaches it through one bounded inbox; a turn drains the inbox, withdraws requests
-//! whose clients have gone, plans a step for an idle worker, and tells the streams what came of it. Cost of a turn:
-//! O(inputs + streams) with a few nanoseconds a stream.
+//! whose clients have gone, plans a step for each idle worker, and tells the streams what came of it. Cost of a turn:
+//! O(inputs + streams + workers) with a few nanoseconds a stream.
 
 mod handle;
+mod links;
+mod outlook;
 mod streams;
+mod threads;
+
+pub(crate) use threads::{serve_mover, serve_worker};
 
 pub use handle::{EngineHandle, EngineLimits};
+pub use outlook::Outlook;
 
 use crate::telemetry::Telemetry;
-use crate::worker::{StepCommand, StepResult};
+use crate::worker::{StepCommand, StepResult, Transfer};
 use handle::{Message, Shared};
-use kvern_core::{CancelReason, Effect, Engine as Core, Input, Micros, RequestId, Sampled, StepPlan, Timed, WorkerId};
+use kvern_core::{
+    CancelReason, Effect, Engine as Core, Input, Micros, RequestId, StepPlan, TenantId, Timed, TransferId, WorkerId,
+};
+use links::{Links, Parts};
+use outlook::Observer;
+use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, SyncSender};
-use std::time::Instant;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError};
+use std::time::{Duration, Instant};
 use streams::Streams;
-
-/// The one worker of this version.
-const WORKER: WorkerId = WorkerId(0);
 
 /// Most inbox messages of one turn, so that a flood of submissions cannot keep a finished step waiting.
 const MESSAGES_PER_TURN_MAX: usize = 256;
+
+/// A turn at least this often, so that what is told of the load is of now.
+const TURN: Duration = Duration::from_secs(1);
 
 /// The engine thread's state.
 pub struct EngineLoop {
     core: Core,
     streams: Streams,
     inbox: Receiver<Message>,
-    worker: SyncSender<StepCommand>,
+    links: Links,
+    /// Where blocks are moved between pools; `None` with one pool.
+    mover: Option<SyncSender<Transfer>>,
+    /// Transfers under way.
+    moving: Vec<(TransferId, WorkerId, WorkerId)>,
+    /// Workers that are gone, but for transfers from or to them.
+    dying: Vec<WorkerId>,
     shared: Arc<Shared>,
     telemetry: Arc<Telemetry>,
+    observer: Observer,
+    tenant_names: HashMap<TenantId, Arc<str>>,
     started: Instant,
     effects: Vec<Effect>,
-    /// The plan to fill next; `None` while the worker has it.
-    idle_plan: Option<StepPlan>,
-    sampled: Vec<(RequestId, Sampled)>,
     cancels: Vec<(RequestId, CancelReason)>,
 }
 
+/// What an engine is made of.
+pub(crate) struct EngineParts {
+    pub(crate) core: Core,
+    pub(crate) inbox: Receiver<Message>,
+    /// To the idle workers, in the core's order; they report to the inbox.
+    pub(crate) workers: Vec<SyncSender<StepCommand>>,
+    /// To the thread that moves blocks between pools, where there are several.
+    pub(crate) mover: Option<SyncSender<Transfer>>,
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) telemetry: Arc<Telemetry>,
+    /// Saturation that replicas should have, in thousandths.
+    pub(crate) target_saturation: u32,
+}
+
 impl EngineLoop {
-    /// `worker` leads to an idle worker that reports to the inbox.
     #[must_use]
-    pub(crate) fn new(
-        core: Core,
-        inbox: Receiver<Message>,
-        worker: SyncSender<StepCommand>,
-        telemetry: Arc<Telemetry>,
-        shared: Arc<Shared>,
-    ) -> Self {
+    pub(crate) fn new(parts: EngineParts) -> Self {
+        let EngineParts { core, inbox, workers, mover, shared, telemetry, target_saturation } = parts;
         EngineLoop {
             core,
             streams: Streams::new(Arc::clone(&shared), Arc::clone(&telemetry)),
             inbox,
-            worker,
+            links: Links::new(workers),
+            mover,
+            moving: Vec::new(),
+            dying: Vec::new(),
             shared,
             telemetry,
+            observer: Observer::new(target_saturation),
+            tenant_names: HashMap::new(),
             started: Instant::now(),
             effects: Vec::new(),
-            idle_plan: Some(StepPlan::empty()),
-            sampled: Vec::new(),
             cancels: Vec::new(),
         }
     }
 
-    /// Runs until it has drained or the worker is lost.
+    /// Runs until it has drained or all workers are lost.
     pub fn run(mut self) {
         while self.take_messages() {
             self.withdraw_closed();
-            self.start_step();
-            self.publish_stats();
+            self.start_steps();
+            self.publish();
             if self.shared.is_draining() && self.core.is_idle() {
                 break;
             }
         }
     }
 
-    /// Applies what is in the inbox; waits for a message when there is nothing else to do. `false` when the worker
-    /// is lost.
+    /// Waits for a message, a deadline or the next turn, and applies what is in the inbox. `false` when nobody is left to
+    /// work.
     fn take_messages(&mut self) -> bool {
-        let must_wait = self.idle_plan.is_none() || self.core.is_idle();
-        let mut next = if must_wait { self.inbox.recv().ok() } else { self.inbox.try_recv().ok() };
-        if must_wait && next.is_none() {
-            return false;
-        }
+        let mut next = match self.inbox.recv_timeout(self.patience()) {
+            Ok(message) => Some(message),
+            Err(RecvTimeoutError::Timeout) => None,
+            Err(RecvTimeoutError::Disconnected) => return false,
+        };
         for _ in 0..MESSAGES_PER_TURN_MAX {
-            match next {
-                None => break,
-                Some(Message::Submit(request, events)) => {
-                    let id = request.id;
-                    let submission = self.streams.open(*request, events, self.now());
-                    self.apply(Input::Submit(submission));
-                    self.streams.accept(id);
-                }
-                Some(Message::Cancel(request, reason)) => self.apply(Input::Cancel { request, reason }),
-                Some(Message::SetTenants(tenants)) => self.apply(Input::SetTenants(tenants)),
-                Some(Message::StepDone(result)) => self.step_done(*result),
-                Some(Message::Wake) => {}
-                Some(Message::Shutdown) => {
-                    self.cancels.extend(self.streams.ids().map(|id| (id, CancelReason::Shutdown)));
-                    self.apply_cancels();
-                }
-                Some(Message::WorkerLost) => return false,
+            let Some(message) = next else { break };
+            self.take(message);
+            if self.links.are_all_lost() {
+                return false;
             }
-            next = self.inbox.try_recv().ok();
+            next = match self.inbox.try_recv() {
+                Ok(message) => Some(message),
+                Err(TryRecvError::Empty) => None,
+                Err(TryRecvError::Disconnected) => return false,
+            };
+        }
+        if self.core.next_deadline().is_some_and(|deadline| deadline <= self.now()) {
+            self.apply(Input::Tick);
         }
         true
+    }
+
+    /// How long there is nothing to do without a message.
+    fn patience(&self) -> Duration {
+        let until = |deadline: Micros| Duration::from_micros(deadline.0.saturating_sub(self.now().0));
+        self.core.next_deadline().map_or(TURN, |deadline| until(deadline).min(TURN))
+    }
+
+    fn take(&mut self, message: Message) {
+        match message {
+            Message::Submit(request, events) => {
+                let id = request.id;
+                let submission = self.streams.open(*request, events, self.now());
+                self.apply(Input::Submit(submission));
+                self.streams.accept(id);
+            }
+            Message::Cancel(request, reason) => self.apply(Input::Cancel { request, reason }),
+            Message::SetTenants(tenants) => {
+                let specs = tenants.iter().map(|tenant| tenant.spec).collect();
+                self.tenant_names.extend(tenants.into_iter().map(|tenant| (tenant.spec.tenant, tenant.name)));
+                self.apply(Input::SetTenants(specs));
+            }
+            Message::StepDone(result) => self.step_done(*result),
+            Message::Transferred(transfer, outcome) => self.transferred(transfer, outcome),
+            Message::Wake => {}
+            Message::Shutdown => {
+                self.cancels.extend(self.streams.ids().map(|id| (id, CancelReason::Shutdown)));
+                self.apply_cancels();
+            }
+            Message::WorkerLost(worker) => self.worker_lost(worker),
+        }
     }
 
     fn now(&self) -> Micros {
@@ -121,22 +173,61 @@ impl EngineLoop {
     }
 
     fn step_done(&mut self, result: StepResult) {
-        let StepResult { plan, sampled, logprobs, device_us, error } = result;
+        let StepResult { plan, sampled, changes, logprobs, device_us, error } = result;
+        let worker = plan.worker;
+        if self.links.is_lost(worker) {
+            return;
+        }
         self.telemetry.on_step(plan.tokens.len());
         tracing::trace!(step = plan.step.0, slices = plan.slices.len(), tokens = plan.tokens.len(), device_us, "step");
         self.streams.attach_logprobs(logprobs);
-        match error {
+        let sampled = match error {
             None => {
-                self.apply(Input::StepDone { worker: WORKER, step: plan.step, device_us, sampled });
-                self.sampled = self.core.recycle_sampled();
+                self.shared.progress();
+                self.apply(Input::StepDone { worker, step: plan.step, device_us, sampled });
+                self.core.recycle_sampled()
             }
             Some(error) => {
                 tracing::error!(step = plan.step.0, slices = plan.slices.len(), error, "step failed");
-                self.apply(Input::StepFailed { worker: WORKER, step: plan.step });
-                self.sampled = sampled;
+                self.apply(Input::StepFailed { worker, step: plan.step });
+                sampled
+            }
+        };
+        self.links.finish(worker, Parts { plan, changes, sampled });
+    }
+
+    fn transferred(&mut self, transfer: TransferId, outcome: Result<(), String>) {
+        self.moving.retain(|(other, ..)| *other != transfer);
+        match outcome {
+            Ok(()) => self.apply(Input::TransferDone { transfer }),
+            Err(error) => {
+                tracing::error!(transfer = transfer.0, error, "a transfer between KV pools failed");
+                self.apply(Input::TransferFailed { transfer });
             }
         }
-        self.idle_plan = Some(plan);
+        self.bury();
+    }
+
+    /// A worker's thread has ended, and with it the step that it was at.
+    fn worker_lost(&mut self, worker: WorkerId) {
+        if !self.links.is_lost(worker) {
+            tracing::error!(worker = worker.0, "a worker is lost; its requests go on elsewhere");
+            self.links.lose(worker);
+            self.dying.push(worker);
+            self.bury();
+        }
+    }
+
+    /// Tells the core of lost workers whose pool nobody touches any more.
+    fn bury(&mut self) {
+        let moving = std::mem::take(&mut self.moving);
+        let is_touched = |worker: &WorkerId| moving.iter().any(|(_, from, to)| from == worker || to == worker);
+        let gone: Vec<WorkerId> = self.dying.iter().copied().filter(|worker| !is_touched(worker)).collect();
+        self.moving = moving;
+        self.dying.retain(|worker| !gone.contains(worker));
+        for worker in gone {
+            self.apply(Input::WorkerLost { worker });
+        }
     }
 
     /// Cancels requests whose receiver was dropped. Streams that produce tokens would show it at the next send; those
@@ -152,38 +243,53 @@ impl EngineLoop {
         }
     }
 
-    fn start_step(&mut self) {
-        let Some(mut plan) = self.idle_plan.take() else { return };
-        let planned = self.core.plan(WORKER, &mut plan, &mut self.effects);
-        self.dispatch();
-        if !planned {
-            self.idle_plan = Some(plan);
-            return;
-        }
-        let (admitted, forgotten) = self.streams.take_sampling_changes();
-        let command = StepCommand { plan, admitted, forgotten, sampled: std::mem::take(&mut self.sampled) };
-        if self.worker.try_send(command).is_err() {
-            // Its thread says so in the inbox, too; until then there is no plan to fill.
-            tracing::error!("the worker is gone");
+    fn start_steps(&mut self) {
+        for worker in self.links.ids() {
+            if let Some(plan) = self.links.idle_plan(worker) {
+                self.start_step(worker, plan);
+            }
         }
     }
 
-    /// Tells the streams; those that cannot take a token are cancelled.
+    fn start_step(&mut self, worker: WorkerId, mut plan: StepPlan) {
+        let planned = self.core.plan(worker, &mut plan, &mut self.effects);
+        self.dispatch();
+        if planned { self.links.start(worker, plan) } else { self.links.keep(worker, plan) }
+    }
+
+    /// Tells streams, workers and the mover; streams that cannot take a token are cancelled.
     fn dispatch(&mut self) {
         let now = self.now();
+        let mut failed = Vec::new();
         for effect in self.effects.drain(..) {
-            if let Some(slow) = self.streams.take(effect, now) {
+            if let Effect::Transfer { transfer, from, to, blocks, .. } = effect {
+                let job = Transfer { transfer, from, to, blocks };
+                match self.mover.as_ref().map(|mover| mover.try_send(job)) {
+                    Some(Ok(())) => self.moving.push((transfer, from, to)),
+                    // It is computed again, which always works.
+                    _ => failed.push(transfer),
+                }
+            } else if let Some(slow) = self.streams.take(effect, now) {
                 self.cancels.push((slow, CancelReason::SlowReader));
             }
+        }
+        self.streams.drain_changes(|change| self.links.tell(change));
+        for transfer in failed {
+            self.apply(Input::TransferFailed { transfer });
         }
         // Not recursive without end: a cancel finishes its request, so each one shrinks the table.
         self.apply_cancels();
     }
 
-    fn publish_stats(&self) {
+    fn publish(&mut self) {
         let stats = self.core.stats();
         self.telemetry.on_stats(&stats);
-        self.shared.progress(stats.running + stats.waiting > 0);
+        self.shared.set_busy(stats.running + stats.waiting > 0 || self.links.is_any_busy());
+        let now = self.now();
+        if let Some(outlook) = self.observer.refresh(&self.core, now) {
+            self.telemetry.on_outlook(outlook, &self.tenant_names);
+            self.shared.tell(&outlook.signals);
+        }
     }
 }
 
@@ -192,17 +298,4 @@ impl Drop for EngineLoop {
     fn drop(&mut self) {
         self.shared.stop();
     }
-}
-
-/// The body of a worker's thread: serves steps and reports to the engine's inbox; says so if it ends early.
-pub(crate) fn serve_worker(
-    worker: crate::worker::Worker,
-    commands: &Receiver<StepCommand>,
-    inbox: &SyncSender<Message>,
-) {
-    worker.run(commands, |result| {
-        // The engine is gone only when the process ends.
-        let _ = inbox.send(Message::StepDone(Box::new(result)));
-    });
-    let _ = inbox.try_send(Message::WorkerLost);
 }

@@ -4,6 +4,7 @@
 //! helps. Clients read OpenAI's `error.type` and `error.code` under vLLM's status codes. Internal causes are logged where
 //! they are made and never shown to the client.
 
+use crate::keys::Denied;
 use crate::request::SubmitError;
 use axum::body::Body;
 use axum::http::{HeaderValue, Response, StatusCode, header};
@@ -18,7 +19,7 @@ pub enum ServeError {
     /// The client's fault, in the parameter that `param` names, if it is one parameter's.
     #[error("{message}")]
     Invalid { message: String, param: Option<Cow<'static, str>>, code: Option<&'static str> },
-    #[error("no API key was given: expected the header `Authorization: Bearer KEY`")]
+    #[error("no API key was given: expected the header `Authorization: Bearer KEY` or `x-api-key: KEY`")]
     MissingKey,
     #[error("the API key is not one of this server's")]
     WrongKey,
@@ -34,6 +35,9 @@ pub enum ServeError {
     BodyTimeout { limit: Duration },
     #[error("expected the content type application/json, found {found}")]
     WrongMediaType { found: String },
+    /// A limit of the client's key.
+    #[error("{denied}{}", again(*.denied))]
+    RateLimited { denied: Denied },
     /// The server has too much to do; another replica may not.
     #[error("{why}: {} requests wait; try again in {:.1} s", .backoff.queue_depth, .backoff.seconds())]
     Overloaded { why: Overload, backoff: Backoff },
@@ -90,6 +94,11 @@ impl From<kvern_core::Backoff> for Backoff {
     fn from(backoff: kvern_core::Backoff) -> Self {
         Backoff { retry_in: Duration::from_micros(backoff.retry_in.0), queue_depth: backoff.queue_depth }
     }
+}
+
+/// When to come back, as the end of a message.
+fn again(denied: Denied) -> String {
+    denied.retry_in().map_or_else(String::new, |wait| format!("; try again in {:.3} s", wait.as_secs_f64()))
 }
 
 /// `{"error": {...}}`, the body of every error.
@@ -153,7 +162,7 @@ impl ServeError {
             ServeError::BodyTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             ServeError::BodyTimeout { .. } => StatusCode::REQUEST_TIMEOUT,
             ServeError::WrongMediaType { .. } => StatusCode::UNSUPPORTED_MEDIA_TYPE,
-            ServeError::SlowReader => StatusCode::TOO_MANY_REQUESTS,
+            ServeError::SlowReader | ServeError::RateLimited { .. } => StatusCode::TOO_MANY_REQUESTS,
             ServeError::Overloaded { .. }
             | ServeError::Loading
             | ServeError::Draining
@@ -187,6 +196,8 @@ impl ServeError {
             ServeError::BodyTooLarge { .. } => Some("body_too_large"),
             ServeError::BodyTimeout { .. } => Some("body_timeout"),
             ServeError::WrongMediaType { .. } => Some("unsupported_media_type"),
+            ServeError::RateLimited { denied: Denied::Day { .. } } => Some("insufficient_quota"),
+            ServeError::RateLimited { .. } => Some("rate_limit_exceeded"),
             ServeError::Overloaded { why: Overload::Queue | Overload::QueueTokens, .. } => Some("queue_full"),
             ServeError::Overloaded { why: Overload::Deadline, .. } => Some("would_be_late"),
             ServeError::DeadlinePassed => Some("deadline_exceeded"),
@@ -219,7 +230,7 @@ impl ServeError {
                 param: self.param(),
                 code: self.code(),
                 // Milliseconds are all that a prediction is good for.
-                retry_in: backoff.map(|backoff| (backoff.seconds() * 1e3).ceil() / 1e3),
+                retry_in: self.predicted().map(|wait| (wait.as_secs_f64() * 1e3).ceil() / 1e3),
                 queue_depth: backoff.map(|backoff| backoff.queue_depth),
             },
         }
@@ -232,11 +243,19 @@ impl ServeError {
         }
     }
 
+    /// When the same request may succeed, as far as it can be computed.
+    fn predicted(&self) -> Option<Duration> {
+        match self {
+            ServeError::RateLimited { denied } => denied.retry_in(),
+            _ => self.backoff().map(|backoff| backoff.retry_in),
+        }
+    }
+
     /// When the same request may succeed, on this replica or on another.
     fn retry_after(&self) -> Option<Duration> {
         match self {
             ServeError::Loading | ServeError::Draining => Some(RETRY_AFTER),
-            _ => self.backoff().map(|backoff| backoff.retry_in),
+            _ => self.predicted(),
         }
     }
 
@@ -260,8 +279,8 @@ impl ServeError {
             headers.insert(header::RETRY_AFTER, HeaderValue::from(ms.div_ceil(1000)));
             headers.insert("retry-after-ms", HeaderValue::from(ms));
         }
-        if matches!(self, ServeError::DeadlinePassed) {
-            // Whoever set the limit has no more time.
+        if matches!(self, ServeError::DeadlinePassed | ServeError::RateLimited { denied: Denied::Day { .. } }) {
+            // Whoever set the time limit has no more time, and a budget is not there again before midnight.
             headers.insert("x-should-retry", HeaderValue::from_static("false"));
         }
         if status == StatusCode::UNAUTHORIZED {

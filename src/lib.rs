@@ -17,6 +17,7 @@ pub mod error;
 pub mod generate;
 pub mod http;
 pub mod hub;
+pub mod keys;
 pub mod load;
 pub mod request;
 pub mod runtime;

@@ -1,7 +1,7 @@
 //! From a model's name to a running engine with its text side, as `serve` and `generate` both need it.
 
 use crate::admission::GenerationDefaults;
-use crate::config::Config;
+use crate::config::{Action, Config, SchedulingConfig};
 use crate::hub::{self, HubError};
 use crate::runtime::{self, Runtime, RuntimeOptions, StartError};
 use crate::text::{TextModel, TextModelError};
@@ -46,7 +46,11 @@ pub fn load(config: &Config, names: &[String]) -> Result<Loaded, LoadFailure> {
         ModelFiles::SafeTensors { dir } => TextModel::from_dir(dir)?,
     });
     let names = if names.is_empty() { vec![resolved.name.clone()] } else { names.to_vec() };
-    let options = RuntimeOptions { engine: config.engine.clone(), served_model_name: names[0].clone() };
+    let scheduling = match &config.action {
+        Action::Serve(server) => server.scheduling.clone(),
+        Action::Generate(_) | Action::Bench(_) | Action::Key(_) => SchedulingConfig::default(),
+    };
+    let options = RuntimeOptions { engine: config.engine.clone(), scheduling, served_model_name: names[0].clone() };
     let bar = progress_bar();
     let runtime = runtime::start(&files, &options, &mut |progress| {
         bar.set_length(progress.total_bytes);

@@ -85,6 +85,13 @@ pub enum TokenEvent {
 
 pub type TokenRx = mpsc::Receiver<TokenEvent>;
 
+/// A tenant's settings and what metrics call it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NamedTenant {
+    pub name: Arc<str>,
+    pub spec: TenantSpec,
+}
+
 /// Why a request was not taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SubmitError {
@@ -116,7 +123,7 @@ pub trait Engine: Send + Sync + 'static {
     fn saturation(&self) -> f32;
     /// Replaces the settings of all tenants; those of a request's tenant must be there before the request. `false` when the
     /// engine is too busy to take them now: say it again.
-    fn set_tenants(&self, tenants: &[TenantSpec]) -> bool;
+    fn set_tenants(&self, tenants: &[NamedTenant]) -> bool;
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -3,24 +3,29 @@
 //! The memory account is made before the KV cache is allocated, and after start nothing grows with load: workspace is
 //! sized by the step limits, the KV cache by what is left, queues by their bounds.
 
-use crate::config::{EngineConfig, KV_CACHE_SHARE_OF_AVAILABLE};
-use crate::engine::{EngineHandle, EngineLimits, EngineLoop};
+mod calibrate;
+mod team;
+
+use crate::config::{EngineConfig, KV_CACHE_SHARE_OF_AVAILABLE, PoolLayout, PriorityClass, SchedulingConfig, WorkerLayout};
+use crate::engine::{EngineHandle, EngineLimits, EngineLoop, EngineParts};
 use crate::telemetry::{Telemetry, TelemetryInfo};
-use crate::worker::{Worker, WorkerParts};
-use kvern_core::{CoreConfig, Engine as Core};
-use kvern_kernels::{Device, KernelError, KvCache, KvDType, KvShape};
+use kvern_core::{ClassSpec, CoreConfig, CostModel, Engine as Core, Micros, WorkerId, WorkerSpec};
+use kvern_kernels::{Device, KernelError, KvDType, KvShape};
 use kvern_models::{
     Checkpoint, LoadError, LoadOptions, LoadProgress, LoadedModel, ModelConfig, ModelFiles, StepLimits,
 };
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::sync_channel;
 use std::thread::JoinHandle;
+use team::{ReadyTeam, Team};
 use tokio::sync::oneshot;
 
 /// What the engine is built with.
 #[derive(Clone, Debug)]
 pub struct RuntimeOptions {
     pub engine: EngineConfig,
+    pub scheduling: SchedulingConfig,
     /// Label of the metrics.
     pub served_model_name: String,
 }
@@ -53,6 +58,7 @@ pub struct Runtime {
     /// Resolves when the engine has ended, for whatever reason.
     pub ended: oneshot::Receiver<()>,
     threads: Vec<JoinHandle<()>>,
+    killed: Vec<Arc<AtomicBool>>,
 }
 
 /// Where the memory went, for the start-up banner.
@@ -69,6 +75,12 @@ pub struct MemoryAccount {
 }
 
 impl Runtime {
+    /// Ends a worker with the step that it is at or that it takes next, as if its thread had died: for tests.
+    #[doc(hidden)]
+    pub fn kill_worker(&self, number: usize) {
+        self.killed[number].store(true, Ordering::Relaxed);
+    }
+
     /// Takes no new work, and waits until what runs has finished and the threads have ended.
     pub fn join(self) {
         let Runtime { handle, threads, .. } = self;
@@ -97,18 +109,20 @@ pub fn start(
     let load = LoadOptions { precision: options.engine.precision, limits };
     let loaded = kvern_models::load(&device, files, &load, progress)?;
     let (shape, kv_reason) = kv_shape(&loaded, options, max_model_len)?;
+    let (weight_bytes, workspace_bytes) = (loaded.weight_bytes as u64, loaded.workspace_bytes as u64);
+    let team = Team::new(device, loaded.model, shape, &options.scheduling)?;
     let account = MemoryAccount {
-        device: device.describe(),
-        weight_bytes: loaded.weight_bytes as u64,
-        workspace_bytes: loaded.workspace_bytes as u64,
+        device: team.describe(),
+        weight_bytes,
+        workspace_bytes: workspace_bytes * team.members.len() as u64,
         kv_bytes: (shape.blocks * shape.block_bytes()) as u64,
         kv_blocks: shape.blocks as u32,
         block_size: options.engine.block_size,
         kv_reason,
     };
-    let worker = warm_worker(device, loaded.model, shape, limits, &model_config)?;
-    let Running { handle, threads, ended } = spawn(worker, options, max_model_len, &account)?;
-    Ok(Runtime { handle, config: model_config, max_model_len, account, ended, threads })
+    let ready = team.warm(limits, &model_config)?;
+    let Running { handle, threads, ended, killed } = spawn(ready, options, max_model_len, &account)?;
+    Ok(Runtime { handle, config: model_config, max_model_len, account, ended, threads, killed })
 }
 
 fn model_len(config: &ModelConfig, options: &RuntimeOptions) -> Result<u32, StartError> {
@@ -127,7 +141,9 @@ fn kv_shape(
 ) -> Result<(KvShape, String), StartError> {
     let mut shape = loaded.kv_shape(0, options.engine.block_size as usize, options.engine.kv_dtype);
     let block_bytes = shape.block_bytes() as u64;
-    let sequence_blocks = u64::from(max_model_len.div_ceil(options.engine.block_size));
+    // Each pool must take the longest sequence.
+    let pools = if options.scheduling.pools == PoolLayout::Apart { 2 } else { 1 };
+    let sequence_blocks = pools * u64::from(max_model_len.div_ceil(options.engine.block_size));
     let useful = sequence_blocks * u64::from(options.engine.max_num_seqs);
     let (blocks, reason) = kv_blocks(options.engine.kv_cache_memory_bytes, available_memory(), block_bytes, useful);
     if blocks < sequence_blocks {
@@ -171,56 +187,67 @@ pub(crate) fn available_memory() -> Option<u64> {
     Some(group.map_or(machine, |group| group.min(machine)))
 }
 
-/// A worker that has run each kind of step once, so that the first request finds pages and caches in place.
-fn warm_worker(
-    device: Device,
-    mut model: Box<dyn kvern_models::Model>,
-    shape: KvShape,
-    limits: StepLimits,
-    config: &ModelConfig,
-) -> Result<Worker, StartError> {
-    let mut kv = KvCache::new(&device, shape)?;
-    let tokens = limits.tokens_max.min(shape.block_size).min(limits.context_max) as u32;
-    for length in [tokens, 1] {
-        let positions: Vec<u32> = (0..length).collect();
-        let batch = kvern_models::ForwardBatch {
-            input_ids: &vec![0; length as usize],
-            positions: &positions,
-            slot_mapping: &positions,
-            cu_seqlens_q: &[0, length],
-            context_lens: &[length],
-            block_tables: &[0],
-            block_table_stride: 1,
-            sample_rows: &[length - 1],
-        };
-        model.forward(&batch, &mut kv).map_err(StartError::WarmUp)?;
-    }
-    let threads = device.threads();
-    Ok(Worker::new(WorkerParts {
-        device,
-        model,
-        kv,
-        limits,
-        block_size: shape.block_size as u32,
-        vocab_size: config.vocab_size,
-        threads,
-    }))
-}
-
 /// What [`spawn`] started.
 struct Running {
     handle: EngineHandle,
     threads: Vec<JoinHandle<()>>,
     ended: oneshot::Receiver<()>,
+    killed: Vec<Arc<AtomicBool>>,
 }
 
 fn spawn(
-    worker: Worker,
+    team: ReadyTeam,
     options: &RuntimeOptions,
     max_model_len: u32,
     account: &MemoryAccount,
 ) -> Result<Running, StartError> {
-    let telemetry = Arc::new(Telemetry::new(&TelemetryInfo {
+    let telemetry = Arc::new(Telemetry::new(&telemetry_info(options, max_model_len, account)));
+    let ReadyTeam { workers, specs, pools, mover, cost } = team;
+    let core = Core::new(core_config(options, max_model_len, CoreShape { specs, pools, cost }));
+    let limits = EngineLimits {
+        waiting_max: options.engine.max_num_queued_reqs,
+        stall_max: options.scheduling.stall_timeout,
+    };
+    let (handle, inbox, shared) = EngineHandle::new(limits, Arc::clone(&telemetry));
+    let (ended, has_ended) = oneshot::channel();
+    let (mut senders, mut threads, mut killed) = (Vec::new(), Vec::new(), Vec::new());
+    for (number, worker) in workers.into_iter().enumerate() {
+        let (steps, commands) = sync_channel(1);
+        let (reporter, kill) = (handle.reporter(), Arc::new(AtomicBool::new(false)));
+        senders.push(steps);
+        killed.push(Arc::clone(&kill));
+        let id = WorkerId(number as u8);
+        threads.push(thread("kvern-worker", move || {
+            crate::engine::serve_worker(id, worker, &commands, &kill, &reporter);
+        })?);
+    }
+    let mut transfers = None;
+    if let Some(mover) = mover {
+        // Each running request moves at most once at a time.
+        let (jobs, received) = sync_channel(options.engine.max_num_seqs as usize);
+        let reporter = handle.reporter();
+        transfers = Some(jobs);
+        threads.push(thread("kvern-mover", move || crate::engine::serve_mover(mover, &received, &reporter))?);
+    }
+    let engine = EngineLoop::new(EngineParts {
+        core,
+        inbox,
+        workers: senders,
+        mover: transfers,
+        shared,
+        telemetry,
+        target_saturation: options.scheduling.target_saturation,
+    });
+    threads.push(thread("kvern-engine", move || {
+        engine.run();
+        // Whoever waits for it is told by the drop as well, should the loop panic.
+        let _ = ended.send(());
+    })?);
+    Ok(Running { handle, threads, ended: has_ended, killed })
+}
+
+fn telemetry_info(options: &RuntimeOptions, max_model_len: u32, account: &MemoryAccount) -> TelemetryInfo {
+    TelemetryInfo {
         model_name: options.served_model_name.clone(),
         max_model_len,
         block_size: options.engine.block_size,
@@ -231,31 +258,33 @@ fn spawn(
             KvDType::BF16 => "bf16",
         },
         prefix_caching: options.engine.prefix_caching,
-    }));
-    let core = Core::new(CoreConfig {
+        classes: options.scheduling.classes.iter().map(|class| class.name.clone()).collect(),
+    }
+}
+
+/// What the core is told of the workers.
+struct CoreShape {
+    specs: Vec<WorkerSpec>,
+    pools: Vec<u32>,
+    cost: CostModel,
+}
+
+fn core_config(options: &RuntimeOptions, max_model_len: u32, shape: CoreShape) -> CoreConfig {
+    let micros = |time: std::time::Duration| Micros(time.as_micros() as u64);
+    let promise = |class: &PriorityClass| ClassSpec { ttft: class.ttft.map(micros), itl: class.itl.map(micros) };
+    CoreConfig {
+        workers: shape.specs,
+        pools: shape.pools,
         step_tokens_max: options.engine.max_num_batched_tokens,
         running_max: options.engine.max_num_seqs,
-        // The handle refuses first; preempted requests wait again and must find room.
-        waiting_max: options.engine.max_num_queued_reqs.saturating_add(options.engine.max_num_seqs),
+        waiting_max: options.engine.max_num_queued_reqs,
+        queue_tokens_max: options.scheduling.queued_tokens_max.unwrap_or(u64::MAX),
         request_tokens_max: max_model_len,
         prefix_caching: options.engine.prefix_caching,
-        ..CoreConfig::mixed(account.kv_blocks, options.engine.block_size)
-    });
-    let limits = EngineLimits { waiting_max: options.engine.max_num_queued_reqs };
-    let (handle, inbox, shared) = EngineHandle::new(limits, Arc::clone(&telemetry));
-    let (ended, has_ended) = oneshot::channel();
-    let (steps, commands) = sync_channel(1);
-    let reporter = handle.reporter();
-    let engine = EngineLoop::new(core, inbox, steps, telemetry, shared);
-    let threads = vec![
-        thread("kvern-worker", move || crate::engine::serve_worker(worker, &commands, &reporter))?,
-        thread("kvern-engine", move || {
-            engine.run();
-            // Whoever waits for it is told by the drop as well, should the loop panic.
-            let _ = ended.send(());
-        })?,
-    ];
-    Ok(Running { handle, threads, ended: has_ended })
+        classes: options.scheduling.classes.iter().map(promise).collect(),
+        cost: shape.cost,
+        ..CoreConfig::mixed(1, options.engine.block_size)
+    }
 }
 
 fn thread(name: &'static str, run: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, StartError> {

@@ -2,18 +2,25 @@
 
 use crate::config::{Config, ServerConfig};
 use crate::http::{self, ApiKeys, AppState, HttpLimits, ServedModel};
+use crate::keys::{ClassNames, Keyring, KeyringError, KeyringOptions};
 use crate::load::{self, Loaded};
 use std::io;
-use std::time::Instant;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::oneshot;
+use tokio::sync::{Notify, oneshot};
 
 /// Front-end threads; the rest of the machine computes.
 const HTTP_THREADS: usize = 2;
 
+/// How often the keys file is looked at.
+const KEYS_PERIOD: Duration = Duration::from_secs(2);
+
 #[derive(Debug, thiserror::Error)]
 pub enum ServeFailure {
+    #[error(transparent)]
+    Keys(#[from] KeyringError),
     #[error("cannot listen on {address}: {source}")]
     Bind { address: std::net::SocketAddr, source: io::Error },
     #[error("cannot start the front end: {0}")]
@@ -41,6 +48,7 @@ pub fn run(config: &Config, server: &ServerConfig) -> Result<(), ServeFailure> {
 async fn serve(config: &Config, server: &ServerConfig) -> Result<(), ServeFailure> {
     let started = Instant::now();
     let mut signals = Signals::new().map_err(ServeFailure::FrontEnd)?;
+    let keys = keyring(server)?;
     let listener = TcpListener::bind(server.address)
         .await
         .map_err(|source| ServeFailure::Bind { address: server.address, source })?;
@@ -50,8 +58,11 @@ async fn serve(config: &Config, server: &ServerConfig) -> Result<(), ServeFailur
         drain_timeout: server.shutdown_timeout,
         ..HttpLimits::default()
     };
-    let keys = ApiKeys::new(server.api_keys.iter().map(|key| key.reveal().to_owned()).collect());
     let state = AppState::new(limits, keys);
+    if server.keys_file.is_some() {
+        let hangup = signal(SignalKind::hangup()).map_err(ServeFailure::FrontEnd)?;
+        tokio::spawn(follow_keys(Arc::clone(&state.keys), hangup));
+    }
     let (stop, stopped) = oneshot::channel::<()>();
     let serving = tokio::spawn(http::serve(listener, state.clone(), async move {
         // A dropped sender asks for the same.
@@ -66,18 +77,20 @@ async fn serve(config: &Config, server: &ServerConfig) -> Result<(), ServeFailur
         () = signals.wait() => return Ok(()),
     };
     let Loaded { mut runtime, text, names, root, fingerprint } = loaded;
-    state.publish(ServedModel {
-        engine: std::sync::Arc::new(runtime.handle.clone()),
+    let model = ServedModel {
+        engine: Arc::new(runtime.handle.clone()),
         text,
         root,
         context_tokens_max: runtime.max_model_len,
+        block_size: runtime.account.block_size,
         vocab_size: runtime.config.vocab_size as u32,
         defaults: load::generation_defaults(&runtime.config),
         created: std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |t| t.as_secs()),
         fingerprint,
         log_prompts: config.log.prompts,
         names: names.clone(),
-    });
+    };
+    state.publish(model).await;
     tracing::info!(model = names[0], %address, seconds = started.elapsed().as_secs_f32(), "ready");
 
     let engine_ended = tokio::select! {
@@ -92,6 +105,32 @@ async fn serve(config: &Config, server: &ServerConfig) -> Result<(), ServeFailur
     runtime.handle.abort();
     tokio::task::spawn_blocking(move || runtime.join()).await.map_err(|_| ServeFailure::EngineStopped)?;
     if engine_ended { Err(ServeFailure::EngineStopped) } else { Ok(()) }
+}
+
+/// The keys that the operator gave, and what clients may do with them.
+fn keyring(server: &ServerConfig) -> Result<Keyring, KeyringError> {
+    let classes = server.scheduling.classes.iter().map(|class| class.name.clone());
+    let keys = Keyring::open(KeyringOptions {
+        api_keys: ApiKeys::new(server.api_keys.iter().map(|key| key.reveal().to_owned()).collect()),
+        file: server.keys_file.clone(),
+        classes: ClassNames::from_names(classes.collect()),
+        guard_metrics: server.guard_metrics,
+    })?;
+    if keys.is_open() {
+        tracing::warn!("the server is open to all who reach it: neither --api-key nor --keys is given");
+    }
+    Ok(keys)
+}
+
+/// Takes over changes of the keys file, at once on SIGHUP.
+async fn follow_keys(keys: Arc<Keyring>, mut hangup: Signal) {
+    let asked = Notify::new();
+    let forward = async {
+        while hangup.recv().await.is_some() {
+            asked.notify_one();
+        }
+    };
+    tokio::join!(keys.follow(KEYS_PERIOD, &asked), forward);
 }
 
 /// SIGTERM, as orchestrators send it, and SIGINT, as a terminal does.

@@ -3,50 +3,23 @@
 
 mod support;
 
-use kvern::runtime::Runtime;
+use kvern::request::TokenEvent;
 use kvern_core::{CancelReason, FinishReason};
 use std::time::{Duration, Instant};
 use support::{
-    Answer, Ask, EngineConfig, RuntimeOptions, collect, engine, greedy, metric, options, prompt, start, submit,
+    Answer, Ask, EngineConfig, RuntimeOptions, collect, engine, greedy, metric, mixed_asks, options, prompt, start,
+    submit, together, tokens,
 };
 
 const ABORTED: &str = "vllm:request_success_total{engine=\"0\",finished_reason=\"abort\"";
-
-/// 32 requests of mixed lengths, seeds and parameters; some share a prefix.
-fn asks() -> Vec<Ask> {
-    let stem = prompt(1000, 90);
-    (0..32u64)
-        .map(|i| {
-            let own = prompt(i, 3 + (i as usize * 29) % 120);
-            let prompt = if i % 4 == 0 { [&stem[..60 + i as usize], &own].concat() } else { own };
-            let mut sampling = greedy();
-            sampling.seed = i * 31;
-            sampling.temperature = [0.0, 0.8, 1.0, 1.3][i as usize % 4];
-            sampling.top_p = [1.0, 0.9][i as usize / 4 % 2];
-            sampling.top_k = [0, 0, 40][i as usize % 3];
-            sampling.repetition_penalty = [1.0, 1.15][i as usize / 2 % 2];
-            sampling.frequency_penalty = [0.0, 0.0, 0.4][i as usize % 3];
-            Ask { prompt, sampling, max_new_tokens: 8 + (i as u32 * 7) % 25 }
-        })
-        .collect()
-}
 
 fn with(engine: EngineConfig) -> RuntimeOptions {
     RuntimeOptions { engine, ..options() }
 }
 
-fn together(runtime: &Runtime, asks: &[Ask]) -> Vec<Answer> {
-    let streams: Vec<_> = asks.iter().map(|a| submit(&runtime.handle, a)).collect();
-    streams.into_iter().map(collect).collect()
-}
-
-fn tokens(answers: &[Answer]) -> Vec<&[u32]> {
-    answers.iter().map(|a| a.tokens.as_slice()).collect()
-}
-
 #[test]
 fn a_batch_says_what_each_says_alone() {
-    let asks = asks();
+    let asks = mixed_asks();
     let uncached = start(&with(EngineConfig { prefix_caching: false, ..engine() }));
     let alone: Vec<Answer> = asks.iter().map(|a| collect(submit(&uncached.handle, a))).collect();
     for (ask, answer) in asks.iter().zip(&alone) {
@@ -100,7 +73,8 @@ fn a_client_that_goes_away_frees_its_blocks() {
     let prefilling = submit(&runtime.handle, &long);
     drop(prefilling);
     let mut decoding = submit(&runtime.handle, &Ask { prompt: prompt(2, 20), ..long.clone() });
-    assert!(decoding.blocking_recv().is_some());
+    assert!(matches!(decoding.blocking_recv(), Some(TokenEvent::Accepted)));
+    assert!(matches!(decoding.blocking_recv(), Some(TokenEvent::Token { .. })));
     drop(decoding);
     let short = Ask { prompt: prompt(3, 5), sampling: greedy(), max_new_tokens: 3 };
     assert_eq!(collect(submit(&runtime.handle, &short)).reason, FinishReason::Length);

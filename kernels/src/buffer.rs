@@ -101,6 +101,24 @@ impl<T: Plain> Buffer<T> {
         Ok(Buffer { start: mapping.start.cast(), len, _mapping: Some(Arc::new(mapping)) })
     }
 
+    /// A second owner of the same memory.
+    ///
+    /// # Safety
+    /// The elements of either are used through raw pointers only, and never at the same time unless for reading.
+    pub(crate) unsafe fn alias(&self) -> Self {
+        Buffer { start: self.start, len: self.len, _mapping: self._mapping.clone() }
+    }
+
+    /// The first element, without a reference to any.
+    pub(crate) fn start(&self) -> *mut T {
+        self.start.as_ptr()
+    }
+
+    /// Elements, without a reference to any.
+    pub(crate) fn count(&self) -> usize {
+        self.len
+    }
+
     /// Bytes held.
     pub(crate) fn bytes(&self) -> usize {
         self.len * size_of::<T>()

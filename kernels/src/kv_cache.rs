@@ -1,6 +1,8 @@
 //! K and V of every layer, in blocks.
 
-use crate::buffer::Buffer;
+use std::ops::Range;
+
+use crate::buffer::{Buffer, Plain};
 use crate::cpu::pair::Pair;
 use crate::device::Backend;
 use crate::{Device, KernelError, Result};
@@ -84,8 +86,40 @@ pub struct KvCache {
 
 /// The cells, by dtype: an f32, or a pair of bf16.
 pub(crate) enum KvData {
-    F32(Buffer<f32>),
-    BF16(Buffer<Pair>),
+    F32(Cells<f32>),
+    BF16(Cells<Pair>),
+}
+
+/// Memory that several handles may share. Nobody makes a reference to more than a head's pages in one block, so that handles
+/// that are at different blocks are at different memory.
+pub(crate) struct Cells<C: Plain>(Buffer<C>);
+
+impl<C: Plain> Cells<C> {
+    /// # Safety
+    /// Until the result is dropped nobody writes this range.
+    #[inline(always)]
+    pub(crate) unsafe fn read(&self, range: Range<usize>) -> &[C] {
+        assert!(range.start <= range.end && range.end <= self.0.count(), "a page lies within its cache");
+        // SAFETY: the range is within the buffer; nobody writes it, as the caller promises.
+        unsafe { std::slice::from_raw_parts(self.0.start().add(range.start), range.len()) }
+    }
+
+    /// # Safety
+    /// Until the result is dropped nobody else reads or writes this range.
+    #[inline(always)]
+    #[allow(clippy::mut_from_ref)]
+    pub(crate) unsafe fn write(&self, range: Range<usize>) -> &mut [C] {
+        assert!(range.start <= range.end && range.end <= self.0.count(), "a page lies within its cache");
+        // SAFETY: the range is within the buffer; nobody else uses it, as the caller promises.
+        unsafe { std::slice::from_raw_parts_mut(self.0.start().add(range.start), range.len()) }
+    }
+
+    /// # Safety
+    /// As for [`KvCache::share`].
+    unsafe fn share(&self) -> Self {
+        // SAFETY: elements are only used through `read` and `write`, whose callers keep apart.
+        Cells(unsafe { self.0.alias() })
+    }
 }
 
 impl KvCache {
@@ -109,16 +143,66 @@ impl KvCache {
             }
         };
         let data = match shape.dtype {
-            KvDType::F32 => KvData::F32(Buffer::zeros(cells)?),
-            KvDType::BF16 => KvData::BF16(Buffer::zeros(cells)?),
+            KvDType::F32 => KvData::F32(Cells(Buffer::zeros(cells)?)),
+            KvDType::BF16 => KvData::BF16(Cells(Buffer::zeros(cells)?)),
         };
         Ok(KvCache { data, shape })
+    }
+
+    /// Another handle on the same memory, for a second worker.
+    ///
+    /// # Safety
+    /// While an op writes a block through one handle, no op reads or writes that block through another. Whoever plans the
+    /// steps sees to it: a block that several requests hold is full and only read, and a request is in one step at a time.
+    #[must_use]
+    pub unsafe fn share(&self) -> KvCache {
+        // SAFETY: the same promise.
+        let data = unsafe {
+            match &self.data {
+                KvData::F32(cells) => KvData::F32(cells.share()),
+                KvData::BF16(cells) => KvData::BF16(cells.share()),
+            }
+        };
+        KvCache { data, shape: self.shape }
+    }
+
+    /// Copies blocks of `from`, the first of each pair, to blocks of this cache, the second, in all layers. Shapes that
+    /// differ in more than the number of blocks, and blocks that are not there, are [`Shape`](KernelError::Shape).
+    pub fn copy_blocks(&mut self, from: &KvCache, blocks: &[(u32, u32)]) -> Result<()> {
+        let (to_shape, from_shape) = (self.shape, from.shape);
+        if (KvShape { blocks: from_shape.blocks, ..to_shape }) != from_shape {
+            return Err(KernelError::shape("copy blocks", format!("{to_shape:?}"), format!("{from_shape:?}")));
+        }
+        let fits = |&(a, b): &(u32, u32)| (a as usize) < from_shape.blocks && (b as usize) < to_shape.blocks;
+        if let Some(pair) = blocks.iter().find(|pair| !fits(pair)) {
+            let expected = format!("blocks below {} and {}", from_shape.blocks, to_shape.blocks);
+            return Err(KernelError::shape("copy blocks", expected, format!("{pair:?}")));
+        }
+        match (&self.data, &from.data) {
+            (KvData::F32(to), KvData::F32(from)) => copy(to, to_shape, from, from_shape, blocks),
+            (KvData::BF16(to), KvData::BF16(from)) => copy(to, to_shape, from, from_shape, blocks),
+            _ => unreachable!("equal shapes have equal dtypes"),
+        }
+        Ok(())
     }
 
     /// The shape it was made with.
     #[must_use]
     pub fn shape(&self) -> KvShape {
         self.shape
+    }
+}
+
+fn copy<C: Plain>(to: &Cells<C>, to_shape: KvShape, from: &Cells<C>, from_shape: KvShape, blocks: &[(u32, u32)]) {
+    let cells = to_shape.kv_heads * 2 * to_shape.page();
+    for layer in 0..to_shape.layers {
+        for &(source, target) in blocks {
+            let source = from_shape.page_start(layer, source as usize, 0);
+            let target = to_shape.page_start(layer, target as usize, 0);
+            // SAFETY: both ranges are one block's of one layer; nobody else uses the target, as `&mut self` and the
+            // promise of `share` say, and nobody writes the source.
+            unsafe { to.write(target..target + cells).copy_from_slice(from.read(source..source + cells)) };
+        }
     }
 }
 

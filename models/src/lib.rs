@@ -22,7 +22,7 @@ pub use error::LoadError;
 pub use load::{LoadedModel, load};
 pub use weights::Weights;
 
-use kvern_kernels::{KernelError, KvCache, Precision, Tensor};
+use kvern_kernels::{Device, KernelError, KvCache, Precision, Tensor};
 
 /// The input of one forward pass; borrowed for one step. T tokens of B sequences, S of whose rows are sampled.
 #[derive(Clone, Copy, Debug)]
@@ -59,6 +59,10 @@ pub struct StepLimits {
 pub trait Model: Send {
     /// Logits `[S, vocab_size]` in F32, valid until the next call.
     fn forward(&mut self, batch: &ForwardBatch<'_>, kv: &mut KvCache) -> Result<&Tensor, KernelError>;
+
+    /// Another model over the same weights, with a workspace of its own, that computes on `device`: of the same kind and
+    /// level as the device that the weights were packed for. Costs the workspace's memory, and no time.
+    fn twin(&self, device: &Device) -> Result<Box<dyn Model>, KernelError>;
 }
 
 #[derive(Clone, Copy, Debug)]

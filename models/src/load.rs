@@ -1,5 +1,7 @@
 //! From files to a model on a device.
 
+use std::sync::Arc;
+
 use kvern_kernels::{Device, HeadLayout, KvDType, KvShape};
 
 use crate::arch;
@@ -50,7 +52,7 @@ pub fn load(
     let mut builder = Builder::new(device, &config, weights, options.precision, progress);
     let parts = arch::build(&mut builder)?;
     builder.finish()?;
-    let decoder = Decoder::new(device, &config, parts, options.limits)?;
+    let decoder = Decoder::new(device, &config, Arc::new(parts), options.limits)?;
     Ok(LoadedModel {
         heads: config.heads,
         weight_bytes: decoder.weight_bytes(),

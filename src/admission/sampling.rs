@@ -4,6 +4,7 @@ use super::{Admitted, AdmittedPrompt, GenerationDefaults, OutputRules, StreamUsa
 use crate::error::ServeError;
 use crate::http::types::common::{GenerationFields, StreamOptions};
 use crate::http::{HttpLimits, ServedModel};
+use crate::keys::Asked;
 use crate::request::SamplingParams;
 use crate::text::StopMatcher;
 use kvern_core::TokenId;
@@ -21,6 +22,7 @@ pub(super) struct Common {
     n: u32,
     rules: OutputRules,
     stream: Option<StreamUsage>,
+    asked: Asked,
 }
 
 impl Common {
@@ -41,18 +43,20 @@ impl Common {
                 format!("`min_tokens`: expected at most the answer's limit of {answer_max}, found {min_tokens}");
             return Err(ServeError::invalid("min_tokens", message));
         }
-        Ok(Admitted { prompts, sampling: self.sampling, n: self.n, rules: self.rules, stream: self.stream })
+        let Common { sampling, n, rules, stream, asked } = self;
+        Ok(Admitted { prompts, sampling, n, rules, stream, asked })
     }
 }
 
 /// Checks everything that both generating endpoints share.
 pub(super) fn admit(
-    fields: GenerationFields,
+    mut fields: GenerationFields,
     logprobs: Option<u32>,
     model: &ServedModel,
     choices_max: u32,
 ) -> Result<Common, ServeError> {
     let GenerationDefaults { temperature, top_p, top_k, min_p, repetition_penalty } = model.defaults;
+    let asked = super::terms::asked(&mut fields)?;
     let stream = stream_usage(fields.stream, fields.stream_options)?;
     let n = integer("n", fields.n, 1, 1, i64::from(choices_max))? as u32;
     let stop_tokens = stop_tokens(&fields, model)?;
@@ -94,7 +98,7 @@ pub(super) fn admit(
         requested_stop_tokens: fields.stop_token_ids,
         matcher,
     };
-    Ok(Common { sampling, n, rules, stream })
+    Ok(Common { sampling, n, rules, stream, asked })
 }
 
 /// `max_tokens` under either of its names.

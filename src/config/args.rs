@@ -1,10 +1,12 @@
 //! The command line as typed. Flags carry vLLM's names where vLLM has the flag; the text of a flag's help is here only.
 
 use super::bench::{Workload, parse_decode, parse_prefill};
+use super::scheduling::{PoolLayout, PriorityClass, WorkerLayout, parse_class, parse_saturation};
 use super::values::{
     Secret, parse_amount, parse_count, parse_filled, parse_host, parse_log_level, parse_seconds, parse_secret,
     parse_temperature,
 };
+use crate::keys::Salt;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -33,6 +35,8 @@ pub(super) enum Command {
     /// Time a model's prefill and decoding, without the server
     #[command(after_help = LAYERS_HELP)]
     Bench(BenchArgs),
+    /// Make an entry of the keys file
+    Key(KeyArgs),
 }
 
 #[derive(Debug, Args)]
@@ -42,6 +46,8 @@ pub(super) struct ServeArgs {
     pub(super) model_given: Option<String>,
     #[command(flatten)]
     pub(super) server: ServerArgs,
+    #[command(flatten)]
+    pub(super) scheduling: SchedulingArgs,
     #[command(flatten)]
     pub(super) model: ModelArgs,
     #[command(flatten)]
@@ -107,6 +113,21 @@ pub(super) struct BenchArgs {
 }
 
 #[derive(Debug, Args)]
+pub(super) struct KeyArgs {
+    /// new makes a secret and shows it once; hash reads one from standard input
+    #[arg(value_name = "TASK", value_enum)]
+    pub(super) task: KeyTask,
+    /// What the key is called
+    #[arg(value_name = "NAME", value_parser = parse_filled)]
+    pub(super) name: String,
+    /// Salt of the hash, as 32 hex digits; keys of one salt are checked with one hash [default: a new one]
+    #[arg(long, value_name = "HEX")]
+    pub(super) salt: Option<Salt>,
+    #[command(flatten)]
+    pub(super) log: LogArgs,
+}
+
+#[derive(Debug, Args)]
 #[command(next_help_heading = "Server")]
 pub(super) struct ServerArgs {
     /// Address to listen on; the default is all interfaces, as containers need it
@@ -121,12 +142,45 @@ pub(super) struct ServerArgs {
     /// Keys that clients must send as a bearer token [default: open to all]
     #[arg(long, value_name = "KEY", num_args = 1.., value_parser = parse_secret)]
     pub(super) api_key: Vec<Secret>,
+    /// TOML file of keys with their tenants and limits, followed as it changes (docs/keys.md)
+    #[arg(long, value_name = "FILE")]
+    pub(super) keys: Option<PathBuf>,
+    /// Ask for a key on /metrics too
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value = "false")]
+    pub(super) guard_metrics: bool,
     /// Most bytes of a request body
     #[arg(long, value_name = "BYTES", default_value = "16MiB", value_parser = parse_amount)]
     pub(super) max_body_bytes: u64,
     /// Seconds that running requests may go on after SIGTERM
     #[arg(long, value_name = "SECONDS", default_value = "25", value_parser = parse_seconds)]
     pub(super) shutdown_timeout: Duration,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Scheduling")]
+pub(super) struct SchedulingArgs {
+    /// Priority class NAME[:ttft=TIME][:itl=TIME], the most urgent first; ttft refuses what would wait longer, itl bounds
+    /// the steps of running answers [default: high, normal, low]
+    #[arg(long, value_name = "CLASS", num_args = 1.., value_parser = parse_class)]
+    pub(super) class: Vec<PriorityClass>,
+    /// Most prompt tokens, less the cached ones, that wait; further requests are refused with 503 [default: no limit]
+    #[arg(long, value_name = "TOKENS", value_parser = parse_amount)]
+    pub(super) max_num_queued_tokens: Option<u64>,
+    /// One worker for prefill and decode, or one for each
+    #[arg(long, value_name = "LAYOUT", value_enum, default_value_t = WorkerLayout::Mixed)]
+    pub(super) workers: WorkerLayout,
+    /// One KV pool for split workers, or one for each
+    #[arg(long, value_name = "LAYOUT", value_enum, default_value_t = PoolLayout::Shared)]
+    pub(super) kv_pools: PoolLayout,
+    /// Compute threads of the decode worker of --workers split, out of --threads [default: half]
+    #[arg(long, value_name = "N", value_parser = parse_count)]
+    pub(super) decode_threads: Option<u32>,
+    /// Seconds without a finished step, while there is work, after which /health/live fails
+    #[arg(long, value_name = "SECONDS", default_value = "120", value_parser = parse_seconds)]
+    pub(super) stall_timeout: Duration,
+    /// Saturation that replicas should have, for the gauge of desired replicas
+    #[arg(long, value_name = "0..1", default_value = "0.7", value_parser = parse_saturation)]
+    pub(super) target_saturation: u32,
 }
 
 #[derive(Debug, Args)]
@@ -158,7 +212,7 @@ pub(super) struct EngineArgs {
     /// Most tokens of one step; more makes prefill cheaper and running answers wait longer
     #[arg(long, value_name = "TOKENS", default_value = "512", value_parser = parse_count)]
     pub(super) max_num_batched_tokens: u32,
-    /// Most requests that wait; further ones are refused with 429
+    /// Most requests that wait; further ones are refused with 503
     #[arg(long, value_name = "N", default_value = "1024", value_parser = parse_count)]
     pub(super) max_num_queued_reqs: u32,
     /// Tokens of a KV block
@@ -220,6 +274,15 @@ pub(super) enum CpuIsaArg {
     Avx2,
     Avx512,
     Amx,
+}
+
+/// What `kvern key` is to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum KeyTask {
+    /// Make a secret.
+    New,
+    /// Hash one that is there.
+    Hash,
 }
 
 /// Form of the log.

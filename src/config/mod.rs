@@ -18,14 +18,17 @@ mod bench;
 mod environment;
 mod layers;
 mod resolve;
+mod scheduling;
 mod values;
 
-pub use args::LogFormat;
+pub use args::{KeyTask, LogFormat};
 pub use bench::{BenchConfig, Workload};
 pub use environment::Environment;
 pub use layers::{Origin, Setting};
+pub use scheduling::{CLASSES_MAX, PoolLayout, PriorityClass, SchedulingConfig, WorkerLayout};
 pub use values::Secret;
 
+use crate::keys::Salt;
 use kvern_kernels::{CpuOptions, KvDType, Precision};
 use std::ffi::OsString;
 use std::fmt::Write as _;
@@ -56,6 +59,7 @@ pub enum Action {
     Serve(ServerConfig),
     Generate(GenerateConfig),
     Bench(BenchConfig),
+    Key(KeyConfig),
 }
 
 /// `kvern serve`.
@@ -64,11 +68,16 @@ pub struct ServerConfig {
     pub address: SocketAddr,
     /// What clients call the model, the first one in answers; empty: the name that it was asked for by.
     pub served_model_names: Vec<String>,
-    /// Empty: open to all.
+    /// Empty, and no `keys_file`: open to all.
     pub api_keys: Vec<Secret>,
+    /// Keys with tenants and limits.
+    pub keys_file: Option<PathBuf>,
+    /// `/metrics` needs a key too.
+    pub guard_metrics: bool,
     pub max_body_bytes: usize,
     /// How long running requests may go on after SIGTERM.
     pub shutdown_timeout: Duration,
+    pub scheduling: SchedulingConfig,
 }
 
 /// `kvern generate`.
@@ -82,6 +91,15 @@ pub struct GenerateConfig {
     pub seed: Option<u64>,
     /// The prompt as it is, without the chat template.
     pub raw: bool,
+}
+
+/// `kvern key`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct KeyConfig {
+    pub task: KeyTask,
+    pub name: String,
+    /// `None`: a new one.
+    pub salt: Option<Salt>,
 }
 
 /// Which model, and where to look for it.

@@ -1,13 +1,15 @@
 //! Args as typed -> Config as meant: defaults that depend on other settings, and checks across settings.
 
 use super::args::{
-    BenchArgs, Cli, Command, CpuIsaArg, DtypeArg, EngineArgs, GenerateArgs, LogArgs, ModelArgs, ServeArgs,
+    BenchArgs, Cli, Command, CpuIsaArg, DtypeArg, EngineArgs, GenerateArgs, KeyArgs, LogArgs, ModelArgs,
+    SchedulingArgs, ServeArgs,
 };
+use super::scheduling::{CLASSES_MAX, PoolLayout, PriorityClass, SchedulingConfig, WorkerLayout};
 use super::{
-    Action, BenchConfig, Config, ConfigError, EngineConfig, Environment, GenerateConfig, HubConfig, LogConfig,
-    ModelSource, Secret, ServerConfig, layers,
+    Action, BenchConfig, Config, ConfigError, EngineConfig, Environment, GenerateConfig, HubConfig, KeyConfig,
+    LogConfig, ModelSource, Secret, ServerConfig, layers,
 };
-use clap::{CommandFactory, FromArgMatches};
+use clap::{CommandFactory, FromArgMatches, Parser};
 use kvern_kernels::{CpuIsa, CpuOptions, KvDType, Precision};
 use std::ffi::OsString;
 use std::net::SocketAddr;
@@ -28,6 +30,7 @@ pub(super) fn resolve(argv: Vec<OsString>, environment: &Environment) -> Result<
     let command = match name.as_ref().and_then(|name| name.to_str()) {
         Some("generate") => Command::Generate(GenerateArgs::from_arg_matches(&layered.matches)?),
         Some("bench") => Command::Bench(BenchArgs::from_arg_matches(&layered.matches)?),
+        Some("key") => Command::Key(KeyArgs::from_arg_matches(&layered.matches)?),
         _ => Command::Serve(ServeArgs::from_arg_matches(&layered.matches)?),
     };
     let (action, model, engine, log) = match command {
@@ -37,8 +40,11 @@ pub(super) fn resolve(argv: Vec<OsString>, environment: &Environment) -> Result<
                 address: SocketAddr::new(args.server.host, args.server.port),
                 served_model_names: args.server.served_model_name,
                 api_keys: args.server.api_key,
+                keys_file: args.server.keys,
+                guard_metrics: args.server.guard_metrics,
                 max_body_bytes: body_bytes(args.server.max_body_bytes)?,
                 shutdown_timeout: args.server.shutdown_timeout,
+                scheduling: scheduling_config(args.scheduling)?,
             };
             (Action::Serve(server), model, args.engine, args.log)
         }
@@ -53,6 +59,10 @@ pub(super) fn resolve(argv: Vec<OsString>, environment: &Environment) -> Result<
             let bench = BenchConfig { workloads: [prefill, decode].concat(), rounds, steps, limits, json };
             (Action::Bench(bench), model, args.engine, args.log)
         }
+        Command::Key(KeyArgs { task, name, salt, log }) => {
+            let (model, engine) = unused()?;
+            (Action::Key(KeyConfig { task, name, salt }), model, engine, log)
+        }
     };
     Ok(Config {
         action,
@@ -62,6 +72,14 @@ pub(super) fn resolve(argv: Vec<OsString>, environment: &Environment) -> Result<
         notes: layered.notes,
         settings: layered.settings,
     })
+}
+
+/// The settings of a command that has neither model nor engine: defaults, which nothing reads.
+fn unused() -> Result<(ModelArgs, EngineArgs), ConfigError> {
+    match Cli::try_parse_from(["kvern", "serve"])?.command {
+        Command::Serve(args) => Ok((args.model, args.engine)),
+        other => unreachable!("`serve` was parsed as {other:?}"),
+    }
 }
 
 fn one_model(positional: Option<String>, flag: Option<String>) -> Result<Option<String>, ConfigError> {
@@ -144,6 +162,31 @@ fn engine_config(args: EngineArgs) -> Result<EngineConfig, ConfigError> {
         precision,
         kv_dtype,
         cpu: CpuOptions { threads, isa },
+    })
+}
+
+fn scheduling_config(args: SchedulingArgs) -> Result<SchedulingConfig, ConfigError> {
+    let conflict = |message: String| Err(ConfigError::Conflict(message));
+    let classes = if args.class.is_empty() { PriorityClass::defaults() } else { args.class };
+    if classes.len() > CLASSES_MAX {
+        return conflict(format!("--class: expected at most {CLASSES_MAX} classes, found {}", classes.len()));
+    }
+    let twice = classes.iter().enumerate().find(|(at, class)| classes[..*at].iter().any(|c| c.name == class.name));
+    if let Some((_, class)) = twice {
+        return conflict(format!("--class: expected different names, found `{}` twice", class.name));
+    }
+    let is_split = args.workers == WorkerLayout::Split;
+    if !is_split && (args.decode_threads.is_some() || args.kv_pools == PoolLayout::Apart) {
+        return conflict("--decode-threads and --kv-pools apart need --workers split".to_owned());
+    }
+    Ok(SchedulingConfig {
+        classes,
+        queued_tokens_max: args.max_num_queued_tokens,
+        workers: args.workers,
+        pools: args.kv_pools,
+        decode_threads: args.decode_threads.map(|threads| usize::try_from(threads).expect("a u32 fits usize")),
+        stall_timeout: args.stall_timeout,
+        target_saturation: args.target_saturation,
     })
 }
 

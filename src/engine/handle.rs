@@ -1,9 +1,9 @@
 //! The way in: what other threads hold of the engine. Nothing here blocks.
 
-use crate::request::{Engine, EngineHealth, Request, SubmitError, TokenEvent, TokenRx};
+use crate::request::{Engine, EngineHealth, NamedTenant, Request, SubmitError, TokenEvent, TokenRx};
 use crate::telemetry::Telemetry;
 use crate::worker::StepResult;
-use kvern_core::{Backoff, CancelReason, Refusal, RequestId, TenantSpec};
+use kvern_core::{Backoff, CancelReason, Refusal, RequestId, Signals, TransferId, WorkerId};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
@@ -13,26 +13,26 @@ use tokio::sync::mpsc;
 /// Events that a stream may lag behind; a client that lets more pile up is cancelled.
 const STREAM_EVENTS_MAX: usize = 1024;
 
-/// Without a turn of the loop for this long while work waits, the engine is no longer live.
-const STALL_MAX: Duration = Duration::from_secs(120);
-
 /// What reaches the engine thread.
 pub(crate) enum Message {
     Submit(Box<Request>, mpsc::Sender<TokenEvent>),
     Cancel(RequestId, CancelReason),
-    SetTenants(Vec<TenantSpec>),
+    SetTenants(Vec<NamedTenant>),
     StepDone(Box<StepResult>),
+    Transferred(TransferId, Result<(), String>),
     /// Look at the flags again.
     Wake,
     /// Cancel all that is left.
     Shutdown,
-    WorkerLost,
+    WorkerLost(WorkerId),
 }
 
 #[derive(Clone, Copy, Debug)]
 pub struct EngineLimits {
     /// Most requests that wait to be scheduled for the first time.
     pub waiting_max: u32,
+    /// Without a finished step for this long while there is work, the engine is no longer live.
+    pub stall_max: Duration,
 }
 
 /// State that the engine thread and its handles share: counters and flags only.
@@ -44,8 +44,8 @@ pub(crate) struct Shared {
     stopped: AtomicBool,
     busy: AtomicBool,
     started: Instant,
-    /// Milliseconds after `started` of the loop's last turn.
-    last_turn_ms: AtomicU64,
+    /// Milliseconds after `started` of the last finished step, or of when work came that was not there before.
+    last_progress_ms: AtomicU64,
     /// Until a full queue is expected to take a request again.
     retry_in_us: AtomicU64,
     /// Thousandths.
@@ -62,9 +62,25 @@ impl Shared {
         self.waiting.fetch_sub(1, Ordering::Relaxed);
     }
 
-    pub(crate) fn progress(&self, busy: bool) {
-        self.last_turn_ms.store(self.started.elapsed().as_millis() as u64, Ordering::Relaxed);
-        self.busy.store(busy, Ordering::Relaxed);
+    /// A step was finished.
+    pub(crate) fn progress(&self) {
+        self.last_progress_ms.store(self.started.elapsed().as_millis() as u64, Ordering::Relaxed);
+    }
+
+    /// Whether there is work. Only the engine thread calls this.
+    pub(crate) fn set_busy(&self, busy: bool) {
+        if busy && !self.busy.load(Ordering::Relaxed) {
+            self.progress();
+        }
+        self.busy.store(busy, Ordering::Release);
+    }
+
+    /// What answers say of the load.
+    pub(crate) fn tell(&self, signals: &Signals) {
+        let waiting: u32 = signals.waiting.iter().sum();
+        let one_us = signals.queued_prefill.0 / u64::from(waiting.max(1));
+        self.retry_in_us.store(one_us, Ordering::Relaxed);
+        self.saturation.store(signals.saturation, Ordering::Relaxed);
     }
 
     pub(crate) fn stop(&self) {
@@ -92,7 +108,7 @@ impl EngineHandle {
             stopped: AtomicBool::new(false),
             busy: AtomicBool::new(false),
             started: Instant::now(),
-            last_turn_ms: AtomicU64::new(0),
+            last_progress_ms: AtomicU64::new(0),
             retry_in_us: AtomicU64::new(0),
             saturation: AtomicU32::new(0),
         });
@@ -170,8 +186,9 @@ impl Engine for EngineHandle {
     fn health(&self) -> EngineHealth {
         let shared = &self.shared;
         let now = shared.started.elapsed();
-        let last = Duration::from_millis(shared.last_turn_ms.load(Ordering::Relaxed));
-        let stalled = shared.busy.load(Ordering::Relaxed) && now.saturating_sub(last) > STALL_MAX;
+        let busy = shared.busy.load(Ordering::Acquire);
+        let last = Duration::from_millis(shared.last_progress_ms.load(Ordering::Relaxed));
+        let stalled = busy && now.saturating_sub(last) > shared.limits.stall_max;
         let draining = shared.is_draining();
         EngineHealth { ready: !self.has_stopped(), live: !stalled && (draining || !self.has_stopped()), draining }
     }
@@ -184,7 +201,7 @@ impl Engine for EngineHandle {
         self.shared.saturation.load(Ordering::Relaxed) as f32 / 1000.0
     }
 
-    fn set_tenants(&self, tenants: &[TenantSpec]) -> bool {
+    fn set_tenants(&self, tenants: &[NamedTenant]) -> bool {
         self.inbox.try_send(Message::SetTenants(tenants.to_vec())).is_ok()
     }
 }

@@ -1,19 +1,19 @@
 //! The stream table: who waits for which request's tokens. Lookup O(1).
 
 use super::handle::Shared;
+use super::links::Change;
 use crate::request::{Request, TokenEvent, TokenLogprobs};
 use crate::telemetry::{RequestInfo, RequestTimeline, Telemetry};
-use crate::worker::{SequenceSampling, TokenCounts};
-use kvern_core::{Effect, Micros, RequestId, Submission};
+use crate::worker::{SequenceChange, SequenceSampling};
+use kvern_core::{Effect, Micros, RequestId, Submission, WorkerId};
 use std::collections::HashMap;
 use std::sync::Arc;
 use tokio::sync::mpsc;
 
 pub(super) struct Streams {
     table: HashMap<RequestId, Stream>,
-    /// What the worker must learn with the next step.
-    admitted: Vec<(RequestId, SequenceSampling)>,
-    forgotten: Vec<RequestId>,
+    /// What workers must learn with their next steps.
+    changes: Vec<Change>,
     shared: Arc<Shared>,
     telemetry: Arc<Telemetry>,
 }
@@ -21,15 +21,16 @@ pub(super) struct Streams {
 struct Stream {
     events: mpsc::Sender<TokenEvent>,
     timeline: RequestTimeline,
-    /// Until the first step; then the worker has it.
-    sampling: Option<SequenceSampling>,
+    sampling: Arc<SequenceSampling>,
+    /// Who has the sampling; `None` until the first step.
+    worker: Option<WorkerId>,
     /// Of the token that the core is about to confirm.
     logprobs: Option<Box<TokenLogprobs>>,
 }
 
 impl Streams {
     pub(super) fn new(shared: Arc<Shared>, telemetry: Arc<Telemetry>) -> Self {
-        Streams { table: HashMap::new(), admitted: Vec::new(), forgotten: Vec::new(), shared, telemetry }
+        Streams { table: HashMap::new(), changes: Vec::new(), shared, telemetry }
     }
 
     /// Opens a stream and gives the request's part that the core needs.
@@ -41,20 +42,20 @@ impl Streams {
             n: request.n,
         };
         let timeline = RequestTimeline::new(info, request.prompt.len() as u32, now);
-        let counts = TokenCounts::new(&request.prompt, &request.sampling);
+        let sampling = Arc::new(SequenceSampling::new(&request.prompt, request.sampling));
         let submission = Submission {
             request: request.id,
             prompt: request.prompt,
             max_new_tokens: request.max_new_tokens,
-            min_new_tokens: request.sampling.min_tokens,
-            stop_tokens: request.sampling.stop_tokens.clone(),
+            min_new_tokens: sampling.params.min_tokens,
+            stop_tokens: sampling.params.stop_tokens.clone(),
             salt: request.terms.salt,
+            shared_tokens: request.terms.shared_tokens,
             tenant: request.terms.tenant,
             class: request.terms.class,
             deadline: request.terms.timeout.map(|timeout| Micros(now.0.saturating_add(timeout.as_micros() as u64))),
         };
-        let sampling = Some(SequenceSampling { params: Arc::new(request.sampling), counts });
-        self.table.insert(request.id, Stream { events, timeline, sampling, logprobs: None });
+        self.table.insert(request.id, Stream { events, timeline, sampling, worker: None, logprobs: None });
         submission
     }
 
@@ -84,25 +85,42 @@ impl Streams {
         }
     }
 
-    /// What changed for the worker since the last step.
-    pub(super) fn take_sampling_changes(&mut self) -> (Vec<(RequestId, SequenceSampling)>, Vec<RequestId>) {
-        (std::mem::take(&mut self.admitted), std::mem::take(&mut self.forgotten))
+    /// Hands on what changed for the workers, in order.
+    pub(super) fn drain_changes(&mut self, tell: impl FnMut(Change)) {
+        self.changes.drain(..).for_each(tell);
+    }
+
+    /// The request's next steps are this worker's.
+    fn assign(&mut self, request: RequestId, worker: WorkerId) {
+        let Some(stream) = self.table.get_mut(&request) else { return };
+        let before = stream.worker.replace(worker);
+        if before == Some(worker) {
+            return;
+        }
+        match before {
+            Some(before) => self.changes.push((before, SequenceChange::Forget(request))),
+            None => self.shared.leave_queue(),
+        }
+        self.changes.push((worker, SequenceChange::Admit(request, Arc::clone(&stream.sampling))));
     }
 
     /// Tells one stream; returns the request when its client reads too slowly.
     pub(super) fn take(&mut self, effect: Effect, now: Micros) -> Option<RequestId> {
         match effect {
-            Effect::Scheduled { request, cached_tokens, .. } => {
+            Effect::Scheduled { request, worker, cached_tokens } => {
+                self.assign(request, worker);
                 let stream = self.table.get_mut(&request)?;
-                if let Some(sampling) = stream.sampling.take() {
-                    self.shared.leave_queue();
-                    self.admitted.push((request, sampling));
-                }
                 stream.timeline.on_scheduled(&self.telemetry, now, cached_tokens);
                 None
             }
-            // One worker: nothing moves.
-            Effect::Preempted { .. } | Effect::Moved { .. } | Effect::Transfer { .. } => None,
+            Effect::Moved { request, worker } => {
+                self.assign(request, worker);
+                None
+            }
+            // It may come back to the same worker, which keeps what it knows.
+            Effect::Preempted { .. } => None,
+            // Between pools, not to a client.
+            Effect::Transfer { .. } => None,
             Effect::Token { request, token, .. } => {
                 let stream = self.table.get_mut(&request)?;
                 stream.timeline.on_token(&self.telemetry, now);
@@ -111,10 +129,9 @@ impl Streams {
             }
             Effect::Finish { request, reason, usage } => {
                 let stream = self.table.remove(&request)?;
-                if stream.sampling.is_some() {
-                    self.shared.leave_queue();
-                } else {
-                    self.forgotten.push(request);
+                match stream.worker {
+                    None => self.shared.leave_queue(),
+                    Some(worker) => self.changes.push((worker, SequenceChange::Forget(request))),
                 }
                 stream.timeline.on_finish(&self.telemetry, now, reason, usage);
                 // A full or closed channel says the same by its end: events stop without a `Finished`.

@@ -1,53 +1,55 @@
-//! Bearer keys on the endpoints that generate or tell about the model.
+//! Keys on the endpoints that generate or tell about the model: who asks, and whether that key may ask now.
 
+use super::drain::TrackedBody;
+use super::rate_headers;
 use super::state::AppState;
 use crate::error::ServeError;
+use crate::keys::{Caller, Keyring};
 use axum::extract::{Request, State};
 use axum::http::header::AUTHORIZATION;
+use axum::http::{HeaderMap, HeaderName, Method};
 use axum::middleware::Next;
-use axum::response::Response;
-use std::fmt;
+use axum::response::{IntoResponse, Response};
 use std::sync::Arc;
-use subtle::{Choice, ConstantTimeEq};
 
-/// The keys that open the server; none means that it is open to all.
-#[derive(Clone, Default)]
-pub struct ApiKeys(Vec<String>);
+const X_API_KEY: HeaderName = HeaderName::from_static("x-api-key");
 
-impl ApiKeys {
-    /// Empty keys are dropped: an unset variable must not become a key that everyone knows.
-    #[must_use]
-    pub fn new(keys: Vec<String>) -> Self {
-        ApiKeys(keys.into_iter().filter(|key| !key.is_empty()).collect())
+/// Lets a request pass that carries a known key, and gives it its [`Caller`]. Each `POST` counts against the key's limits of
+/// requests, and as running until its answer's body has ended; every answer of a key with limits says what is left.
+pub(crate) async fn require_key(State(state): State<Arc<AppState>>, mut request: Request, next: Next) -> Response {
+    // A browser asks what it may ask before it sends a key.
+    if request.method() == Method::OPTIONS {
+        return next.run(request).await;
     }
-
-    /// Compares with every key in full, so that time tells nothing about a key but its length.
-    fn contains(&self, key: &[u8]) -> bool {
-        let found = self.0.iter().fold(Choice::from(0), |found, known| found | known.as_bytes().ct_eq(key));
-        found.into()
-    }
-}
-
-impl fmt::Debug for ApiKeys {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "ApiKeys({} keys)", self.0.len())
-    }
-}
-
-/// Lets a request pass that carries `Authorization: Bearer KEY` with a known key.
-pub(crate) async fn require_key(
-    State(state): State<Arc<AppState>>,
-    request: Request,
-    next: Next,
-) -> Result<Response, ServeError> {
-    if !state.keys.0.is_empty() {
-        let header = request.headers().get(AUTHORIZATION).ok_or(ServeError::MissingKey)?;
-        let key = bearer(header.as_bytes()).ok_or(ServeError::MissingKey)?;
-        if !state.keys.contains(key) {
-            return Err(ServeError::WrongKey);
+    let caller = match identify(&state.keys, request.headers()) {
+        Ok(caller) => caller,
+        Err(error) => return error.into_response(),
+    };
+    let Some(account) = caller.account.clone() else {
+        request.extensions_mut().insert(caller);
+        return next.run(request).await;
+    };
+    let is_work = request.method() == Method::POST;
+    let permit = is_work.then(|| account.enter(state.keys.now())).transpose();
+    let (mut response, permit) = match permit {
+        Ok(permit) => {
+            request.extensions_mut().insert(caller);
+            (next.run(request).await, permit)
         }
+        Err(denied) => (ServeError::RateLimited { denied }.into_response(), None),
+    };
+    rate_headers::insert(response.headers_mut(), &account.standing(state.keys.now()));
+    response.map(|body| TrackedBody::wrap(body, permit))
+}
+
+/// Whose key a request carries; anyone's, if the server is open.
+fn identify(keys: &Keyring, headers: &HeaderMap) -> Result<Caller, ServeError> {
+    if keys.is_open() {
+        return Ok(keys.anyone());
     }
-    Ok(next.run(request).await)
+    let bearer = headers.get(AUTHORIZATION).and_then(|header| bearer(header.as_bytes()));
+    let key = bearer.or_else(|| headers.get(X_API_KEY).map(|header| header.as_bytes().trim_ascii()));
+    keys.find(key.ok_or(ServeError::MissingKey)?).ok_or(ServeError::WrongKey)
 }
 
 /// The key of a bearer header; the scheme's case does not matter (RFC 7235).
@@ -72,16 +74,6 @@ mod tests {
         ];
         for (header, key) in cases {
             assert_eq!(bearer(header.as_bytes()), key.map(str::as_bytes), "{header:?}");
-        }
-    }
-
-    #[test]
-    fn only_whole_keys_open() {
-        let keys = ApiKeys::new(vec!["one".into(), String::new(), "two".into()]);
-        for (key, opens) in
-            [("one", true), ("two", true), ("", false), ("on", false), ("onee", false), ("onetwo", false)]
-        {
-            assert_eq!(keys.contains(key.as_bytes()), opens, "{key:?}");
         }
     }
 }

@@ -60,19 +60,19 @@ impl Drop for InFlight {
     }
 }
 
-/// A body that counts as in flight until it was sent or given up.
-pub(crate) struct TrackedBody {
+/// A body that holds something until it was sent or given up: what counts it as in flight, or a key's permit.
+pub(crate) struct TrackedBody<G> {
     inner: Body,
-    _in_flight: InFlight,
+    _guard: G,
 }
 
-impl TrackedBody {
-    pub(crate) fn wrap(inner: Body, in_flight: InFlight) -> Body {
-        Body::new(TrackedBody { inner, _in_flight: in_flight })
+impl<G: Send + Unpin + 'static> TrackedBody<G> {
+    pub(crate) fn wrap(inner: Body, guard: G) -> Body {
+        Body::new(TrackedBody { inner, _guard: guard })
     }
 }
 
-impl HttpBody for TrackedBody {
+impl<G: Unpin> HttpBody for TrackedBody<G> {
     type Data = Bytes;
     type Error = axum::Error;
 

@@ -10,6 +10,7 @@ use super::state::ServedModel;
 use super::types::common::{FinishReason, PromptTokensDetails, StopReason, Usage};
 use crate::admission::{Admitted, OutputRules};
 use crate::error::{Overload, ServeError};
+use crate::keys::Charge;
 use crate::request::{Request, Terms, TokenEvent, TokenRx};
 use crate::text::{IncrementalDetokenizer, StopMatcher};
 use kvern_core::{CancelReason, FinishReason as EngineFinish, Refusal, RequestId, TokenId, Usage as EngineUsage};
@@ -25,6 +26,8 @@ pub(crate) struct Generation {
     next: usize,
     prompt_tokens: u32,
     choices_per_prompt: u32,
+    /// What its key was charged; settled when this is dropped, whatever the reason.
+    charge: Option<Charge>,
 }
 
 /// How a choice ended.
@@ -69,19 +72,24 @@ impl Generation {
         admitted: Admitted,
         external_id: &Arc<str>,
         terms: Terms,
+        charge: Option<Charge>,
     ) -> Result<Self, ServeError> {
         let mut generation = Self::submit_all(model, admitted, external_id, terms)?;
         for choice in &mut generation.choices {
             let Phase::Running(receiver) = &mut choice.phase else { unreachable!("a choice starts as running") };
             match receiver.recv().await {
                 Some(TokenEvent::Accepted) => {}
-                Some(TokenEvent::Finished { reason: EngineFinish::Refused(refusal), .. }) => return Err(refused(refusal)),
+                Some(TokenEvent::Finished { reason: EngineFinish::Refused(refusal), .. }) => {
+                    return Err(refused(refusal));
+                }
                 other => {
                     tracing::error!(?other, "the engine did not say whether it takes a request");
                     return Err(ServeError::EngineStopped);
                 }
             }
         }
+        // Before this nothing was used, and a charge that is dropped gives everything back.
+        generation.charge = charge;
         Ok(generation)
     }
 
@@ -100,6 +108,7 @@ impl Generation {
                 tracing::info!(target: "kvern::prompt", id = %external_id, ?text, "prompt");
             }
             let echo = prompt.echo.take().unwrap_or_default();
+            let terms = Terms { shared_tokens: prompt.shared_tokens, ..terms };
             for copy in 0..n {
                 let id = model.engine.next_id();
                 let mut sampling = sampling.clone();
@@ -134,7 +143,7 @@ impl Generation {
                 });
             }
         }
-        Ok(Generation { model, rules, choices, next: 0, prompt_tokens, choices_per_prompt: n })
+        Ok(Generation { model, rules, choices, next: 0, prompt_tokens, choices_per_prompt: n, charge: None })
     }
 
     /// The next choice that has text, log-probabilities or a finish for the client; `None` once all have ended.
@@ -283,6 +292,17 @@ impl Generation {
             completion_tokens: completion,
             total_tokens: self.prompt_tokens + completion,
             prompt_tokens_details: Some(PromptTokensDetails { cached_tokens }),
+        }
+    }
+}
+
+/// Settles the charge: prompt tokens that were computed, each prompt once, and all tokens made.
+impl Drop for Generation {
+    fn drop(&mut self) {
+        if let Some(charge) = self.charge.take() {
+            let usage = self.usage();
+            let cached = usage.prompt_tokens_details.map_or(0, |details| details.cached_tokens);
+            charge.settle(u64::from(usage.total_tokens.saturating_sub(cached)));
         }
     }
 }

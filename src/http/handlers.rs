@@ -5,10 +5,12 @@ pub(crate) mod completions;
 pub(crate) mod models;
 pub(crate) mod tokenize;
 
+use super::generation::Generation;
 use super::types::Object;
-use super::{AppState, limits};
-use crate::admission::{Endpoint, refuse_unsupported};
+use super::{AppState, ServedModel, limits};
+use crate::admission::{Admitted, Endpoint, refuse_unsupported};
 use crate::error::ServeError;
+use crate::keys::{Account, Caller};
 use axum::extract::Request;
 use serde::de::DeserializeOwned;
 use std::sync::Arc;
@@ -25,6 +27,21 @@ async fn read<T: DeserializeOwned>(
     refuse_unsupported(endpoint, text)?;
     let wire: Object<T> = limits::parse(text)?;
     Ok((wire.0, text.len()))
+}
+
+/// Submits what was admitted, on its caller's behalf and within its limits.
+async fn submit(
+    state: &AppState,
+    model: &Arc<ServedModel>,
+    caller: &Caller,
+    admitted: Admitted,
+    id: &Arc<str>,
+) -> Result<Generation, ServeError> {
+    let terms = state.keys.terms(caller, &admitted.asked);
+    let reserve = |account: &Arc<_>| Account::reserve(account, admitted.tokens_max(), state.keys.now());
+    let charge = caller.account.as_ref().map(reserve).transpose();
+    let charge = charge.map_err(|denied| ServeError::RateLimited { denied })?;
+    Generation::submit(Arc::clone(model), admitted, id, terms, charge).await
 }
 
 /// What every part of one answer repeats.

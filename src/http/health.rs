@@ -1,4 +1,4 @@
-//! Probes, version and metrics: open to all, and answered in every state of the server.
+//! Probes, version and metrics: open to all (but for metrics with `--guard-metrics`), and answered in every state of the server.
 //!
 //! | state | `/health`, `/ping` | `/health/ready` | `/health/live` |
 //! |---|---|---|---|
@@ -70,9 +70,9 @@ pub(crate) async fn version() -> Json<Version> {
     Json(Version { version: env!("CARGO_PKG_VERSION") })
 }
 
-/// Metrics in Prometheus' text format; empty until the model is loaded.
+/// Metrics in Prometheus' text format; empty until the model is loaded. Guarded by keys where the operator says so.
 #[utoipa::path(get, path = "/metrics", tag = "operations", responses(
-    (status = 200, body = String, content_type = "text/plain")))]
+    (status = 200, body = String, content_type = "text/plain"), (status = 401, body = crate::error::ErrorBody)))]
 pub(crate) async fn metrics(State(state): State<Arc<AppState>>) -> impl IntoResponse {
     let text = state.published().map(|model| model.engine.metrics_text()).unwrap_or_default();
     ([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text)

@@ -3,7 +3,7 @@
 //! Owner: one task per connection. Nothing outside this module knows JSON or HTTP; nothing in it knows the scheduler.
 //!
 //! ```text
-//! listener -> router -> edge (request id, drain) -> auth -> limits -> handler -> admission -> Engine::submit
+//! listener -> router -> edge (request id, drain) -> auth (key, its limits) -> limits -> handler -> admission -> Engine::submit
 //!                                                                                                  |
 //! socket <- hyper <- AnswerStream (SSE) or JSON <- Generation (detokenizer, stop strings) <- TokenRx
 //! ```
@@ -21,11 +21,12 @@ mod limits;
 mod listener;
 mod logprobs;
 mod openapi;
+mod rate_headers;
 mod sse;
 mod state;
 pub mod types;
 
-pub use auth::ApiKeys;
+pub use crate::keys::ApiKeys;
 pub use limits::HttpLimits;
 pub use listener::serve;
 pub use openapi::document as openapi_document;
@@ -42,23 +43,30 @@ use std::sync::Arc;
 
 /// All routes over one state.
 pub fn router(state: Arc<AppState>) -> Router {
-    let guarded = Router::new()
+    let guard = from_fn_with_state(Arc::clone(&state), auth::require_key);
+    let generating = Router::new()
         .route("/v1/chat/completions", post(handlers::chat::chat))
         .route("/v1/completions", post(handlers::completions::completions))
+        .route_layer(guard.clone())
+        .route_layer(from_fn_with_state(Arc::clone(&state), rate_headers::tell_pressure));
+    let metrics = Router::new().route("/metrics", get(health::metrics));
+    let metrics = if state.keys.guards_metrics() { metrics.route_layer(guard.clone()) } else { metrics };
+    let guarded = Router::new()
         .route("/v1/models", get(handlers::models::list))
         .route("/v1/models/{*id}", get(handlers::models::one))
         .route("/tokenize", post(handlers::tokenize::tokenize))
         .route("/detokenize", post(handlers::tokenize::detokenize))
-        .route_layer(from_fn_with_state(Arc::clone(&state), auth::require_key));
+        .route("/openapi.json", get(openapi::serve_document))
+        .route_layer(guard);
     let open = Router::new()
         .route("/health", get(health::health))
         .route("/health/live", get(health::live))
         .route("/health/ready", get(health::ready))
         .route("/ping", get(health::health).post(health::health))
-        .route("/version", get(health::version))
-        .route("/metrics", get(health::metrics))
-        .route("/openapi.json", get(openapi::serve_document));
-    guarded
+        .route("/version", get(health::version));
+    generating
+        .merge(guarded)
+        .merge(metrics)
         .merge(open)
         .fallback(route_not_found)
         .method_not_allowed_fallback(method_not_allowed)

@@ -50,7 +50,7 @@ pub fn document() -> String {
 
 /// This document.
 #[utoipa::path(get, path = "/openapi.json", tag = "operations", responses(
-    (status = 200, body = String, content_type = "application/json")))]
+    (status = 200, body = String, content_type = "application/json"), (status = 401, body = crate::error::ErrorBody)))]
 pub(crate) async fn serve_document() -> impl IntoResponse {
     static DOCUMENT: OnceLock<String> = OnceLock::new();
     ([(CONTENT_TYPE, "application/json")], DOCUMENT.get_or_init(document).as_str())

@@ -1,10 +1,10 @@
 //! What all handlers share. Owner: an `Arc` made at start; immutable but for the model, which arrives once, and the drain.
 
-use super::auth::ApiKeys;
 use super::drain::Drain;
 use super::limits::HttpLimits;
 use crate::admission::GenerationDefaults;
 use crate::error::ServeError;
+use crate::keys::{Keyring, Site};
 use crate::request::Engine;
 use crate::text::TextModel;
 use std::sync::{Arc, OnceLock};
@@ -14,7 +14,7 @@ use tokio::sync::Semaphore;
 /// the port answers probes before.
 pub struct AppState {
     pub limits: HttpLimits,
-    pub keys: ApiKeys,
+    pub keys: Arc<Keyring>,
     model: OnceLock<Arc<ServedModel>>,
     pub(crate) drain: Drain,
     /// Bounds how many large texts are tokenized at once.
@@ -31,6 +31,8 @@ pub struct ServedModel {
     pub root: String,
     /// Most tokens (prompt and answer) of one request.
     pub context_tokens_max: u32,
+    /// Tokens of a block of the KV cache.
+    pub block_size: u32,
     /// Token ids are below this; no more than the tokenizer's and the model's vocabularies.
     pub vocab_size: u32,
     pub defaults: GenerationDefaults,
@@ -44,17 +46,20 @@ pub struct ServedModel {
 
 impl AppState {
     #[must_use]
-    pub fn new(limits: HttpLimits, keys: ApiKeys) -> Arc<Self> {
+    pub fn new(limits: HttpLimits, keys: impl Into<Keyring>) -> Arc<Self> {
         let text_permits = Arc::new(Semaphore::new(limits.text_tasks_max));
+        let keys = Arc::new(keys.into());
         Arc::new(AppState { limits, keys, model: OnceLock::new(), drain: Drain::default(), text_permits })
     }
 
-    /// Publishes the model.
+    /// Publishes the model, once its engine knows the tenants.
     ///
     /// # Panics
     /// When called twice, or with a model that has no name.
-    pub fn publish(&self, model: ServedModel) {
+    pub async fn publish(&self, model: ServedModel) {
         assert!(!model.names.is_empty(), "a served model has at least one name");
+        let (engine, text) = (Arc::clone(&model.engine), Arc::clone(&model.text));
+        self.keys.attach(Site { engine, text, block_size: model.block_size }).await;
         assert!(self.model.set(Arc::new(model)).is_ok(), "the model is published once");
     }
 

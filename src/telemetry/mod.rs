@@ -7,6 +7,7 @@
 //! routers and autoscalers ask for those. A series is here only if something in Kvern moves it.
 
 mod buckets;
+mod load;
 mod log;
 mod registry;
 mod request;
@@ -14,9 +15,12 @@ mod request;
 pub use log::init_log;
 pub use request::{RequestInfo, RequestTimeline};
 
-use kvern_core::{FinishReason, Refusal, Stats};
+use crate::engine::Outlook;
+use kvern_core::{FinishReason, Refusal, Stats, TenantId};
 use prometheus::{Encoder, Gauge, Histogram, IntCounter, IntGauge, Registry, TextEncoder};
 use registry::Maker;
+use std::collections::HashMap;
+use std::sync::Arc;
 
 /// `Content-Type` of [`Telemetry::render`].
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -37,6 +41,8 @@ pub struct TelemetryInfo {
     /// `bf16` or `f32`.
     pub kv_dtype: &'static str,
     pub prefix_caching: bool,
+    /// Names of the priority classes, the most urgent first.
+    pub classes: Vec<String>,
 }
 
 /// All metrics of one engine.
@@ -73,6 +79,7 @@ pub struct Telemetry {
     request_params_n: Histogram,
     request_computed_tokens: Histogram,
     request_preemptions: Histogram,
+    load: load::LoadGauges,
 }
 
 impl Telemetry {
@@ -151,6 +158,7 @@ impl Telemetry {
                 "Preemptions per request.",
                 &buckets::PREEMPTIONS,
             ),
+            load: load::LoadGauges::new(&maker, &info.classes),
             registry: maker.finish(),
         }
     }
@@ -170,6 +178,11 @@ impl Telemetry {
         ] {
             counter.inc_by(total.saturating_sub(counter.get()));
         }
+    }
+
+    /// Takes over what autoscaling reads; `names` are the tenants'.
+    pub fn on_outlook(&self, outlook: &Outlook, names: &HashMap<TenantId, Arc<str>>) {
+        self.load.set(outlook, names);
     }
 
     /// A step of `tokens` tokens, prefill and decode together, was run.

@@ -56,6 +56,52 @@ impl<'a> Maker<'a> {
         values.map(|value| family.with_label_values(&[self.model_name, ENGINE, value]))
     }
 
+    pub(super) fn model_name(&self) -> &'a str {
+        self.model_name
+    }
+
+    /// A gauge of Kvern's own, in parts.
+    pub(super) fn own_gauge(&self, name: &str, help: &str) -> Gauge {
+        let family = GaugeVec::new(own(name, help), &["model_name", "engine"]).expect(VALID);
+        self.add(&family);
+        family.with_label_values(&[self.model_name, ENGINE])
+    }
+
+    /// As [`Maker::own_gauge`], one for each value of a further label.
+    pub(super) fn own_fractions<const N: usize>(
+        &self,
+        name: &str,
+        help: &str,
+        label: &str,
+        values: [&str; N],
+    ) -> [Gauge; N] {
+        let family = GaugeVec::new(own(name, help), &["model_name", "engine", label]).expect(VALID);
+        self.add(&family);
+        values.map(|value| family.with_label_values(&[self.model_name, ENGINE, value]))
+    }
+
+    /// Counts of Kvern's own, one for each value of a further label.
+    pub(super) fn own_counts(&self, name: &str, help: &str, label: &str, values: &[&str]) -> Vec<IntGauge> {
+        let family = IntGaugeVec::new(own(name, help), &["model_name", "engine", label]).expect(VALID);
+        self.add(&family);
+        values.iter().map(|value| family.with_label_values(&[self.model_name, ENGINE, value])).collect()
+    }
+
+    /// By tenant and state; series appear as tenants do.
+    pub(super) fn own_by_tenant(&self, name: &str, help: &str) -> IntGaugeVec {
+        let family = IntGaugeVec::new(own(name, help), &["model_name", "engine", "tenant", "state"]).expect(VALID);
+        self.add(&family);
+        family
+    }
+
+    /// By tenant; `name` is the base name.
+    pub(super) fn own_counter_by_tenant(&self, name: &str, help: &str) -> IntCounterVec {
+        let opts = own(&format!("{name}_total"), help);
+        let family = IntCounterVec::new(opts, &["model_name", "engine", "tenant"]).expect(VALID);
+        self.add(&family);
+        family
+    }
+
     /// `name` is the base name; the exposition's `_total` is added here.
     pub(super) fn counter(&self, name: &str, help: &str) -> IntCounter {
         let family = IntCounterVec::new(total(name, help), &["model_name", "engine"]).expect(VALID);
@@ -112,6 +158,10 @@ impl<'a> Maker<'a> {
 
 fn opts(name: &str, help: &str) -> Opts {
     Opts::new(format!("vllm:{name}"), help)
+}
+
+fn own(name: &str, help: &str) -> Opts {
+    Opts::new(format!("kvern:{name}"), help)
 }
 
 fn total(name: &str, help: &str) -> Opts {

@@ -13,6 +13,7 @@ fn telemetry() -> Telemetry {
         kv_cache_bytes: 4096,
         kv_dtype: "bf16",
         prefix_caching: true,
+        classes: ["high", "low"].map(str::to_owned).to_vec(),
     })
 }
 
@@ -62,10 +63,14 @@ fn split_labels(text: &str) -> Vec<String> {
 impl Parsed {
     /// `name` with the common labels and `more`.
     fn value(&self, name: &str, more: &str) -> f64 {
+        self.series(&format!("vllm:{name}"), more)
+    }
+
+    fn series(&self, name: &str, more: &str) -> f64 {
         let mut labels = split_labels(COMMON);
         labels.extend(if more.is_empty() { vec![] } else { split_labels(more) });
         labels.sort();
-        let series = format!("vllm:{name}{{{}}}", labels.join(","));
+        let series = format!("{name}{{{}}}", labels.join(","));
         *self.values.get(&series).unwrap_or_else(|| panic!("no series {series}"))
     }
 }
@@ -119,7 +124,8 @@ fn names_types_labels_and_buckets() {
         ("iteration_tokens_total_sum", "", plain, ""),
         ("iteration_tokens_total_count", "", plain, ""),
     ];
-    let parsed = parse(&telemetry().render());
+    let mut parsed = parse(&telemetry().render());
+    parsed.types.retain(|name, _| name.starts_with("vllm:"));
     let families = expected.iter().filter(|(_, kind, ..)| !kind.is_empty());
     let expected_types: BTreeMap<String, String> =
         families.map(|(name, kind, ..)| (format!("vllm:{name}"), (*kind).to_owned())).collect();
@@ -151,6 +157,72 @@ fn names_types_labels_and_buckets() {
     let cache = "block_size=\"16\",cache_dtype=\"bf16\",enable_prefix_caching=\"True\",kv_cache_memory_bytes=\"4096\",\
                  num_gpu_blocks=\"64\"";
     assert_eq!(parsed.value("cache_config_info", cache), 1.0);
+}
+
+fn tenant(number: u32, tokens: u64) -> kvern_core::TenantSignals {
+    kvern_core::TenantSignals {
+        tenant: TenantId(number),
+        waiting: 1,
+        running: 2,
+        blocks_live: 3,
+        blocks_cached: 4,
+        tokens_charged: tokens,
+        tokens_refunded: 5,
+    }
+}
+
+#[test]
+fn the_load_in_units_and_by_tenant_within_bounds() {
+    let telemetry = telemetry();
+    let signals = kvern_core::Signals {
+        queued_tokens: 900,
+        queued_prefill: Micros(1_500_000),
+        predicted_ttft: Micros(u64::MAX),
+        blocks_free: 1,
+        blocks_cached: 2,
+        blocks_live: 3,
+        waiting: [4, 5, 0, 0, 0, 0, 0, 0],
+        kv_pressure: 250,
+        saturation: 250,
+        ..kvern_core::Signals::default()
+    };
+    let tenants = (0..150).map(|number| tenant(number, u64::from(number))).collect();
+    let outlook = Outlook { signals, time_to_saturation: None, desired_replicas: 1_500, tenants };
+    let names = (1..150).map(|number| (TenantId(number), Arc::from(format!("t{number}")))).collect();
+    telemetry.on_outlook(&outlook, &names);
+    telemetry.on_outlook(&outlook, &names);
+    let parsed = parse(&telemetry.render());
+    for (name, more, expected) in [
+        ("queued_prompt_tokens", "", 900.0),
+        ("queued_prefill_seconds", "", 1.5),
+        ("predicted_ttft_seconds", "", f64::INFINITY),
+        ("time_to_saturation_seconds", "", f64::INFINITY),
+        ("desired_replicas", "", 1.5),
+        ("saturation", "", 0.25),
+        ("pressure", "of=\"kv\"", 0.25),
+        ("kv_blocks", "state=\"live\"", 3.0),
+        ("num_requests_waiting_by_class", "class=\"low\"", 5.0),
+        ("tenant_requests", "tenant=\"_anonymous\",state=\"running\"", 2.0),
+        ("tenant_tokens_charged_total", "tenant=\"t99\"", 99.0),
+        // Those numbered 100 to 149.
+        ("tenant_tokens_charged_total", "tenant=\"_other\"", 6_225.0),
+        ("tenant_tokens_refunded_total", "tenant=\"_other\"", 250.0),
+        ("tenant_kv_blocks", "tenant=\"_other\",state=\"cached\"", 200.0),
+    ] {
+        assert_eq!(parsed.series(&format!("kvern:{name}"), more), expected, "{name} {more}");
+    }
+    let by_tenant = parsed.values.keys().filter(|series| series.starts_with("kvern:tenant_requests{")).count();
+    assert_eq!(by_tenant, 2 * 101, "100 tenants and the others, in two states");
+}
+
+#[test]
+fn every_series_of_our_own_is_documented() {
+    let telemetry = telemetry();
+    telemetry.on_outlook(&Outlook { tenants: vec![tenant(0, 1)], ..Outlook::default() }, &HashMap::new());
+    let documented = include_str!("../../docs/metrics.md");
+    for name in parse(&telemetry.render()).types.keys().filter(|name| name.starts_with("kvern:")) {
+        assert!(documented.contains(&format!("`{name}")), "{name} is not in docs/metrics.md");
+    }
 }
 
 fn timeline(id: u64, arrived: u64) -> RequestTimeline {

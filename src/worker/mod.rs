@@ -6,37 +6,80 @@
 
 pub(crate) mod batch;
 mod sampler;
+mod transfer;
+
+pub use transfer::{Mover, Transfer};
 
 pub use sampler::{Draw, Scratch, TokenCounts, sample};
 
 use crate::request::{SamplingParams, TokenLogprobs};
 use batch::BatchBuffers;
-use kvern_core::{RequestId, Sampled, SeqSlice, StepPlan};
+use kvern_core::{RequestId, Sampled, SeqSlice, StepPlan, TokenId};
 use kvern_kernels::{Device, KernelError, KvCache, Tensor};
 use kvern_models::{Model, StepLimits};
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Receiver;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 /// A step and what changed since the last one. Sent only to an idle worker, so a channel of one is enough.
 #[derive(Debug)]
 pub struct StepCommand {
     pub plan: StepPlan,
-    /// Requests that appear in a plan for the first time.
-    pub admitted: Vec<(RequestId, SequenceSampling)>,
-    /// Requests that will not appear again.
-    pub forgotten: Vec<RequestId>,
+    /// What changed among the worker's sequences, in order; comes back empty in [`StepResult::changes`].
+    pub changes: Vec<SequenceChange>,
     /// Empty; comes back filled in [`StepResult::sampled`].
     pub sampled: Vec<(RequestId, Sampled)>,
 }
 
-/// How a sequence is sampled; the worker keeps it until the request is forgotten, preemptions included.
+#[derive(Debug)]
+pub enum SequenceChange {
+    /// The request appears in this worker's plans from now on.
+    Admit(RequestId, Arc<SequenceSampling>),
+    /// The request does not appear again, unless it is admitted again.
+    Forget(RequestId),
+}
+
+/// How a sequence is sampled. It goes with its request from worker to worker; a worker keeps it until the request is
+/// forgotten, preemptions included.
 #[derive(Debug)]
 pub struct SequenceSampling {
-    pub params: Arc<SamplingParams>,
-    pub counts: TokenCounts,
+    pub params: SamplingParams,
+    /// Never contended: a request is in one step at a time.
+    drawn: Mutex<Drawn>,
+}
+
+/// The tokens that a sequence has said.
+#[derive(Debug)]
+struct Drawn {
+    counts: TokenCounts,
+    /// The last token drawn, with its position. It counts from the next position on: a step that failed or was lost with its
+    /// worker is repeated, and its token was never said.
+    last: Option<(u32, TokenId)>,
+}
+
+impl SequenceSampling {
+    #[must_use]
+    pub fn new(prompt: &[TokenId], params: SamplingParams) -> Self {
+        SequenceSampling { drawn: Mutex::new(Drawn { counts: TokenCounts::new(prompt, &params), last: None }), params }
+    }
+
+    /// Draws the token at `position`.
+    fn draw(&self, logits: &[f32], position: u32, scratch: &mut Scratch) -> Draw {
+        // What a panic leaves half changed is a scratch; the counts change in one place, whole.
+        let mut drawn = self.drawn.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, token)) = drawn.last.take_if(|(at, _)| *at < position) {
+            drawn.counts.push(token, &self.params);
+        }
+        let draw = sample(logits, &self.params, &drawn.counts, position, scratch);
+        drawn.last = match draw.sampled {
+            Sampled::Token(token) => Some((position, token)),
+            Sampled::Failed => None,
+        };
+        draw
+    }
 }
 
 #[derive(Debug)]
@@ -45,6 +88,8 @@ pub struct StepResult {
     pub plan: StepPlan,
     /// One entry per slice that samples, in the order of the slices; empty when the step failed.
     pub sampled: Vec<(RequestId, Sampled)>,
+    /// Empty, to be filled again.
+    pub changes: Vec<SequenceChange>,
     pub logprobs: Vec<(RequestId, Box<TokenLogprobs>)>,
     pub device_us: u64,
     /// Why the whole step failed, for the log.
@@ -69,7 +114,7 @@ pub struct Worker {
     model: Box<dyn Model>,
     kv: KvCache,
     batch: BatchBuffers,
-    sequences: HashMap<RequestId, SequenceSampling>,
+    sequences: HashMap<RequestId, Arc<SequenceSampling>>,
     lanes: Vec<Mutex<SamplerLane>>,
 }
 
@@ -93,19 +138,31 @@ impl Worker {
         }
     }
 
-    /// Serves steps until the engine hangs up. `report` gives a result to the engine.
-    pub fn run(mut self, commands: &Receiver<StepCommand>, mut report: impl FnMut(StepResult)) {
+    /// Serves steps until the engine hangs up, or until `killed` is found set after a step, which then is not reported.
+    /// `report` gives a result to the engine.
+    pub fn run(mut self, commands: &Receiver<StepCommand>, killed: &AtomicBool, mut report: impl FnMut(StepResult)) {
         while let Ok(command) = commands.recv() {
-            report(self.step(command));
+            let result = self.step(command);
+            if killed.load(Ordering::Relaxed) {
+                return;
+            }
+            report(result);
         }
     }
 
     fn step(&mut self, command: StepCommand) -> StepResult {
-        let StepCommand { plan, admitted, forgotten, mut sampled } = command;
-        for id in forgotten {
-            self.sequences.remove(&id);
+        let StepCommand { plan, mut changes, mut sampled } = command;
+        for change in changes.drain(..) {
+            match change {
+                SequenceChange::Admit(id, sampling) => {
+                    self.sequences.insert(id, sampling);
+                }
+                SequenceChange::Forget(id) => {
+                    self.sequences.remove(&id);
+                    self.batch.forget(id);
+                }
+            }
         }
-        self.sequences.extend(admitted);
         let started = Instant::now();
         let mut logprobs = Vec::new();
         // Sound to go on after a panic: a step overwrites whatever buffers it reads.
@@ -120,7 +177,7 @@ impl Worker {
             sampled.clear();
         }
         let device_us = started.elapsed().as_micros() as u64;
-        StepResult { plan, sampled, logprobs, device_us, error }
+        StepResult { plan, sampled, changes, logprobs, device_us, error }
     }
 
     fn compute(
@@ -142,10 +199,6 @@ impl Worker {
         lanes.iter_mut().for_each(|lane| lane.draws.reverse());
         for (row, slice) in plan.slices.iter().filter(|s| s.sample).enumerate() {
             let draw = lanes[row % num_lanes].draws.pop().expect("every sampled row was drawn");
-            if let (Sampled::Token(token), Some(sequence)) = (draw.sampled, self.sequences.get_mut(&slice.request)) {
-                let SequenceSampling { params, counts } = sequence;
-                counts.push(token, params);
-            }
             sampled.push((slice.request, draw.sampled));
             logprobs.extend(draw.logprobs.map(|l| (slice.request, l)));
         }
@@ -157,7 +210,7 @@ impl Worker {
 fn sample_rows(
     device: &Device,
     lanes: &[Mutex<SamplerLane>],
-    sequences: &HashMap<RequestId, SequenceSampling>,
+    sequences: &HashMap<RequestId, Arc<SequenceSampling>>,
     plan: &StepPlan,
     logits: &Tensor,
 ) {
@@ -178,12 +231,12 @@ fn sample_rows(
 fn draw_slice(
     logits: &[f32],
     slice: &SeqSlice,
-    sequences: &HashMap<RequestId, SequenceSampling>,
+    sequences: &HashMap<RequestId, Arc<SequenceSampling>>,
     scratch: &mut Scratch,
 ) -> Draw {
     let position = slice.start + slice.tokens.len() as u32;
     match sequences.get(&slice.request) {
-        Some(sequence) => sample(logits, &sequence.params, &sequence.counts, position, scratch),
+        Some(sequence) => sequence.draw(logits, position, scratch),
         None => Draw { sampled: Sampled::Failed, logprobs: None },
     }
 }

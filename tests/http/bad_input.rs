@@ -172,6 +172,15 @@ async fn chat_fields_out_of_range_or_of_a_wrong_type() {
             bad("unsupported_parameter", "response_format", ""),
         ),
         (chat_with(json!({"guided_json": {}})), bad("unsupported_parameter", "guided_json", "")),
+        (chat_with(json!({"priority": 0.5})), bad("invalid_type", "priority", "floating point")),
+        (chat_with(json!({"service_tier": "gold"})), bad("invalid_type", "service_tier", "unknown variant `gold`")),
+        (chat_with(json!({"cache_salt": ""})), bad("invalid_value", "cache_salt", "1 to 1024 characters, found 0")),
+        (chat_with(json!({"cache_salt": "é".repeat(1025)})), bad("invalid_value", "cache_salt", "found 1025")),
+        (chat_with(json!({"cache_salt": 5})), bad("invalid_type", "cache_salt", "expected a string")),
+        (chat_with(json!({"timeout": 0})), bad("invalid_value", "timeout", "[0.001, 86400], found 0")),
+        (chat_with(json!({"timeout": -1.5})), bad("invalid_value", "timeout", "found -1.5")),
+        (chat_with(json!({"timeout": 86_401})), bad("invalid_value", "timeout", "found 86401")),
+        (chat_with(json!({"timeout": "1s"})), bad("invalid_type", "timeout", "string \"1s\"")),
     ];
     check_all(CHAT, cases.into_iter().map(|(body, expected)| (body.to_string().into_bytes(), expected)).collect())
         .await;

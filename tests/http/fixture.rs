@@ -3,10 +3,12 @@
 use crate::tiny_model::{IM_END, TEXT, VOCAB_SIZE};
 use kvern::admission::GenerationDefaults;
 use kvern::http::{ApiKeys, AppState, HttpLimits, ServedModel, serve};
-use kvern::request::{Engine, EngineHealth, Request, SubmitError, TokenEvent, TokenRx};
-use kvern_core::{CancelReason, FinishReason, RequestId, TenantSpec, TokenId, Usage};
+use kvern::keys::{Keyring, KeyringOptions};
+use kvern::request::{Engine, EngineHealth, NamedTenant, Request, SubmitError, TokenEvent, TokenRx};
+use kvern_core::{CancelReason, FinishReason, RequestId, TokenId, Usage};
 use serde_json::{Value, json};
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -15,6 +17,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 
 pub(crate) const CONTEXT: u32 = 512;
+pub(crate) const BLOCK_SIZE: u32 = 16;
 /// Capacity of a token channel: small, so that a slow reader shows soon.
 pub(crate) const CHANNEL: usize = 8;
 /// An upper bound for whatever a test waits for; nothing is measured against it.
@@ -35,7 +38,9 @@ pub(crate) struct FakeEngine {
     pub(crate) health: Mutex<EngineHealth>,
     pub(crate) cancelled: Mutex<Vec<(RequestId, CancelReason)>>,
     pub(crate) saturation: Mutex<f32>,
-    pub(crate) tenants: Mutex<Vec<TenantSpec>>,
+    pub(crate) tenants: Mutex<Vec<NamedTenant>>,
+    /// So many times tenants are not taken.
+    pub(crate) tenants_refused: AtomicU64,
 }
 
 impl Engine for FakeEngine {
@@ -86,7 +91,12 @@ impl Engine for FakeEngine {
         *self.saturation.lock().unwrap()
     }
 
-    fn set_tenants(&self, tenants: &[TenantSpec]) -> bool {
+    fn set_tenants(&self, tenants: &[NamedTenant]) -> bool {
+        let refuses =
+            self.tenants_refused.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1));
+        if refuses.is_ok() {
+            return false;
+        }
         *self.tenants.lock().unwrap() = tenants.to_vec();
         true
     }
@@ -126,13 +136,22 @@ pub(crate) struct Server {
 pub(crate) struct Setup {
     pub(crate) limits: HttpLimits,
     pub(crate) keys: Vec<String>,
+    pub(crate) keys_file: Option<PathBuf>,
+    pub(crate) guard_metrics: bool,
     pub(crate) script: Option<Script>,
     pub(crate) loaded: bool,
 }
 
 impl Default for Setup {
     fn default() -> Self {
-        Setup { limits: HttpLimits::default(), keys: Vec::new(), script: None, loaded: true }
+        Setup {
+            limits: HttpLimits::default(),
+            keys: Vec::new(),
+            keys_file: None,
+            guard_metrics: false,
+            script: None,
+            loaded: true,
+        }
     }
 }
 
@@ -153,8 +172,15 @@ impl Setup {
             cancelled: Mutex::default(),
             saturation: Mutex::default(),
             tenants: Mutex::default(),
+            tenants_refused: AtomicU64::new(0),
         });
-        let state = AppState::new(self.limits, ApiKeys::new(self.keys));
+        let keys = Keyring::open(KeyringOptions {
+            api_keys: ApiKeys::new(self.keys),
+            file: self.keys_file,
+            guard_metrics: self.guard_metrics,
+            ..KeyringOptions::default()
+        });
+        let state = AppState::new(self.limits, keys.unwrap());
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (shutdown, asked) = oneshot::channel::<()>();
@@ -168,7 +194,7 @@ impl Setup {
         let server =
             Server { address, state, engine, submissions: received, client, shutdown: Some(shutdown), serving };
         if self.loaded {
-            server.publish();
+            server.publish().await;
         }
         server
     }
@@ -176,19 +202,21 @@ impl Setup {
 
 impl Server {
     /// Makes the model known, as the end of loading does.
-    pub(crate) fn publish(&self) {
-        self.state.publish(ServedModel {
+    pub(crate) async fn publish(&self) {
+        let model = ServedModel {
             engine: Arc::clone(&self.engine) as Arc<dyn Engine>,
             text: Arc::clone(&TEXT),
             names: vec!["tiny".into(), "org/tiny".into()],
             root: "models/tiny".into(),
             context_tokens_max: CONTEXT,
+            block_size: BLOCK_SIZE,
             vocab_size: VOCAB_SIZE,
             defaults: GenerationDefaults::default(),
             created: 1_700_000_000,
             fingerprint: "fp_test".into(),
             log_prompts: false,
-        });
+        };
+        self.state.publish(model).await;
     }
 
     pub(crate) fn url(&self, path: &str) -> String {

@@ -38,7 +38,7 @@ async fn probes_follow_the_state() {
     assert_eq!((refused.status().as_u16(), refused.headers()["retry-after"].to_str().unwrap()), (503, "1"));
     assert_eq!(refused.json::<Value>().await.unwrap()["error"]["code"], "model_loading");
     assert_eq!(server.get("/metrics").await.text().await.unwrap(), "");
-    server.publish();
+    server.publish().await;
     assert_eq!(statuses(&server).await, [200, 200, 200, 200, 200], "serving");
     assert!(server.get("/metrics").await.text().await.unwrap().contains("kvern_fake 1"));
     assert_eq!(server.get("/version").await.json::<Value>().await.unwrap()["version"], env!("CARGO_PKG_VERSION"));
@@ -173,7 +173,7 @@ async fn refusals_of_the_engine() {
 
 #[tokio::test]
 async fn failures_of_a_whole_answer() {
-    use kvern_core::{Backoff, CancelReason, Refusal};
+    use kvern_core::CancelReason;
     let cases = [
         (FinishReason::Error, 500, "internal_error"),
         (FinishReason::Deadline, 504, "deadline_exceeded"),

@@ -4,6 +4,7 @@
 mod answers;
 mod bad_input;
 mod fixture;
+mod keys;
 mod lifecycle;
 mod limits;
 mod openapi;

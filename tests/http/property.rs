@@ -8,7 +8,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 /// Names that the parser knows, so that random values reach every field's code.
-const FIELDS: [&str; 38] = [
+const FIELDS: [&str; 42] = [
     "messages",
     "prompt",
     "tokens",
@@ -47,6 +47,10 @@ const FIELDS: [&str; 38] = [
     "tools",
     "tool_calls",
     "response_format",
+    "priority",
+    "service_tier",
+    "cache_salt",
+    "timeout",
 ];
 
 fn any_json() -> impl Strategy<Value = Value> {
@@ -57,7 +61,7 @@ fn any_json() -> impl Strategy<Value = Value> {
         any::<i64>().prop_map(Value::from),
         (-3_i64..300).prop_map(Value::from),
         any::<f64>().prop_map(|number| json!(number)),
-        prop::sample::select(&["user", "assistant", "system", "text", "tiny", ""][..]).prop_map(Value::from),
+        prop::sample::select(&["user", "assistant", "system", "text", "tiny", "flex", ""][..]).prop_map(Value::from),
         ".{0,12}".prop_map(Value::from),
     ];
     leaf.prop_recursive(4, 32, 6, move |inner| {

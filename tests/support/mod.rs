@@ -2,7 +2,8 @@
 #![allow(clippy::unwrap_used, dead_code, unreachable_pub)]
 
 pub use kvern::config::EngineConfig;
-use kvern::request::{Engine, Request, SamplingParams, TokenEvent, TokenRx};
+pub use kvern::config::SchedulingConfig;
+use kvern::request::{Engine, Request, SamplingParams, Terms, TokenEvent, TokenRx};
 pub use kvern::runtime::RuntimeOptions;
 use kvern::runtime::{self, Runtime};
 use kvern_core::{FinishReason, TokenId, Usage};
@@ -19,7 +20,7 @@ pub fn model_path() -> PathBuf {
 }
 
 pub fn options() -> RuntimeOptions {
-    RuntimeOptions { engine: engine(), served_model_name: "test".to_owned() }
+    RuntimeOptions { engine: engine(), scheduling: SchedulingConfig::default(), served_model_name: "test".to_owned() }
 }
 
 /// The default settings of a small server.
@@ -69,6 +70,36 @@ pub struct Ask {
     pub max_new_tokens: u32,
 }
 
+/// 32 requests of mixed lengths, seeds and parameters; some share a prefix.
+pub fn mixed_asks() -> Vec<Ask> {
+    let stem = prompt(1000, 90);
+    (0..32u64)
+        .map(|i| {
+            let own = prompt(i, 3 + (i as usize * 29) % 120);
+            let prompt = if i % 4 == 0 { [&stem[..60 + i as usize], &own].concat() } else { own };
+            let mut sampling = greedy();
+            sampling.seed = i * 31;
+            sampling.temperature = [0.0, 0.8, 1.0, 1.3][i as usize % 4];
+            sampling.top_p = [1.0, 0.9][i as usize / 4 % 2];
+            sampling.top_k = [0, 0, 40][i as usize % 3];
+            sampling.repetition_penalty = [1.0, 1.15][i as usize / 2 % 2];
+            sampling.frequency_penalty = [0.0, 0.0, 0.4][i as usize % 3];
+            Ask { prompt, sampling, max_new_tokens: 8 + (i as u32 * 7) % 25 }
+        })
+        .collect()
+}
+
+/// The answers to requests that are all sent at once.
+pub fn together(runtime: &Runtime, asks: &[Ask]) -> Vec<Answer> {
+    let streams: Vec<_> = asks.iter().map(|a| submit(&runtime.handle, a)).collect();
+    streams.into_iter().map(collect).collect()
+}
+
+/// The tokens of each answer.
+pub fn tokens(answers: &[Answer]) -> Vec<&[u32]> {
+    answers.iter().map(|a| a.tokens.as_slice()).collect()
+}
+
 #[derive(Clone, Debug, PartialEq)]
 pub struct Answer {
     pub tokens: Vec<TokenId>,
@@ -77,6 +108,10 @@ pub struct Answer {
 }
 
 pub fn submit(engine: &impl Engine, ask: &Ask) -> TokenRx {
+    submit_as(engine, ask, Terms::default())
+}
+
+pub fn submit_as(engine: &impl Engine, ask: &Ask, terms: Terms) -> TokenRx {
     let id = engine.next_id();
     let request = Request {
         id,
@@ -85,7 +120,7 @@ pub fn submit(engine: &impl Engine, ask: &Ask) -> TokenRx {
         sampling: ask.sampling.clone(),
         max_new_tokens: ask.max_new_tokens,
         n: 1,
-        tenant: 0,
+        terms,
     };
     engine.submit(request).unwrap()
 }

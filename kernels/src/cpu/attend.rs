@@ -32,7 +32,7 @@ use super::shared::SharedSlice;
 use super::simd::{Kernel, LANES, Simd, dispatch};
 use crate::attention_plan::{SPLIT, Task};
 use crate::buffer::Buffer;
-use crate::kv_cache::KvData;
+use crate::kv_cache::{Cells, KvData};
 use crate::ops::Attention;
 use crate::{KvCache, KvShape, Result};
 
@@ -113,10 +113,10 @@ fn run<C: Cell>(cpu: &CpuDevice, job: &Job<'_, C>, workers: &[Mutex<Worker<C>>])
 }
 
 /// What all tasks of one call share.
-struct Job<'a, C> {
+struct Job<'a, C: Cell> {
     args: &'a Attention<'a>,
     qkv: &'a [f32],
-    kv: &'a [C],
+    kv: &'a Cells<C>,
     shape: KvShape,
     out: &'a SharedSlice<'a, f32>,
     partials: &'a SharedSlice<'a, f32>,
@@ -142,7 +142,9 @@ impl<'a, C: Cell> Job<'a, C> {
     fn pages(&self, task: &Task, block: usize) -> (&'a [C], &'a [C]) {
         let id = self.args.plan.tables[task.table + block] as usize;
         let (start, page) = (self.shape.page_start(self.args.layer, id, task.kv_head), self.shape.page());
-        self.kv[start..start + 2 * page].split_at(page)
+        // SAFETY: no op writes K and V while another one reads them: ops of a device follow each other, and those of other
+        // devices are at other blocks (`KvCache::share`).
+        unsafe { self.kv.read(start..start + 2 * page) }.split_at(page)
     }
 
     /// Divides the outputs of a task by their sums and stores them.

@@ -5,7 +5,7 @@ use super::element::Cell;
 use super::rows::norm_in_place;
 use super::shared::SharedSlice;
 use super::simd::{Kernel, LANES, Simd, dispatch};
-use crate::kv_cache::KvData;
+use crate::kv_cache::{Cells, KvData};
 use crate::ops::RopeAndStore;
 use crate::{KvCache, KvShape};
 
@@ -21,7 +21,7 @@ pub(crate) fn rope_and_store(cpu: &CpuDevice, args: &RopeAndStore<'_>, qkv: &mut
         }
     });
     let shape = kv.shape();
-    match &mut kv.data {
+    match &kv.data {
         KvData::F32(data) => store(cpu, args, qkv, data, shape),
         KvData::BF16(data) => store(cpu, args, qkv, data, shape),
     }
@@ -64,19 +64,18 @@ fn rotate<S: Simd>(s: S, head: &mut [f32], cos: &[f32], sin: &[f32]) {
 }
 
 /// Writes k, transposed, and v of all rows to their slots.
-fn store<C: Cell>(cpu: &CpuDevice, args: &RopeAndStore<'_>, qkv: &[f32], data: &mut [C], shape: KvShape) {
-    let data = SharedSlice::new(data);
+fn store<C: Cell>(cpu: &CpuDevice, args: &RopeAndStore<'_>, qkv: &[f32], data: &Cells<C>, shape: KvShape) {
     cpu.for_row_chunks(shape.kv_heads, args.slots.len() * shape.head_dim, &|heads| {
         for head in heads {
-            dispatch(cpu.isa, StoreHead { args, qkv, data: &data, shape, head });
+            dispatch(cpu.isa, StoreHead { args, qkv, data, shape, head });
         }
     });
 }
 
-struct StoreHead<'a, C> {
+struct StoreHead<'a, C: Cell> {
     args: &'a RopeAndStore<'a>,
     qkv: &'a [f32],
-    data: &'a SharedSlice<'a, C>,
+    data: &'a Cells<C>,
     shape: KvShape,
     head: usize,
 }
@@ -91,8 +90,8 @@ impl<C: Cell> Kernel for StoreHead<'_, C> {
         for (qkv, &slot) in qkv.chunks_exact(args.heads.row_len()).zip(args.slots) {
             let (block, offset) = (slot as usize / block_size, slot as usize % block_size);
             let start = shape.page_start(args.layer, block, head);
-            // SAFETY: the pages of a head are one task's.
-            let pages = unsafe { data.part(start..start + 2 * shape.page()) };
+            // SAFETY: the pages of a head are one task's, and ops of other devices are at other blocks (`KvCache::share`).
+            let pages = unsafe { data.write(start..start + 2 * shape.page()) };
             let (k_page, v_page) = pages.split_at_mut(shape.page());
             let k = qkv[k_start..][..head_dim].chunks(C::VALUES);
             for (cells, values) in k_page.chunks_exact_mut(k_stride).zip(k) {

@@ -3,6 +3,8 @@
 //! Owner of a model's weights and workspace. A step costs one pass over the weights; the head runs on sampled rows alone,
 //! and so does the last layer after its attention.
 
+use std::sync::Arc;
+
 use kvern_kernels::{AttentionPlan, Device, HeadLayout, KernelError, KvCache, RopeTable, SequenceBatch, Tensor, ops};
 
 use super::attention::Step;
@@ -69,7 +71,8 @@ impl DecoderParts {
 
 pub(crate) struct Decoder {
     device: Device,
-    parts: DecoderParts,
+    config: ModelConfig,
+    parts: Arc<DecoderParts>,
     rope: RopeTable,
     bounds: BatchBounds,
     plan: AttentionPlan,
@@ -81,7 +84,7 @@ impl Decoder {
     pub(crate) fn new(
         device: &Device,
         config: &ModelConfig,
-        parts: DecoderParts,
+        parts: Arc<DecoderParts>,
         limits: StepLimits,
     ) -> Result<Self, KernelError> {
         assert!(!parts.layers.is_empty(), "a decoder has layers");
@@ -97,6 +100,7 @@ impl Decoder {
         let RopeFrequencies { inv_freq, scale } = config.rope.frequencies(context_max);
         Ok(Decoder {
             device: device.clone(),
+            config: config.clone(),
             rope: RopeTable::new(device, &inv_freq, scale, context_max)?,
             bounds: BatchBounds { limits, vocab_size: widths.vocab, layers: parts.layers.len(), heads: config.heads },
             plan: AttentionPlan::new(device, config.heads, tokens_max, sequences_max, context_max)?,
@@ -107,7 +111,7 @@ impl Decoder {
 
     /// Bytes of weights on the device.
     pub(crate) fn weight_bytes(&self) -> usize {
-        let DecoderParts { embedding, layers, norm, head } = &self.parts;
+        let DecoderParts { embedding, layers, norm, head } = &*self.parts;
         let layers: usize = layers.iter().map(DecoderLayer::bytes).sum();
         embedding.bytes() + layers + norm.bytes() + head.as_ref().map_or(0, Linear::bytes)
     }
@@ -119,10 +123,14 @@ impl Decoder {
 }
 
 impl Model for Decoder {
+    fn twin(&self, device: &Device) -> Result<Box<dyn Model>, KernelError> {
+        Ok(Box::new(Decoder::new(device, &self.config, Arc::clone(&self.parts), self.bounds.limits)?))
+    }
+
     fn forward(&mut self, batch: &ForwardBatch<'_>, kv: &mut KvCache) -> Result<&Tensor, KernelError> {
         check(batch, &self.bounds, &kv.shape())?;
         let Decoder { device, parts, rope, plan, workspace, .. } = self;
-        let DecoderParts { embedding, layers, norm, head } = parts;
+        let DecoderParts { embedding, layers, norm, head } = &**parts;
         let Workspace { tokens, sampled, qkv, logits } = workspace;
 
         let sequences = SequenceBatch {

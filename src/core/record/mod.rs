@@ -27,7 +27,7 @@ use std::fmt;
 
 const MAGIC: &[u8; 8] = b"KVERNREC";
 /// Raised whenever the meaning of the bytes changes.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 
 /// One thing that was done to the core.
 #[derive(Clone, Debug, PartialEq, Eq)]

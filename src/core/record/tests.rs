@@ -52,7 +52,7 @@ fn sampled() -> impl Strategy<Value = (RequestId, Sampled)> {
 fn submission() -> impl Strategy<Value = Submission> {
     let tokens = || prop::collection::vec(token(), 0..20);
     let numbers = (number(), token(), token(), any::<u128>());
-    let place = (token(), any::<u8>(), prop::option::of(number()));
+    let place = (token(), any::<u8>(), prop::option::of(number()), token());
     (numbers, place, tokens(), tokens()).prop_map(|(numbers, place, prompt, stop_tokens)| Submission {
         request: RequestId(numbers.0),
         prompt,
@@ -60,6 +60,7 @@ fn submission() -> impl Strategy<Value = Submission> {
         min_new_tokens: numbers.2,
         stop_tokens,
         salt: CacheSalt(numbers.3),
+        shared_tokens: place.3,
         tenant: TenantId(place.0),
         class: ClassId(place.1),
         deadline: place.2.map(Micros),
@@ -177,7 +178,7 @@ fn errors_say_what_is_wrong() {
     write_entry(&mut long_list, |out| out.extend_from_slice(&[2, 0, 0, 0, 0, 0xff, 0xff, 0xff, 0x7f]));
     let table: [(&[u8], &str); 5] = [
         (b"", "expected a recording that starts with KVERNREC, found other bytes"),
-        (&other_version, "expected a recording of version 2, found 9"),
+        (&other_version, "expected a recording of version 3, found 9"),
         (&good[..good.len() - 1], "expected a whole entry at byte 89, found the end"),
         (&unusable, "the recorded configuration is unusable: expected 1 to 4294967295 tokens in a block, found 0"),
         (&long_list, "expected a list within the entry in the entry at byte 89, found something else"),

@@ -3,7 +3,6 @@
 use super::Heading;
 use crate::admission::{self, Endpoint, StreamUsage};
 use crate::error::ServeError;
-use crate::request::Terms;
 use crate::http::edge::RequestName;
 use crate::http::generation::{Choice, Generation};
 use crate::http::sse::{AnswerStream, EventBuffer, Events, PreparedEvent};
@@ -12,13 +11,16 @@ use crate::http::types::chat::{
 };
 use crate::http::types::common::Usage;
 use crate::http::{AppState, ServedModel};
+use crate::keys::Caller;
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
 use std::sync::Arc;
 
 /// Answers a conversation.
-#[utoipa::path(post, path = "/v1/chat/completions", tag = "openai", request_body = ChatRequest, responses(
+#[utoipa::path(post, path = "/v1/chat/completions", tag = "openai", request_body = ChatRequest,
+    params(("x-request-timeout-ms" = Option<u64>, Header, description = "As `timeout`, in milliseconds; the shorter one counts")),
+    responses(
     (status = 200, description = "The answer; as server-sent events, each a ChatChunk, when `stream` is true", content(
         (ChatResponse = "application/json"), (ChatChunk = "text/event-stream"))),
     (status = 400, body = crate::error::ErrorBody), (status = 401, body = crate::error::ErrorBody),
@@ -27,15 +29,17 @@ use std::sync::Arc;
 pub(crate) async fn chat(
     State(state): State<Arc<AppState>>,
     Extension(name): Extension<RequestName>,
+    Extension(caller): Extension<Caller>,
     request: Request,
 ) -> Result<Response, ServeError> {
     let model = Arc::clone(state.model_for_work()?);
+    let time_limit = admission::header_timeout(request.headers())?;
     let (wire, bytes) = super::read::<ChatRequest>(&state, Endpoint::Chat, request).await?;
     let heading = Heading::new("chatcmpl", &name.0, model.resolve(wire.model.as_deref())?, &model.fingerprint);
-    let admitted = admission::chat(&state, &model, wire, bytes).await?;
+    let admitted = admission::chat(&state, &model, wire, bytes).await?.within(time_limit);
     let stream = admitted.stream;
     let logprobs = admitted.rules.logprobs;
-    let generation = Generation::submit(Arc::clone(&model), admitted, &heading.id, Terms::default()).await?;
+    let generation = super::submit(&state, &model, &caller, admitted, &heading.id).await?;
     match stream {
         None => whole(heading, &model, generation, logprobs).await,
         Some(usage) => {

@@ -53,6 +53,15 @@ macro_rules! generation_request {
             pub stream: Option<bool>,
             #[schema(value_type = Option<$crate::http::types::common::StreamOptions>)]
             pub stream_options: Option<$crate::http::types::Object<$crate::http::types::common::StreamOptions>>,
+            /// Lower is more urgent: so many classes above or below the caller's own (0), as far as its key allows.
+            pub priority: Option<i64>,
+            /// `priority` is one class more urgent, `flex` one less.
+            pub service_tier: Option<$crate::http::types::common::ServiceTier>,
+            /// The cache of prefixes is shared only with requests of the same tenant and the same text here, 1 to 1024
+            /// characters.
+            pub cache_salt: Option<String>,
+            /// Seconds, at most a day, after which the request is given up. The header `x-request-timeout-ms` says the same.
+            pub timeout: Option<f64>,
             /// The end user on whose behalf the request is made; not used.
             pub user: Option<String>,
         }
@@ -79,6 +88,10 @@ macro_rules! generation_request {
                     logit_bias: self.logit_bias.take().unwrap_or_default(),
                     stream: self.stream.unwrap_or(false),
                     stream_options: self.stream_options.take().map(|options| options.0),
+                    priority: self.priority,
+                    service_tier: self.service_tier,
+                    cache_salt: self.cache_salt.take(),
+                    timeout: self.timeout,
                 }
             }
         }
@@ -107,6 +120,20 @@ pub(crate) struct GenerationFields {
     pub(crate) logit_bias: std::collections::BTreeMap<String, f32>,
     pub(crate) stream: bool,
     pub(crate) stream_options: Option<StreamOptions>,
+    pub(crate) priority: Option<i64>,
+    pub(crate) service_tier: Option<ServiceTier>,
+    pub(crate) cache_salt: Option<String>,
+    pub(crate) timeout: Option<f64>,
+}
+
+/// OpenAI's words for how urgent a request is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum ServiceTier {
+    Auto,
+    Default,
+    Flex,
+    Priority,
 }
 
 /// What a streamed answer carries besides text.

@@ -1,0 +1,110 @@
+//! What steps cost on this machine, measured with a few of them at start.
+//!
+//! ```text
+//!   decode  1 sequence,  short context      step + sequence
+//!   decode  n sequences, short context      step + n x sequence            -> sequence, step
+//!   decode  1 sequence,  long context       ... + context x per token      -> decode context
+//!   prefill p tokens,    nothing before     step + p x token + ...         -> token
+//!   prefill q tokens,    long context       ... + q x context x per token  -> prefill context
+//! ```
+//!
+//! A tenth of a second for a small model on two cores; the core corrects the rest while it runs. What K and V hold does not
+//! matter, so the cache is used as it is: nothing in it is in use yet.
+
+use kvern_core::CostModel;
+use kvern_kernels::{KernelError, KvCache};
+use kvern_models::{ForwardBatch, Model, StepLimits};
+use std::time::{Duration, Instant};
+
+/// Sequences of the step that tells what one more costs.
+const SEQUENCES: usize = 4;
+/// Context of the long steps, in tokens.
+const CONTEXT: usize = 1024;
+/// Prompt tokens of the step that tells what one costs: enough for the kernels of large products.
+const PROMPT: usize = 64;
+/// Prompt tokens of the step that tells what context costs them.
+const PROMPT_LONG: usize = 16;
+/// Each step is run so often; the fastest counts. Those of prompts once: they are long enough.
+const DECODE_RUNS: usize = 3;
+
+const PS_PER_NS: u64 = 1_000;
+
+/// Measures `model` on `kv`.
+pub(super) fn measure(model: &mut dyn Model, kv: &mut KvCache, limits: StepLimits) -> Result<CostModel, KernelError> {
+    let shape = kv.shape();
+    let slots = (shape.blocks * shape.block_size).min(limits.context_max);
+    let sequences = SEQUENCES.min(limits.sequences_max).min(limits.tokens_max).min(shape.blocks);
+    let prompt = PROMPT.min(limits.tokens_max).min(slots);
+    let prompt_long = PROMPT_LONG.min(prompt);
+    let context = CONTEXT.min(slots - prompt_long);
+    let mut steps = Steps { model, kv, ids: Vec::new() };
+    let one = steps.fastest(DECODE_RUNS, 1, 0, 1)?;
+    let many = steps.fastest(DECODE_RUNS, sequences, 0, 1)?;
+    let long = steps.fastest(DECODE_RUNS, 1, context, 1)?;
+    let prefill = steps.fastest(1, 1, 0, prompt)?;
+    let short = steps.fastest(2, 1, 0, prompt_long)?;
+    let prefill_long = steps.fastest(1, 1, context, prompt_long)?;
+
+    let each = |longer: Duration, shorter: Duration, count: usize| {
+        let ns = longer.saturating_sub(shorter).as_nanos() as u64;
+        (ns * PS_PER_NS / count.max(1) as u64).max(1)
+    };
+    let sequence_ps = each(many, one, sequences - 1);
+    let step_ps = (one.as_nanos() as u64 * PS_PER_NS).saturating_sub(sequence_ps);
+    let prefill_context_ps = each(prefill_long, short, prompt_long * context);
+    let in_prompt = Duration::from_nanos(prefill_context_ps * (prompt * prompt / 2) as u64 / PS_PER_NS);
+    let step = Duration::from_nanos(step_ps / PS_PER_NS);
+    Ok(CostModel {
+        step_ps,
+        prefill_token_ps: each(prefill, step + in_prompt, prompt),
+        prefill_context_ps,
+        decode_sequence_ps: if sequences > 1 { sequence_ps } else { one.as_nanos() as u64 * PS_PER_NS / 10 },
+        decode_context_ps: each(long, one, context),
+    })
+}
+
+struct Steps<'a> {
+    model: &'a mut dyn Model,
+    kv: &'a mut KvCache,
+    ids: Vec<u32>,
+}
+
+impl Steps<'_> {
+    /// The fastest of `runs` steps of `sequences` sequences, each with `context` tokens before and `tokens` to compute.
+    fn fastest(
+        &mut self,
+        runs: usize,
+        sequences: usize,
+        context: usize,
+        tokens: usize,
+    ) -> Result<Duration, KernelError> {
+        let shape = self.kv.shape();
+        let (size, blocks) = (shape.block_size, (context + tokens).div_ceil(shape.block_size));
+        let block = |sequence: usize, at: usize| ((sequence * blocks + at) % shape.blocks) as u32;
+        let all = || (0..sequences).flat_map(|sequence| (context..context + tokens).map(move |at| (sequence, at)));
+        let positions: Vec<u32> = all().map(|(_, at)| at as u32).collect();
+        let slots: Vec<u32> = all().map(|(s, at)| block(s, at / size) * size as u32 + (at % size) as u32).collect();
+        let ends: Vec<u32> = (0..=sequences).map(|sequence| (sequence * tokens) as u32).collect();
+        let tables: Vec<u32> = (0..sequences).flat_map(|s| (0..blocks).map(move |at| block(s, at))).collect();
+        let lens = vec![(context + tokens) as u32; sequences];
+        let rows: Vec<u32> = ends[1..].iter().map(|end| end - 1).collect();
+        self.ids.resize(positions.len(), 0);
+        let batch = ForwardBatch {
+            input_ids: &self.ids,
+            positions: &positions,
+            slot_mapping: &slots,
+            cu_seqlens_q: &ends,
+            context_lens: &lens,
+            block_tables: &tables,
+            block_table_stride: blocks,
+            sample_rows: &rows,
+        };
+        let mut fastest = Duration::MAX;
+        for _ in 0..runs {
+            let started = Instant::now();
+            self.model.forward(&batch, self.kv)?;
+            fastest = fastest.min(started.elapsed());
+        }
+        Ok(fastest)
+    }
+}

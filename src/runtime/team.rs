@@ -1,0 +1,152 @@
+//! The workers of a server: one that does everything, or a prefill and a decode worker side by side.
+//!
+//! ```text
+//!   mixed            one device, one model, one pool
+//!   split, shared    two devices with threads of their own, one set of weights, one pool
+//!   split, apart     the same with a pool each, and a thread that copies blocks from one to the other
+//! ```
+
+use super::{PoolLayout, SchedulingConfig, StartError, WorkerLayout, calibrate};
+use crate::worker::{Mover, Worker, WorkerParts};
+use kvern_core::{CostModel, PoolId, Role, WorkerSpec};
+use kvern_kernels::{CpuOptions, Device, KvCache, KvShape};
+use kvern_models::{ForwardBatch, Model, ModelConfig, StepLimits};
+
+/// Workers before their first step.
+pub(super) struct Team {
+    pub(super) members: Vec<Member>,
+    pools: Vec<u32>,
+    mover: Option<Mover>,
+}
+
+pub(super) struct Member {
+    spec: WorkerSpec,
+    device: Device,
+    model: Box<dyn Model>,
+    kv: KvCache,
+}
+
+/// Workers that have run each kind of step, so that the first request finds pages and caches in place.
+pub(super) struct ReadyTeam {
+    pub(super) workers: Vec<Worker>,
+    pub(super) specs: Vec<WorkerSpec>,
+    /// Blocks of each pool.
+    pub(super) pools: Vec<u32>,
+    pub(super) mover: Option<Mover>,
+    pub(super) cost: CostModel,
+}
+
+impl Team {
+    /// `model` was loaded on `device`; `shape` is that of all pools together.
+    pub(super) fn new(
+        device: Device,
+        model: Box<dyn Model>,
+        shape: KvShape,
+        wanted: &SchedulingConfig,
+    ) -> Result<Team, StartError> {
+        match wanted.workers {
+            WorkerLayout::Mixed => {
+                let kv = KvCache::new(&device, shape)?;
+                let spec = WorkerSpec { role: Role::Mixed, pool: PoolId(0) };
+                let members = vec![Member { spec, device, model, kv }];
+                Ok(Team { members, pools: vec![shape.blocks as u32], mover: None })
+            }
+            WorkerLayout::Split => Team::split(&device, model.as_ref(), shape, wanted),
+        }
+    }
+
+    fn split(
+        device: &Device,
+        model: &dyn Model,
+        shape: KvShape,
+        wanted: &SchedulingConfig,
+    ) -> Result<Team, StartError> {
+        let threads = device.threads();
+        let decode_threads = wanted.decode_threads.unwrap_or(threads / 2).clamp(1, threads);
+        // A thread at least, even where there is only one: then the two take turns.
+        let prefill_threads = threads.saturating_sub(decode_threads).max(1);
+        let part = |threads| Device::cpu(CpuOptions { threads: Some(threads), isa: device.isa() });
+        let devices = [part(prefill_threads)?, part(decode_threads)?];
+        let (caches, pools, mover) = match wanted.pools {
+            PoolLayout::Shared => {
+                let kv = KvCache::new(device, shape)?;
+                // SAFETY: the core plans both workers' steps over one pool: a block that several requests hold is full and only
+                // read, and a request is in one step at a time (KV-2 to KV-5 and SCH-2, asserted in release).
+                let second = unsafe { kv.share() };
+                ([kv, second], vec![shape.blocks as u32], None)
+            }
+            PoolLayout::Apart => {
+                let half = KvShape { blocks: shape.blocks / 2, ..shape };
+                let caches = [KvCache::new(device, half)?, KvCache::new(device, half)?];
+                // SAFETY: the blocks of a transfer are pinned on both sides until it is done (HND-1): no step writes them.
+                let mover = Mover::new(caches.iter().map(|kv| unsafe { kv.share() }).collect());
+                (caches, vec![half.blocks as u32; 2], Some(mover))
+            }
+        };
+        let mut members = Vec::with_capacity(2);
+        for (at, ((device, kv), role)) in devices.into_iter().zip(caches).zip([Role::Prefill, Role::Decode]).enumerate() {
+            let pool = PoolId(if pools.len() > 1 { at as u8 } else { 0 });
+            let model = model.twin(&device)?;
+            members.push(Member { spec: WorkerSpec { role, pool }, device, model, kv });
+        }
+        Ok(Team { members, pools, mover })
+    }
+
+    /// For the start-up banner.
+    pub(super) fn describe(&self) -> String {
+        let one = |member: &Member| match member.spec.role {
+            Role::Mixed => member.device.describe(),
+            Role::Prefill => format!("prefill on {}", member.device.describe()),
+            Role::Decode => format!("decode on {}", member.device.describe()),
+        };
+        self.members.iter().map(one).collect::<Vec<_>>().join(", ")
+    }
+
+    /// Runs each kind of step once on each worker, and measures what they cost.
+    pub(super) fn warm(mut self, limits: StepLimits, config: &ModelConfig) -> Result<ReadyTeam, StartError> {
+        let mut costs = Vec::with_capacity(self.members.len());
+        for member in &mut self.members {
+            member.warm(limits).map_err(StartError::WarmUp)?;
+            let cost = calibrate::measure(member.model.as_mut(), &mut member.kv, limits).map_err(StartError::WarmUp)?;
+            costs.push(cost);
+        }
+        // Decode as the last worker does it, prefill as the first.
+        let (first, last) = (costs[0], costs[costs.len() - 1]);
+        let cost = CostModel {
+            prefill_token_ps: first.prefill_token_ps,
+            prefill_context_ps: first.prefill_context_ps,
+            ..last
+        };
+        tracing::debug!(?cost, "measured");
+        let specs = self.members.iter().map(|member| member.spec).collect();
+        let workers = self.members.into_iter().map(|member| member.worker(limits, config)).collect();
+        Ok(ReadyTeam { workers, specs, pools: self.pools, mover: self.mover, cost })
+    }
+}
+
+impl Member {
+    fn warm(&mut self, limits: StepLimits) -> Result<(), kvern_kernels::KernelError> {
+        let tokens = limits.tokens_max.min(self.kv.shape().block_size).min(limits.context_max) as u32;
+        for length in [tokens, 1] {
+            let positions: Vec<u32> = (0..length).collect();
+            let batch = ForwardBatch {
+                input_ids: &vec![0; length as usize],
+                positions: &positions,
+                slot_mapping: &positions,
+                cu_seqlens_q: &[0, length],
+                context_lens: &[length],
+                block_tables: &[0],
+                block_table_stride: 1,
+                sample_rows: &[length - 1],
+            };
+            self.model.forward(&batch, &mut self.kv)?;
+        }
+        Ok(())
+    }
+
+    fn worker(self, limits: StepLimits, config: &ModelConfig) -> Worker {
+        let Member { device, model, kv, .. } = self;
+        let (threads, block_size) = (device.threads(), kv.shape().block_size as u32);
+        Worker::new(WorkerParts { device, model, kv, limits, block_size, vocab_size: config.vocab_size, threads })
+    }
+}
