@@ -46,7 +46,7 @@ pub(crate) async fn run(setup: &Setup) -> Outcome<Report> {
         measure(setup, &format!("{tokens} tokens a step"), &[flag], Some((first, 0.0)), &mut report).await?;
     }
     let split = "--workers=split".to_owned();
-    measure(setup, "split workers", &[split.clone()], Some((first, 0.0)), &mut report).await?;
+    measure(setup, "split workers", std::slice::from_ref(&split), Some((first, 0.0)), &mut report).await?;
     let row = format!("split workers, objective {AIMED}x");
     measure(setup, &row, &[split, objective(AIMED)], Some((first, AIMED)), &mut report).await?;
     Ok(report)

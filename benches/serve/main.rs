@@ -3,7 +3,6 @@
 //!
 //! Owner: one thread, which shares the machine's cores with the server: requests are prepared bytes, connections are kept, and
 //! a token costs one read and one search. What the generator itself used is part of its result.
-#![allow(clippy::unwrap_used)]
 
 mod answer;
 mod client;

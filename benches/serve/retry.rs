@@ -81,7 +81,7 @@ pub(crate) async fn follow_up(client: Rc<Client>, asked: Asked, refused: &Answer
         returns.refused += 1;
         let most = if returns.probing_only { PROBES_AFTER_BURST_MAX } else { PROBES_MAX };
         let turn = if returns.probing < most { Turn::Probe } else { Turn::Nothing };
-        let turn = if returns.refused % 4 == 0 && !returns.probing_only { Turn::ComeBack } else { turn };
+        let turn = if returns.refused.is_multiple_of(4) && !returns.probing_only { Turn::ComeBack } else { turn };
         returns.probing += usize::from(turn == Turn::Probe);
         returns.came_back += usize::from(turn == Turn::ComeBack);
         turn
