@@ -154,11 +154,10 @@ fn pseudonyms_change_every_token_and_no_decision() {
         for (at, (other, real)) in written.iter().zip(&log.submissions).enumerate() {
             let tokens = other.prompt.iter().chain(&other.stop_tokens);
             assert!(tokens.copied().all(|token| token >= VOCABULARY) && other.salt != real.salt, "seed {seed}");
-            for before in 0..at {
-                let earlier = &log.submissions[before];
+            for (before, earlier) in written.iter().zip(&log.submissions).take(at) {
                 let expected = expected_likeness(real, earlier, config.block_size);
-                assert_eq!(likeness(other, written[before]), expected, "seed {seed}");
-                assert_eq!(other.salt == written[before].salt, real.salt == earlier.salt, "seed {seed}");
+                assert_eq!(likeness(other, before), expected, "seed {seed}");
+                assert_eq!(other.salt == before.salt, real.salt == earlier.salt, "seed {seed}");
                 num_pairs += usize::from(expected > 0 && real.salt != earlier.salt);
             }
         }
