@@ -12,6 +12,7 @@ use crate::kv::hash::prompt_hash;
 use crate::queue::Load;
 use crate::request::Request;
 use crate::tenants::TenantSlot;
+use crate::worker::Worker;
 use crate::{Backoff, ClassId, Engine, Micros, Refusal, Role, TenantId, policy};
 
 /// A request that is not there yet.
@@ -38,7 +39,7 @@ impl Engine {
 
     fn predict(&self, class: ClassId, tenant: TenantSlot, own: Load) -> Micros {
         let before = self.waiting.load_before(class, tenant, own.tokens, &self.tenants);
-        let room_us = self.room_us(before.requests);
+        let room_us = self.room_us(tenant, before.requests);
         let mut all = before;
         all.add(own);
         all.tokens += self.backlog();
@@ -92,12 +93,16 @@ impl Engine {
         prefill_us.saturating_add(steps.saturating_mul(steps_us / lanes))
     }
 
-    /// Until there is a place for a request with this many before it.
-    fn room_us(&self, num_before: u64) -> u64 {
+    /// Until there is a place for a request with this many before it. Where others hold all places, a tenant that has nothing
+    /// here takes one (`claim.rs`).
+    fn room_us(&self, tenant: TenantSlot, num_before: u64) -> u64 {
         let running_max = policy::running_max(&self.config);
         let alive = || self.workers.iter().filter(|worker| worker.is_alive);
         let is_full = alive().all(|worker| worker.blocked_at == Some(self.changes));
         let places: usize = alive().map(|worker| running_max.saturating_sub(worker.num_taken())).sum();
+        if places == 0 && self.tenants[tenant].requests == 0 && alive().any(Worker::is_crowded) {
+            return 0;
+        }
         let places = if is_full && !self.waiting.is_empty() { 0 } else { places as u64 };
         (num_before + 1).saturating_sub(places).saturating_mul(self.finish_interval_us)
     }

@@ -91,6 +91,11 @@ impl Worker {
         self.places.get(tenant.0 as usize).copied().unwrap_or(0)
     }
 
+    /// Whether any tenant has several places. O(tenants).
+    pub(crate) fn is_crowded(&self) -> bool {
+        self.places.iter().any(|places| *places >= 2)
+    }
+
     /// Takes a request into the running list; the worker knows nothing of its blocks. O(1) for the youngest of the last class,
     /// else a move of what comes after.
     pub(crate) fn start(&mut self, index: RequestIndex, request: &mut Request) {
