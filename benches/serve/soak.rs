@@ -24,6 +24,9 @@ const LEAVE_FIRST: f64 = 0.04;
 const LEAVE_LATER: f64 = 0.10;
 const DEADLINE: f64 = 0.2;
 const TIMEOUT_S: (u32, u32) = (3, 20);
+/// Part of the requests whose answers grow by so many tokens: what outgrows the cache is preempted.
+const GROWS: f64 = 0.3;
+const GROWTH: (u32, u32) = (100, 300);
 const NOTE_PERIOD: Duration = Duration::from_secs(10);
 
 pub(crate) async fn run(setup: &Setup) -> Outcome<Report> {
@@ -68,6 +71,9 @@ fn mixed(mixture: &mut Mixture) -> Asked {
     let mut wish = mixture.wish();
     let rng = mixture.rng();
     wish = wish.of(TENANTS[rng.between((0, 3)) as usize].secret());
+    if rng.chance(GROWS) {
+        wish.new_tokens += rng.between(GROWTH);
+    }
     let fate = rng.unit();
     if fate < LEAVE_FIRST {
         wish.leave_after = Some(0);
