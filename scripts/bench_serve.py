@@ -6,7 +6,8 @@ each, and prints one table per scenario: median (least to most) over the rounds,
 has every figure of every round.
 
 One round of all scenarios but the long load takes about ten minutes; `--only load` takes eleven more. --document writes the
-tables of the scenarios that were run. `--scale 0.2` is a quick look whose figures count for nothing. Python 3.9 or later and a Rust toolchain are needed.
+tables of the scenarios that were run. `--scale 0.5` is a quick look whose figures count for nothing. Python 3.9 or later and a Rust
+toolchain are needed.
 """
 
 import argparse
@@ -113,8 +114,8 @@ def text_of(about: dict, options: argparse.Namespace, results: "dict[str, list[d
     scale = "" if options.scale == 1 else f" Times scaled by {options.scale:g}: a quick look, no result."
     flags = f" Further flags of the server: {' '.join(options.flag)}." if options.flag else ""
     parts = [f"{record.headline(about)} SmolLM2-135M-Instruct Q4_1, seeds from {options.seed}. One round where "
-             f"nothing else is said; of several the median (least to most). {disturbed} of {len(runs)} runs were beside other processes (at most "
-             f"{max(others):.2f} cores); the load generator used at most {generator:.3f} cores.{flags}{scale}"]
+             f"nothing else is said; of several the median (least to most). {disturbed} of {len(runs)} runs were beside other "
+             f"processes (at most {max(others):.2f} cores); the load generator used at most {generator:.3f} cores.{flags}{scale}"]
     for scenario, rounds in results.items():
         count = f", {len(rounds)} rounds" if len(rounds) > 1 else ""
         parts += [f"**{TITLES[scenario]}**{count}", shown(rounds)]
