@@ -132,18 +132,19 @@ impl Runner {
         let Runner { plan, sequences, .. } = self;
         plan.slices.clear();
         plan.tokens.clear();
-        plan.block_tables.clear();
+        plan.blocks.clear();
         for (number, positions) in parts {
             let sequence = &mut sequences[number as usize];
             sequence.filled = sequence.filled.max(positions.end);
-            let (token, block) = (plan.tokens.len() as u32, plan.block_tables.len() as u32);
+            let (token, block) = (plan.tokens.len() as u32, plan.blocks.len() as u32);
             plan.tokens.extend(positions.clone().map(|position| token_at(number, position, vocab_size)));
-            plan.block_tables.extend(&sequence.blocks);
+            plan.blocks.extend(&sequence.blocks);
             plan.slices.push(SeqSlice {
                 request: RequestId(u64::from(number)),
                 start: positions.start,
                 tokens: token..token + positions.len() as u32,
-                block_table: block..block + sequence.blocks.len() as u32,
+                table_len: 0,
+                blocks: block..block + sequence.blocks.len() as u32,
                 sample,
             });
         }

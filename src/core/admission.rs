@@ -133,7 +133,7 @@ impl Engine {
     /// Refuses a request that would wait too long or crowd the queue.
     pub(crate) fn check_wait(&self, request: &Request) -> Result<(), Refusal> {
         if !self.quarantine.is_empty() {
-            let hash = prompt_hash(request.salt, &request.tokens);
+            let hash = prompt_hash(request.audience.salt, &request.tokens);
             if let Some(until) = self.quarantine.until(hash, self.now) {
                 return Err(Refusal::Quarantined(self.backoff(until.0 - self.now.0)));
             }

@@ -62,6 +62,7 @@ impl Engine {
         let state = &mut self.workers[usize::from(worker.0)];
         assert!(state.step == Some(step), "{worker:?} reports {step:?} but is at {:?}", state.step);
         state.step = None;
+        self.changes += u64::from(std::mem::take(&mut self.claim_waits));
         std::mem::take(&mut state.planned)
     }
 
@@ -101,7 +102,7 @@ impl Engine {
         let tenant = &mut self.tenants[request.tenant];
         tenant.charged += 1;
         self.waiting.charge(request.class, request.tenant, tenant.weight(), 1);
-        request.tokens.push(token);
+        request.push(token);
         let next_full = (request.hashes.len() as u64 + 1) * u64::from(self.config.block_size);
         if u64::from(request.num_tokens()) == next_full {
             request.hash_blocks(&self.config);
@@ -128,6 +129,7 @@ impl Engine {
             self.note_finish();
         }
         let request = self.requests.remove(index);
+        self.refund(&request);
         if matches!(reason, FinishReason::Stop | FinishReason::Length) {
             self.note_output(request.num_new());
         }
@@ -142,6 +144,16 @@ impl Engine {
         effects.push(Effect::Finish { request, reason, usage });
     }
 
+    /// Gives a tenant back what it was charged for prompt tokens that were never computed.
+    fn refund(&mut self, request: &Request) {
+        let tokens = u64::from(request.num_uncharged());
+        if tokens > 0 && !planted!(self, KeepCharge) {
+            let tenant = &mut self.tenants[request.tenant];
+            tenant.refunded += tokens;
+            self.waiting.refund(request.class, request.tenant, tenant.weight(), tokens);
+        }
+    }
+
     /// Takes a request that is not in flight from the worker that it runs on, or between two workers, with its blocks.
     pub(crate) fn detach(&mut self, index: RequestIndex) {
         let releases_twice = planted!(self, ReleaseTwice);
@@ -150,7 +162,7 @@ impl Engine {
         let worker = match request.phase {
             Phase::Waiting => unreachable!("SCH-2: a waiting request is on no worker"),
             Phase::Running(worker) => {
-                self.workers[usize::from(worker.0)].stop(request, self.config.block_size);
+                self.workers[usize::from(worker.0)].stop(request);
                 worker
             }
             Phase::Ready(worker) => {
@@ -191,8 +203,9 @@ fn publish(request: &mut Request, pool: &mut KvPool, block_size: u32) {
         request.node = pool.publish(FullBlock {
             block: request.table[at],
             hash: request.hashes[at],
-            parent: request.node,
-            salt: request.salt,
+            at,
+            node: request.node,
+            audience: request.audience,
             before: at.checked_sub(1).map(|before| request.table[before]),
             hits: request.found,
             tokens: &request.tokens[first..first + block_size as usize],

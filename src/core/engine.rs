@@ -11,7 +11,7 @@ use crate::invariants::InvariantId;
 use crate::kv::KvPool;
 use crate::queue::Waiting;
 use crate::request::{Arrival, RequestIndex, Requests};
-use crate::scheduler::StepFiller;
+use crate::scheduler::{Prefill, StepFiller};
 use crate::suspects::Quarantine;
 use crate::tenants::Tenants;
 use crate::worker::Worker;
@@ -40,6 +40,8 @@ pub struct Engine {
     pub(crate) now: Micros,
     /// Counts what may let a waiting request start that could not before.
     pub(crate) changes: u64,
+    /// A request has the right to blocks that nobody can give at present: the next step that is reported counts as a change.
+    pub(crate) claim_waits: bool,
     /// That count when no ready request could be handed over.
     pub(crate) hand_off_blocked_at: Option<u64>,
     /// When a running request last finished, and the moving average of the time between two.
@@ -55,7 +57,7 @@ pub struct Engine {
     /// Emptied vectors of past `StepDone`s, at most one for each worker.
     pub(crate) spare: Vec<Vec<(RequestId, Sampled)>>,
     /// The prefills of the step that is being filled; empty between plans.
-    pub(crate) prefills: Vec<RequestIndex>,
+    pub(crate) prefills: Vec<Prefill>,
     #[cfg(test)]
     pub(crate) fault: Option<crate::fault::Fault>,
 }
@@ -102,6 +104,7 @@ impl Engine {
             estimator: Estimator::new(config.cost),
             now: Micros(0),
             changes: 0,
+            claim_waits: false,
             hand_off_blocked_at: None,
             last_finish: None,
             finish_interval_us: 0,
@@ -155,13 +158,13 @@ impl Engine {
     pub fn plan(&mut self, worker: WorkerId, plan: &mut StepPlan, effects: &mut Vec<Effect>) -> bool {
         plan.slices.clear();
         plan.tokens.clear();
-        plan.block_tables.clear();
+        plan.blocks.clear();
         let state = &mut self.workers[usize::from(worker.0)];
         if state.step.is_some() || !state.is_alive {
             return false;
         }
-        // What the running requests may come to need, so that the plan does not grow with every block that they fill.
-        plan.block_tables.reserve(state.table_blocks_max);
+        // All of them may fill a block at once, and not before a long time.
+        plan.blocks.reserve(state.num_running());
         self.pools[state.pool()].choose_anew();
         StepFiller::new(self, worker, plan, effects).fill();
         if plan.slices.is_empty() {

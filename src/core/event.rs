@@ -65,7 +65,11 @@ pub struct Submission {
     pub min_new_tokens: u32,
     /// Tokens that finish the request (end of sequence among them, unless it is ignored), sorted.
     pub stop_tokens: Vec<TokenId>,
+    /// Whose prefix cache it uses beyond its public blocks.
     pub salt: CacheSalt,
+    /// The whole blocks within this many of the first prompt tokens are public: requests of any salt that say so of the same
+    /// tokens share them. More than the prompt counts as all of it.
+    pub shared_tokens: u32,
     pub tenant: TenantId,
     /// A class that does not exist counts as the last.
     pub class: ClassId,

@@ -12,6 +12,10 @@ pub(crate) enum Fault {
     SkipParentCheck,
     /// A prefix hit is not asked for its salt.
     IgnoreSalt,
+    /// A private block below a public one is not asked for its salt.
+    IgnoreInnerSalt,
+    /// The block in which the public part of a prompt ends is public, too.
+    ShareLastBlock,
     /// A prefix hit may cover the last token too.
     HitWholePrompt,
     /// A block is published one token before it is full.
@@ -32,6 +36,10 @@ pub(crate) enum Fault {
     RotateTable,
     /// A step's block table lacks its last block.
     ShortTable,
+    /// A request that starts anew does not bring its whole table.
+    KeepTable,
+    /// A step that failed counts as one whose blocks the worker has kept.
+    TrustFailedStep,
     /// A slice starts one token late.
     SkipInputToken,
     /// A step takes one token more than its budget.
@@ -56,6 +64,12 @@ pub(crate) enum Fault {
     SaveUpTime,
     /// No tenant is charged for its tokens.
     ChargeNobody,
+    /// Who ends before its prompt was computed gets nothing back.
+    KeepCharge,
+    /// Who has no place waits while others have several.
+    KeepPlaces,
+    /// Who is below its floor waits while others are above their share.
+    KeepShares,
     /// Less urgent classes never have their turn.
     StarveClasses,
     /// The oldest request of a tenant never has its turn.

@@ -32,7 +32,7 @@ impl Engine {
     /// A prefill worker has made a request's next token: a decode worker is to make the others.
     pub(crate) fn make_ready(&mut self, worker: WorkerId, index: RequestIndex) {
         let request = &mut self.requests[index];
-        self.workers[usize::from(worker.0)].stop(request, self.config.block_size);
+        self.workers[usize::from(worker.0)].stop(request);
         request.phase = Phase::Ready(worker);
         self.ready.insert((request.class, request.arrival), index);
         self.changes += 1;
@@ -82,7 +82,7 @@ impl Engine {
         let request = &mut self.requests[index];
         self.ready.remove(&(request.class, request.arrival));
         request.phase = Phase::Running(to);
-        self.workers[usize::from(to.0)].start(index, request, self.config.block_size);
+        self.workers[usize::from(to.0)].start(index, request);
         self.changes += 1;
         effects.push(Effect::Moved { request: request.id, worker: to });
     }
@@ -102,7 +102,7 @@ impl Engine {
         let pool = &mut pools[at];
         let request = &mut requests[index];
         let mut table = Vec::with_capacity(request.computed_max().div_ceil(config.block_size) as usize);
-        let node = pool.lookup(request.salt, &request.tokens, &request.hashes, &mut table);
+        let node = pool.lookup(request.audience, &request.tokens, &request.hashes, &mut table);
         let num_published = table.len() as u32;
         let needed = request.num_computed.div_ceil(config.block_size).saturating_sub(num_published);
         let sum = needed + pool.count_free(&table);
@@ -156,7 +156,7 @@ impl Engine {
         request.phase = Phase::Running(to);
         let target = &mut self.workers[usize::from(to.0)];
         target.num_arriving -= 1;
-        target.start(index, request, self.config.block_size);
+        target.start(index, request);
         self.changes += 1;
         effects.push(Effect::Moved { request: request.id, worker: to });
     }
@@ -219,7 +219,7 @@ impl Engine {
             if worker.num_taken() < policy::running_max(&self.config) {
                 self.ready.remove(&key);
                 request.phase = Phase::Running(from);
-                worker.start(index, request, self.config.block_size);
+                worker.start(index, request);
             } else {
                 self.preempt(index, effects);
             }

@@ -23,7 +23,7 @@ pub struct StepId(pub u64);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Micros(pub u64);
 
-/// Separates prefix caches: blocks are shared only between requests of equal salt.
+/// Separates prefix caches: but for public blocks ([`crate::Submission::shared_tokens`]), only requests of equal salt share.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct CacheSalt(pub u128);
 

@@ -5,7 +5,7 @@
 
 use crate::fault::planted;
 use crate::invariants::InvariantId;
-use crate::kv::NodeId;
+use crate::kv::{Audience, NodeId};
 use crate::request::{Arrival, Arriving, Phase, Request, RequestIndex, stop_bit};
 use crate::tenants::TenantSlot;
 use crate::{CancelReason, ClassId, Effect, Engine, FinishReason, Refusal, RequestId, Submission, Usage};
@@ -60,6 +60,11 @@ impl Engine {
         self.next_arrival += 1;
         let mut stop_tokens = submission.stop_tokens;
         stop_tokens.sort_unstable();
+        let block_size = self.config.block_size;
+        let prompt_len = submission.prompt.len() as u32;
+        let shared_tokens = submission.shared_tokens.min(prompt_len);
+        let is_rounded_up = planted!(self, ShareLastBlock);
+        let num_public = if is_rounded_up { shared_tokens.div_ceil(block_size) } else { shared_tokens / block_size };
         let mut request = Request {
             id: submission.request,
             arrival,
@@ -75,15 +80,18 @@ impl Engine {
             cached_blocks: 0,
             lacking: None,
             num_computed: 0,
+            num_told: 0,
             num_published: 0,
+            num_reached: 0,
             node: NodeId::ROOT,
             found: 0,
-            prompt_len: submission.prompt.len() as u32,
+            prompt_len,
+            last_token: submission.prompt[prompt_len as usize - 1],
             tokens: submission.prompt,
             hashes: Vec::new(),
             table: Vec::new(),
             arriving: Arriving::NONE,
-            salt: submission.salt,
+            audience: Audience { salt: submission.salt, num_public },
             max_new_tokens: submission.max_new_tokens,
             min_new_tokens: submission.min_new_tokens,
             stop_mask: stop_tokens.iter().fold(0, |mask, token| mask | stop_bit(*token)),
@@ -93,7 +101,7 @@ impl Engine {
         };
         request.hash_blocks(&self.config);
         for pool in &mut self.pools {
-            pool.lookup(request.salt, &request.tokens, &request.hashes, &mut request.table);
+            pool.lookup(request.audience, &request.tokens, &request.hashes, &mut request.table);
             request.cached_blocks = request.cached_blocks.max(request.table.len() as u32);
             request.table.clear();
         }

@@ -21,7 +21,8 @@ pub enum InvariantId {
     Kv3,
     /// A published block is full and is never rewritten.
     Kv4,
-    /// Two requests share a block only if all tokens up to its end, and their salts, are equal.
+    /// Two requests share a block only if all tokens up to its end are equal, and it is public for both, or private to equal
+    /// salts.
     Kv5,
     /// The tokens of a step are within its budget.
     Sch1,
@@ -285,7 +286,7 @@ impl Engine {
             let other = &self.requests[first];
             let alone = first == index && place == at;
             let equal = place == at
-                && other.salt == request.salt
+                && other.audience.salt_of(at) == request.audience.salt_of(at)
                 && request.tokens.len() >= end
                 && other.tokens.len() >= end
                 && other.tokens[..end] == request.tokens[..end];

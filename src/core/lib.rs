@@ -8,7 +8,8 @@
 //!     StepFailed        suspects.rs  |
 //!     Transfer, Worker  handoff.rs   |
 //!                                    v
-//!   WorkerId ----> Engine::plan ---> StepPlan         scheduler.rs fills it, preempt.rs makes room, policy.rs chooses
+//!   WorkerId ----> Engine::plan ---> StepPlan         scheduler.rs fills it, preempt.rs and claim.rs make room,
+//!                                                     policy.rs chooses
 //!
 //!   state: request.rs (store), queue.rs (who waits, in order), tenants.rs, worker.rs (running list, step in flight),
 //!          kv/ (pools), cost.rs (what a step takes)
@@ -19,6 +20,7 @@
 //! What is absent: planning ahead of the device, and any knowledge of text, sampling or tensors.
 
 mod admission;
+mod claim;
 mod completion;
 mod config;
 mod cost;
@@ -41,6 +43,7 @@ mod scheduler;
 mod signals;
 #[cfg(test)]
 mod sim;
+mod start;
 mod suspects;
 mod tenants;
 mod worker;

@@ -3,7 +3,7 @@
 use crate::{BlockId, RequestId, StepId, TokenId, WorkerId};
 use std::ops::Range;
 
-/// One step of one worker. Slices index into the flat `tokens` and `block_tables`.
+/// One step of one worker. Slices index into the flat `tokens` and `blocks`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StepPlan {
     pub step: StepId,
@@ -11,12 +11,25 @@ pub struct StepPlan {
     pub slices: Vec<SeqSlice>,
     /// Input tokens of all slices, in the order of the slices.
     pub tokens: Vec<TokenId>,
-    /// Block tables of all slices, in the order of the slices.
-    pub block_tables: Vec<BlockId>,
+    /// What is new in the block tables of all slices, in the order of the slices.
+    pub blocks: Vec<BlockId>,
 }
 
 /// One request's share of a step: compute `tokens` at positions `start..start + tokens.len()`, reading and writing
 /// K/V through its block table, which covers all of `0..start + tokens.len()`.
+///
+/// The worker keeps the tables, and a slice brings what is new in its own: the table is then the first `table_len` blocks of
+/// the one kept for this request, and after them `blocks`.
+///
+/// ```text
+///   kept    [7][3][9][4]        of the last slice of this request at this worker; none counts as empty
+///   slice    table_len 4, blocks [8]       -> [7][3][9][4][8]
+///   slice    table_len 4, blocks []        -> as it was
+///   slice    table_len 0, blocks [5][6]    -> [5][6]: it started anew, came from another worker, or a step with it failed
+/// ```
+///
+/// A worker that is lost may forget all tables; a table that no slice will name again, of a request that ended, was preempted
+/// or moved away, may be forgotten, too.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SeqSlice {
     pub request: RequestId,
@@ -24,8 +37,10 @@ pub struct SeqSlice {
     pub start: u32,
     /// Range of [`StepPlan::tokens`].
     pub tokens: Range<u32>,
-    /// Range of [`StepPlan::block_tables`].
-    pub block_table: Range<u32>,
+    /// Blocks of the kept table that stay.
+    pub table_len: u32,
+    /// Range of [`StepPlan::blocks`].
+    pub blocks: Range<u32>,
     /// Whether the last position's logits are sampled: true when the slice ends at the last known token.
     pub sample: bool,
 }
@@ -39,7 +54,7 @@ impl StepPlan {
             worker: WorkerId(0),
             slices: Vec::new(),
             tokens: Vec::new(),
-            block_tables: Vec::new(),
+            blocks: Vec::new(),
         }
     }
 
@@ -49,7 +64,7 @@ impl StepPlan {
     }
 
     #[must_use]
-    pub fn slice_block_table(&self, slice: &SeqSlice) -> &[BlockId] {
-        &self.block_tables[slice.block_table.start as usize..slice.block_table.end as usize]
+    pub fn slice_blocks(&self, slice: &SeqSlice) -> &[BlockId] {
+        &self.blocks[slice.blocks.start as usize..slice.blocks.end as usize]
     }
 }

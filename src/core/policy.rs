@@ -1,7 +1,9 @@
 //! The choices of the scheduler, as pure functions. Mechanics are elsewhere; the order of the waiting is `queue.rs`.
 //!
 //! Order within a step: decodes before prefill; prefill by class, then by the tenant's fair-share counter, then by age,
-//! running and waiting requests alike. With the limit on running requests this starves nobody:
+//! running and waiting requests alike. What a running prefill was itself charged does not count against it, so that it goes on
+//! as it was when it started, and a flood's later prompts do not pass a long one. With the limit on running requests this
+//! starves nobody:
 //!
 //! - at most `step_tokens_max` requests run, so every decode has its token in every step, and as a prefilling request is
 //!   one of them, at least one token of each step is left for prefill;
@@ -39,6 +41,12 @@ pub(crate) fn standing(live: u32, floor: u32, share: u32) -> Standing {
 /// The request of the greatest rank loses its blocks first: of a tenant above its share, of the least urgent class, the
 /// youngest, which has the least to compute again.
 pub(crate) type VictimRank = (Standing, ClassId, Arrival);
+
+/// Whether a tenant with these places and this weight has at least as many for its weight as another.
+pub(crate) fn crowds_as(other: (u32, u32), own: (u32, u32)) -> bool {
+    let part = |(places, _): (u32, u32), (_, weight): (u32, u32)| u64::from(places) * u64::from(weight);
+    part(own, other) >= part(other, own)
+}
 
 /// Free blocks that an admission must leave: one for each request of the pool that runs already, so that none of them has to
 /// preempt the newcomer within the next `block_size` steps. Nothing when nothing runs, so that one can always start.

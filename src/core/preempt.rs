@@ -113,7 +113,7 @@ impl Engine {
         holders().filter(|index| *index != best && takeable(index)).max_by_key(rank)
     }
 
-    fn victim_rank(&self, pool: usize, weights: u64, request: &Request) -> VictimRank {
+    pub(crate) fn victim_rank(&self, pool: usize, weights: u64, request: &Request) -> VictimRank {
         let live = self.pools[pool].num_live_of(request.tenant);
         let share = self.pools[pool].share(&self.tenants, request.tenant, weights);
         let mut standing = standing(live, self.tenants[request.tenant].spec.floor_blocks, share);
@@ -141,13 +141,20 @@ impl Engine {
     /// Takes a request's blocks and lets it wait again. Its tokens stay known and are computed again.
     pub(crate) fn preempt(&mut self, index: RequestIndex, effects: &mut Vec<Effect>) {
         self.detach(index);
+        self.requeue(index, effects);
+    }
+
+    /// Lets a request wait again that was detached.
+    pub(crate) fn requeue(&mut self, index: RequestIndex, effects: &mut Vec<Effect>) {
         let request = &mut self.requests[index];
         request.phase = Phase::Waiting;
+        request.num_reached = request.num_reached.max(request.num_computed);
         request.num_computed = 0;
         request.yields = false;
         request.preemptions += 1;
         if planted!(self, RepeatOutput) {
             request.tokens.truncate(request.prompt_len as usize);
+            request.last_token = request.tokens[request.prompt_len as usize - 1];
             request.hashes.truncate((request.prompt_len / self.config.block_size) as usize);
         }
         // What it computed is cached, most likely: nobody's prefix is longer.

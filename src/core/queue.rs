@@ -8,7 +8,8 @@
 //!
 //! The most urgent class comes first; in it the tenant whose counter is least; of its requests the one with the longest
 //! cached prefix. A counter grows with every token that is computed for the tenant, prompt (what is cached is free) and output,
-//! by the token's price, which is the less the more weight the tenant has. A tenant that begins to wait again starts at the counter that was last
+//! by the token's price, which is the less the more weight the tenant has; prompt tokens are charged when a request starts, and
+//! given back if it ends before they were computed. A tenant that begins to wait again starts at the counter that was last
 //! served, so that nobody saves up time: the virtual token counter of Sheng et al., "Fairness in Serving Large Language
 //! Models" (2023).
 //!
@@ -93,6 +94,11 @@ pub(crate) struct Candidate {
     pub(crate) tenant: TenantSlot,
     pub(crate) counter: u64,
     pub(crate) index: RequestIndex,
+}
+
+/// What tokens cost a tenant of this weight.
+pub(crate) fn price(weight: u32, tokens: u64) -> u64 {
+    tokens.saturating_mul(u64::from(WEIGHT_MAX / weight))
 }
 
 #[derive(Clone, Debug)]
@@ -203,7 +209,21 @@ impl Waiting {
     pub(crate) fn charge(&mut self, class: ClassId, tenant: TenantSlot, weight: u32, tokens: u64) {
         let share = &mut self.classes[usize::from(class.0)].shares[tenant.0 as usize];
         if !planted!(self, ChargeNobody) {
-            share.counter = share.counter.saturating_add(tokens.saturating_mul(u64::from(WEIGHT_MAX / weight)));
+            share.counter = share.counter.saturating_add(price(weight, tokens));
+        }
+    }
+
+    /// Gives back what tokens were charged that are not computed after all.
+    pub(crate) fn refund(&mut self, class: ClassId, tenant: TenantSlot, weight: u32, tokens: u64) {
+        let class = &mut self.classes[usize::from(class.0)];
+        let share = &mut class.shares[tenant.0 as usize];
+        share.counter = share.counter.saturating_sub(price(weight, tokens));
+        if share.key > share.counter {
+            // A key above its counter would let others go first.
+            if class.order.remove(&(share.key, tenant)) {
+                class.order.insert((share.counter, tenant));
+            }
+            share.key = share.counter;
         }
     }
 
@@ -259,17 +279,17 @@ impl Waiting {
         let mut before = Load::default();
         self.classes[..usize::from(class.0)].iter().for_each(|class| before.add(class.load));
         let class = &self.classes[usize::from(class.0)];
-        let price = |slot: TenantSlot| u64::from(WEIGHT_MAX / tenants[slot].weight());
+        let unit = |slot: TenantSlot| price(tenants[slot].weight(), 1);
         let own = &class.shares[tenant.0 as usize];
         let counter = if own.by_age.is_empty() { own.counter.max(class.level) } else { own.counter };
-        let end = counter.saturating_add((own.load.tokens + tokens).saturating_mul(price(tenant)));
+        let end = counter.saturating_add((own.load.tokens + tokens).saturating_mul(unit(tenant)));
         for (_, other) in &class.order {
             let share = &class.shares[other.0 as usize];
             if *other == tenant {
                 before.add(share.load);
             } else if share.counter < end {
                 // The tenant that is served last of all may get one whole request more, but so may we.
-                before.add(share.load.part((end - share.counter) / price(*other)));
+                before.add(share.load.part((end - share.counter) / unit(*other)));
             }
         }
         before

@@ -3,11 +3,11 @@
 //! Owner: the engine. A request lives in one cell of the store from `Submit` to `Finish`; queues hold its index. The map
 //! from ids is only asked, never walked, so its order decides nothing.
 
-use crate::kv::NodeId;
-use crate::kv::hash::{BlockHash, BlockHasher};
+use crate::kv::hash::{BlockHash, extend_hashes};
+use crate::kv::{Audience, NodeId};
 use crate::tenants::TenantSlot;
 use crate::{
-    BlockId, CacheSalt, ClassId, CoreConfig, FinishReason, Micros, PoolId, RequestId, TokenId, TransferId, Usage,
+    BlockId, ClassId, CoreConfig, FinishReason, Micros, PoolId, RequestId, TokenId, TransferId, Usage,
     WorkerId,
 };
 use std::collections::HashMap;
@@ -45,42 +45,46 @@ pub(crate) enum Phase {
 ///
 /// What every step of a decode reads and writes comes first, in two cache lines.
 #[derive(Clone, Debug)]
-#[repr(C, align(64))]
+#[repr(C, align(128))]
 pub(crate) struct Request {
     pub(crate) id: RequestId,
     /// Prompt and output.
     pub(crate) tokens: Vec<TokenId>,
-    pub(crate) table: Vec<BlockId>,
     /// Tokens whose K/V are in the blocks of `table`.
     pub(crate) num_computed: u32,
+    /// Blocks of `table` that the worker on which it runs was told.
+    pub(crate) num_told: u32,
+    /// The last of `tokens`: to read it there costs a cache miss.
+    pub(crate) last_token: TokenId,
+    pub(crate) class: ClassId,
     /// A planned slice has not been reported back: the device reads and writes the blocks.
     pub(crate) in_flight: bool,
     /// Loses its blocks when the slice in flight is reported back.
     pub(crate) yields: bool,
     /// In one of its worker's groups of suspects.
     pub(crate) is_suspect: bool,
-    pub(crate) class: ClassId,
-    /// Of the full blocks of `tokens`; empty when prefixes are not cached.
-    pub(crate) hashes: Vec<BlockHash>,
-    /// Blocks of `table` that lookups know, or whose content they know under another block.
-    pub(crate) num_published: u32,
     pub(crate) tenant: TenantSlot,
     pub(crate) prompt_len: u32,
-    pub(crate) max_new_tokens: u32,
-    pub(crate) min_new_tokens: u32,
     /// A bit for each stop token.
     pub(crate) stop_mask: u64,
-    /// To be finished when the slice in flight, or the transfer, is reported back.
-    pub(crate) ending: Option<FinishReason>,
+    pub(crate) max_new_tokens: u32,
+    pub(crate) min_new_tokens: u32,
+    /// Blocks of `table` that lookups know, or whose content they know under another block.
+    pub(crate) num_published: u32,
     /// A transfer of it failed: it is computed where it decodes.
     pub(crate) stays: bool,
+    /// Of the full blocks of `tokens`; empty when prefixes are not cached.
+    pub(crate) hashes: Vec<BlockHash>,
+    /// To be finished when the slice in flight, or the transfer, is reported back.
+    pub(crate) ending: Option<FinishReason>,
+    pub(crate) table: Vec<BlockId>,
     pub(crate) phase: Phase,
     pub(crate) arrival: Arrival,
     /// The place of the last published block in the prefix tree.
     pub(crate) node: NodeId,
     /// Times that its sequence was found again when it started.
     pub(crate) found: u8,
-    pub(crate) salt: CacheSalt,
+    pub(crate) audience: Audience,
     pub(crate) deadline: Option<Micros>,
     /// Its place in the waiting queue: the blocks of its prefix that were cached when it came there.
     pub(crate) cached_blocks: u32,
@@ -92,6 +96,8 @@ pub(crate) struct Request {
     pub(crate) stop_tokens: Vec<TokenId>,
     /// Of the first scheduling.
     pub(crate) cached_tokens: Option<u32>,
+    /// The most tokens that were ever computed before a preemption.
+    pub(crate) num_reached: u32,
     pub(crate) preemptions: u32,
 }
 
@@ -139,6 +145,28 @@ impl Request {
         self.num_tokens() - self.prompt_len
     }
 
+    /// Whether the blocks that its worker was told cover all known tokens.
+    pub(crate) fn is_told(&self, block_size: u32) -> bool {
+        u64::from(self.num_told) * u64::from(block_size) >= u64::from(self.num_tokens())
+    }
+
+    /// Takes a token that was made.
+    pub(crate) fn push(&mut self, token: TokenId) {
+        self.tokens.push(token);
+        self.last_token = token;
+    }
+
+    /// Prompt tokens that its tenant was charged for when it first started.
+    pub(crate) fn num_charged(&self) -> u32 {
+        self.cached_tokens.map_or(0, |cached| self.prompt_len - cached)
+    }
+
+    /// Those of them that were never computed: nothing is owed for them.
+    pub(crate) fn num_uncharged(&self) -> u32 {
+        let reached = self.num_reached.max(self.num_computed);
+        self.cached_tokens.map_or(0, |cached| self.prompt_len - reached.clamp(cached, self.prompt_len))
+    }
+
     /// Most tokens whose K/V are ever stored: the last token made is never computed.
     pub(crate) fn computed_max(&self) -> u32 {
         self.prompt_len + self.max_new_tokens - 1
@@ -147,8 +175,8 @@ impl Request {
     /// Hashes the blocks of `tokens` that became full.
     pub(crate) fn hash_blocks(&mut self, config: &CoreConfig) {
         if config.prefix_caching {
-            let hasher = BlockHasher::new(self.salt, config.hash_bits);
-            hasher.extend(&mut self.hashes, &self.tokens, config.block_size);
+            let shape = (config.block_size, config.hash_bits);
+            extend_hashes(&mut self.hashes, self.audience, &self.tokens, shape);
         }
     }
 

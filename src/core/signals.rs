@@ -52,8 +52,10 @@ pub struct TenantSignals {
     /// Over all pools: blocks that its requests hold, and those that only lookups find.
     pub blocks_live: u32,
     pub blocks_cached: u32,
-    /// Tokens charged since start: prompt tokens to compute, and output.
+    /// Tokens charged since start: prompt tokens to compute, and output; and of these, prompt tokens that were given back,
+    /// because their requests ended before they were computed. Both only grow.
     pub tokens_charged: u64,
+    pub tokens_refunded: u64,
 }
 
 impl Engine {
@@ -111,6 +113,7 @@ impl Engine {
             blocks_live: self.pools.iter().map(|pool| pool.num_live_of(slot)).sum(),
             blocks_cached: self.pools.iter().map(|pool| pool.num_cached_of(slot)).sum(),
             tokens_charged: tenant.charged,
+            tokens_refunded: tenant.refunded,
         }));
     }
 }

@@ -54,6 +54,10 @@ impl Engine {
             let request = &mut self.requests[slice.index];
             request.in_flight = false;
             request.is_suspect = false;
+            // A step that failed may have failed before the worker kept its blocks.
+            if !planted!(self, TrustFailedStep) {
+                request.num_told = 0;
+            }
             match request.ending {
                 Some(reason) => self.finish(slice.index, reason, effects),
                 None if request.yields && !was_alone => self.preempt(slice.index, effects),
@@ -85,7 +89,7 @@ impl Engine {
     /// Refuses the prompt of a request that failed, for a while.
     pub(crate) fn quarantine_prompt(&mut self, index: RequestIndex) {
         let request = &self.requests[index];
-        let hash = prompt_hash(request.salt, &request.tokens[..request.prompt_len as usize]);
+        let hash = prompt_hash(request.audience.salt, &request.tokens[..request.prompt_len as usize]);
         let until = Micros(self.now.0.saturating_add(self.config.quarantine.0));
         if !planted!(self, ForgetQuarantine) {
             self.quarantine.add(hash, until, self.now);

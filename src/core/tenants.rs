@@ -29,11 +29,13 @@ pub(crate) struct Tenant {
     pub(crate) waiting: u32,
     /// Tokens charged since start: prompt tokens to compute, and output.
     pub(crate) charged: u64,
+    /// Of these, prompt tokens of requests that ended before they were computed.
+    pub(crate) refunded: u64,
 }
 
 impl Tenant {
     fn new(spec: TenantSpec) -> Self {
-        Tenant { spec, is_listed: true, requests: 0, waiting: 0, charged: 0 }
+        Tenant { spec, is_listed: true, requests: 0, waiting: 0, charged: 0, refunded: 0 }
     }
 
     pub(crate) fn weight(&self) -> u32 {
@@ -51,6 +53,7 @@ pub(crate) struct Tenants {
     by_id: HashMap<TenantId, TenantSlot>,
     /// Whether any tenant has one.
     has_ceilings: bool,
+    has_floors: bool,
 }
 
 impl Tenants {
@@ -58,7 +61,7 @@ impl Tenants {
     pub(crate) fn new() -> Self {
         let spec = TenantSpec::new(TenantId::default());
         let by_id = HashMap::from([(spec.tenant, TenantSlot::FIRST)]);
-        Tenants { cells: vec![Tenant::new(spec)], by_id, has_ceilings: false }
+        Tenants { cells: vec![Tenant::new(spec)], by_id, has_ceilings: false, has_floors: false }
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -67,6 +70,10 @@ impl Tenants {
 
     pub(crate) fn has_ceilings(&self) -> bool {
         self.has_ceilings
+    }
+
+    pub(crate) fn has_floors(&self) -> bool {
+        self.has_floors
     }
 
     /// The slot of a tenant that requests are taken from.
@@ -100,6 +107,7 @@ impl Tenants {
                 }
             }
         }
+        self.has_floors = self.cells.iter().any(|tenant| tenant.spec.floor_blocks > 0);
         self.has_ceilings = self.cells.iter().any(|tenant| tenant.spec.ceiling_blocks.is_some());
     }
 }

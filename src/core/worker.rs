@@ -4,6 +4,7 @@
 
 use crate::cost::StepWork;
 use crate::request::{Arrival, Request, RequestIndex};
+use crate::tenants::TenantSlot;
 use crate::{ClassId, Micros, StepId, WorkerSpec};
 
 /// One request's share of the step in flight.
@@ -38,8 +39,8 @@ pub(crate) struct Worker {
     pub(crate) is_stalled: bool,
     /// The engine's count of changes when no waiting request could start here.
     pub(crate) blocked_at: Option<u64>,
-    /// Blocks that the running requests would hold if all ran to their limit: what a step's block tables may need.
-    pub(crate) table_blocks_max: usize,
+    /// Running requests by tenant; those beyond its end have none.
+    places: Vec<u32>,
 }
 
 impl Worker {
@@ -58,7 +59,7 @@ impl Worker {
             suspects: Vec::new(),
             is_stalled: false,
             blocked_at: None,
-            table_blocks_max: 0,
+            places: Vec::new(),
         }
     }
 
@@ -85,20 +86,29 @@ impl Worker {
         self.running.iter().copied()
     }
 
-    /// Takes a request into the running list. O(1) for the youngest of the last class, else a move of what comes after.
-    pub(crate) fn start(&mut self, index: RequestIndex, request: &Request, block_size: u32) {
+    /// Running requests of a tenant.
+    pub(crate) fn places_of(&self, tenant: TenantSlot) -> u32 {
+        self.places.get(tenant.0 as usize).copied().unwrap_or(0)
+    }
+
+    /// Takes a request into the running list; the worker knows nothing of its blocks. O(1) for the youngest of the last class,
+    /// else a move of what comes after.
+    pub(crate) fn start(&mut self, index: RequestIndex, request: &mut Request) {
+        request.num_told = 0;
         let key = (request.class, request.arrival);
         let at = self.running.partition_point(|(class, arrival, _)| (*class, *arrival) < key);
         self.running.insert(at, (request.class, request.arrival, index));
-        self.table_blocks_max += request.computed_max().div_ceil(block_size) as usize;
+        let slot = request.tenant.0 as usize;
+        self.places.resize(self.places.len().max(slot + 1), 0);
+        self.places[slot] += 1;
     }
 
     /// Takes a request out of the running list. O(log running) and a move of what comes after.
-    pub(crate) fn stop(&mut self, request: &Request, block_size: u32) {
+    pub(crate) fn stop(&mut self, request: &Request) {
         let key = (request.class, request.arrival);
         let at = self.running.binary_search_by_key(&key, |(class, arrival, _)| (*class, *arrival));
         self.running.remove(at.expect("SCH-2: a running request is not in its worker's list"));
-        self.table_blocks_max -= request.computed_max().div_ceil(block_size) as usize;
+        self.places[request.tenant.0 as usize] -= 1;
     }
 
     /// Takes a request out of the groups of suspects.

@@ -49,6 +49,7 @@ impl Streams {
             min_new_tokens: request.sampling.min_tokens,
             stop_tokens: request.sampling.stop_tokens.clone(),
             salt: request.terms.salt,
+            shared_tokens: request.terms.shared_tokens,
             tenant: request.terms.tenant,
             class: request.terms.class,
             deadline: request.terms.timeout.map(|timeout| Micros(now.0.saturating_add(timeout.as_micros() as u64))),

@@ -1,7 +1,14 @@
 //! A planned step as flat arrays for the model. One `BatchBuffers` is refilled step after step.
+//!
+//! It also keeps the block table of each request, because plans bring only what is new in them: see [`kvern_core::SeqSlice`].
+//! Every plan must come here, in order, also one whose step then fails. O(tokens + blocks of the step's tables).
 
-use kvern_core::StepPlan;
+use kvern_core::{RequestId, StepPlan};
 use kvern_models::{ForwardBatch, StepLimits};
+use std::collections::HashMap;
+
+/// Most vectors of forgotten tables that are kept for new ones.
+const SPARE_MAX: usize = 64;
 
 /// Owner of the arrays behind a [`ForwardBatch`].
 #[derive(Debug)]
@@ -14,6 +21,9 @@ pub(crate) struct BatchBuffers {
     block_tables: Vec<u32>,
     block_table_stride: usize,
     sample_rows: Vec<u32>,
+    tables: HashMap<RequestId, Vec<u32>>,
+    /// Emptied.
+    spare: Vec<Vec<u32>>,
 }
 
 impl BatchBuffers {
@@ -29,7 +39,36 @@ impl BatchBuffers {
             block_tables: Vec::with_capacity(limits.sequences_max * stride),
             block_table_stride: 0,
             sample_rows: Vec::with_capacity(limits.sequences_max),
+            tables: HashMap::new(),
+            spare: Vec::with_capacity(SPARE_MAX),
         }
+    }
+
+    /// A request has ended, was preempted or moved away. One that comes again brings its whole table.
+    pub(crate) fn forget(&mut self, request: RequestId) {
+        let Some(mut table) = self.tables.remove(&request) else { return };
+        if self.spare.len() < SPARE_MAX {
+            table.clear();
+            self.spare.push(table);
+        }
+    }
+
+    /// Takes what is new in the tables; gives the length of the longest of the step.
+    ///
+    /// # Panics
+    /// When a slice goes on with a table that is not here: a plan did not come, or the request was forgotten too early. The
+    /// step then fails, and the core brings whole tables when it repeats it.
+    fn keep_tables(&mut self, plan: &StepPlan) -> usize {
+        let mut longest = 0;
+        for slice in &plan.slices {
+            let table = self.tables.entry(slice.request).or_insert_with(|| self.spare.pop().unwrap_or_default());
+            let (kept, stay) = (table.len(), slice.table_len as usize);
+            assert!(kept >= stay, "{:?} goes on with {stay} blocks, {kept} are kept", slice.request);
+            table.truncate(stay);
+            table.extend(plan.slice_blocks(slice).iter().map(|block| block.0));
+            longest = longest.max(table.len());
+        }
+        longest
     }
 
     /// Lays out `plan`. Block tables are padded with block 0 to the longest of the step; padding is never read.
@@ -40,13 +79,13 @@ impl BatchBuffers {
         self.context_lens.clear();
         self.block_tables.clear();
         self.sample_rows.clear();
-        self.block_table_stride = plan.slices.iter().map(|s| s.block_table.len()).max().unwrap_or(0);
+        self.block_table_stride = self.keep_tables(plan);
         self.cu_seqlens_q.push(0);
         for slice in &plan.slices {
-            let table = plan.slice_block_table(slice);
+            let table = &self.tables[&slice.request];
             let end = slice.start + slice.tokens.len() as u32;
             for position in slice.start..end {
-                let block = table[(position / self.block_size) as usize].0;
+                let block = table[(position / self.block_size) as usize];
                 self.positions.push(position);
                 self.slot_mapping.push(block * self.block_size + position % self.block_size);
             }
@@ -54,7 +93,7 @@ impl BatchBuffers {
             self.cu_seqlens_q.push(rows);
             self.context_lens.push(end);
             let row_start = self.block_tables.len();
-            self.block_tables.extend(table.iter().map(|b| b.0));
+            self.block_tables.extend_from_slice(table);
             self.block_tables.resize(row_start + self.block_table_stride, 0);
             if slice.sample {
                 self.sample_rows.push(rows - 1);
@@ -76,22 +115,45 @@ impl BatchBuffers {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use kvern_core::{BlockId, RequestId, SeqSlice, StepId, WorkerId};
+    use kvern_core::{BlockId, SeqSlice, StepId, WorkerId};
+
+    const LIMITS: StepLimits = StepLimits { tokens_max: 8, sequences_max: 4, context_max: 16 };
+
+    /// A slice of `tokens` tokens from `start` that goes on with `table_len` blocks and brings `blocks`.
+    struct Part<'a> {
+        request: u64,
+        start: u32,
+        tokens: u32,
+        table_len: u32,
+        blocks: &'a [u32],
+    }
+
+    /// Slices that end with one token are sampled.
+    fn plan(parts: &[Part<'_>]) -> StepPlan {
+        let mut plan = StepPlan { step: StepId(3), worker: WorkerId(0), ..StepPlan::empty() };
+        for part in parts {
+            let (token, block) = (plan.tokens.len() as u32, plan.blocks.len() as u32);
+            plan.tokens.extend(part.start..part.start + part.tokens);
+            plan.blocks.extend(part.blocks.iter().map(|block| BlockId(*block)));
+            plan.slices.push(SeqSlice {
+                request: RequestId(part.request),
+                start: part.start,
+                tokens: token..token + part.tokens,
+                table_len: part.table_len,
+                blocks: block..block + part.blocks.len() as u32,
+                sample: part.tokens == 1,
+            });
+        }
+        plan
+    }
 
     #[test]
     fn lays_out_a_decode_and_a_chunk() {
-        let plan = StepPlan {
-            step: StepId(3),
-            worker: WorkerId(0),
-            slices: vec![
-                SeqSlice { request: RequestId(1), start: 5, tokens: 0..1, block_table: 0..2, sample: true },
-                SeqSlice { request: RequestId(2), start: 2, tokens: 1..4, block_table: 2..4, sample: false },
-            ],
-            tokens: vec![50, 12, 13, 14],
-            block_tables: [7, 3, 4, 9].map(BlockId).to_vec(),
-        };
-        let limits = StepLimits { tokens_max: 8, sequences_max: 4, context_max: 16 };
-        let mut buffers = BatchBuffers::new(limits, 4);
+        let plan = plan(&[
+            Part { request: 1, start: 5, tokens: 1, table_len: 0, blocks: &[7, 3] },
+            Part { request: 2, start: 2, tokens: 3, table_len: 0, blocks: &[4, 9] },
+        ]);
+        let mut buffers = BatchBuffers::new(LIMITS, 4);
         let batch = buffers.fill(&plan);
         assert_eq!(batch.positions, [5, 2, 3, 4]);
         assert_eq!(batch.slot_mapping, [3 * 4 + 1, 4 * 4 + 2, 4 * 4 + 3, 9 * 4]);
@@ -99,5 +161,37 @@ mod tests {
         assert_eq!(batch.context_lens, [6, 5]);
         assert_eq!(batch.block_tables, [7, 3, 4, 9]);
         assert_eq!((batch.block_table_stride, batch.sample_rows), (2, &[0u32][..]));
+    }
+
+    #[test]
+    fn keeps_tables_from_plan_to_plan() {
+        let mut buffers = BatchBuffers::new(LIMITS, 4);
+        let mut check = |parts: &[Part<'_>], expected: &[u32]| {
+            assert_eq!(buffers.fill(&plan(parts)).block_tables, expected);
+        };
+        let part = |request, start, table_len, blocks| Part { request, start, tokens: 1, table_len, blocks };
+        check(&[part(1, 3, 0, &[7]), part(2, 6, 0, &[4, 9])], &[7, 0, 4, 9]);
+        // One grows, the other goes on as it was.
+        check(&[part(1, 4, 1, &[3]), part(2, 7, 2, &[])], &[7, 3, 4, 9]);
+        // One that started anew; the other, which is not in the step, keeps its table.
+        check(&[part(2, 1, 0, &[5])], &[5]);
+        check(&[part(1, 5, 2, &[]), part(2, 4, 1, &[6])], &[7, 3, 5, 6]);
+    }
+
+    #[test]
+    fn forgets_a_table() {
+        let mut buffers = BatchBuffers::new(LIMITS, 4);
+        let first = [Part { request: 1, start: 3, tokens: 1, table_len: 0, blocks: &[7] }];
+        buffers.fill(&plan(&first));
+        buffers.forget(RequestId(1));
+        buffers.forget(RequestId(2));
+        assert!(buffers.tables.is_empty());
+        let goes_on = plan(&[Part { request: 1, start: 4, tokens: 1, table_len: 1, blocks: &[3] }]);
+        let unknown = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            buffers.fill(&goes_on);
+        }));
+        assert!(unknown.is_err(), "a table that goes on must be there");
+        // The next plan brings it whole.
+        assert_eq!(buffers.fill(&plan(&first)).block_tables, [7]);
     }
 }

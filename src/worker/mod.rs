@@ -104,6 +104,7 @@ impl Worker {
         let StepCommand { plan, admitted, forgotten, mut sampled } = command;
         for id in forgotten {
             self.sequences.remove(&id);
+            self.batch.forget(id);
         }
         self.sequences.extend(admitted);
         let started = Instant::now();

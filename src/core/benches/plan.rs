@@ -56,6 +56,7 @@ fn engine(num_running: u32, num_waiting: u32, lack: Lack) -> Engine {
             min_new_tokens: 0,
             stop_tokens: vec![1, 2, 3],
             salt: CacheSalt(0),
+            shared_tokens: 0,
             tenant: TenantId(0),
             class: ClassId(0),
             deadline: None,

@@ -55,6 +55,7 @@ impl Bench {
             min_new_tokens: 0,
             stop_tokens: Vec::new(),
             salt: CacheSalt(0),
+            shared_tokens: 0,
             tenant: TenantId(0),
             class: ClassId(0),
             deadline: None,

@@ -9,13 +9,34 @@
 //!
 //! Complexity: one multiply per lane and pair of words, about 10 ns for a block of 16 tokens.
 
+use super::Audience;
 use crate::{CacheSalt, TokenId};
 
 /// Hash of a full block and everything before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct BlockHash(pub(crate) u128);
 
-/// Of a whole prompt, in all bits: what a quarantine knows it by.
+/// What public blocks are hashed with; nothing depends on it but the hashes.
+const PUBLIC_SALT: CacheSalt = CacheSalt(0);
+
+/// Appends to `hashes` those of the full blocks of `tokens` that it lacks.
+pub(crate) fn extend_hashes(
+    hashes: &mut Vec<BlockHash>,
+    audience: Audience,
+    tokens: &[TokenId],
+    (block_size, hash_bits): (u32, u32),
+) {
+    let num_public = audience.num_public as usize;
+    if hashes.len() < num_public {
+        let public = tokens.len().min(num_public * block_size as usize);
+        BlockHasher::new(PUBLIC_SALT, hash_bits).extend(hashes, &tokens[..public], block_size);
+    }
+    if hashes.len() >= num_public {
+        BlockHasher::new(audience.salt, hash_bits).extend(hashes, tokens, block_size);
+    }
+}
+
+/// Of a whole prompt, in all bits: what a quarantine knows it by. A salt's own matter, public blocks or not.
 pub(crate) fn prompt_hash(salt: CacheSalt, tokens: &[TokenId]) -> u128 {
     let hasher = BlockHasher::new(salt, 128);
     // The length first: zeros stand in for what the last block lacks.

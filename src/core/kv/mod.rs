@@ -7,16 +7,27 @@
 //!              block 0           block 1           block 2
 //!   contents  [t t t t ... t]   [t t t t ... t]   [               ]   block_size tokens each, one flat array
 //!   cards     {hash parent node}{hash parent node}{- - unpublished}   32 bytes each
-//!   salts     [salt]            [salt]            [salt]              read for the first block of a sequence only
+//!   salts     [salt]            [salt]            [salt]              read for the first block below a gate only
 //!   refs      [2]               [0]               [1]                 block tables that hold it
 //!   owners    [tenant]          [tenant]          [tenant]            whoever took it last
 //!   free      ................. [1] ..............................    in the order of reuse, see `free_lists`
 //! ```
 //!
 //! A published block is a node of a tree: its parent is the node of the block before it, by a number that is never used
-//! again, or the salt's root. A lookup walks down from the root and takes a candidate only when its parent's number and
+//! again, or the root. A lookup walks down from the root and takes a candidate only when its parent's number and
 //! all its tokens are equal. By induction a hit's whole prefix and salt are equal, whatever the hashes say (KV-5), even
 //! after a parent was evicted and its block number reused.
+//!
+//! The first blocks of a sequence may be public, the others belong to its salt. Where the private part begins, at the root or
+//! below a public block, a block's parent is the gate of that node ([`NodeId::gate`]), and there, and only there, salts are
+//! compared: below a gate everything is of the gate's salt, and what is not below one is public, whatever the salts are.
+//!
+//! ```text
+//!   root --> [public] --> [public] --> [public, of a longer public prefix]
+//!    |                        +-gate-> [salt 7] --> [salt 7]
+//!    |                        +-gate-> [salt 9]
+//!    +-gate-> [salt 7] --> [salt 7]
+//! ```
 //!
 //! Life of a block: `allocate` (what it held is forgotten) -> `publish` once full -> shared by `acquire` -> `release` by each
 //! holder -> free, still found by `lookup`, until `allocate` reuses it. A table is released tail first, so that of one prefix
@@ -46,6 +57,41 @@ impl NodeId {
     pub(crate) const ROOT: NodeId = NodeId(0);
     /// Of a block that is not published.
     const NONE: NodeId = NodeId(u64::MAX);
+    /// Nodes are numbered below it.
+    const GATE: u64 = 1 << 63;
+
+    /// The parent of what is private right below this node.
+    fn gate(self) -> NodeId {
+        NodeId(self.0 | NodeId::GATE)
+    }
+
+    fn is_gate(self) -> bool {
+        self.0 & NodeId::GATE != 0
+    }
+
+    /// The node that this is, or is the gate of.
+    fn inside(self) -> NodeId {
+        NodeId(self.0 & !NodeId::GATE)
+    }
+}
+
+/// Who shares a sequence's blocks: everybody the first `num_public`, requests of the same salt the others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Audience {
+    pub(crate) salt: CacheSalt,
+    pub(crate) num_public: u32,
+}
+
+impl Audience {
+    /// Of block number `at`: nobody's salt, or the sequence's.
+    pub(crate) fn salt_of(&self, at: usize) -> Option<CacheSalt> {
+        (at >= self.num_public as usize).then_some(self.salt)
+    }
+
+    /// What block number `at` has for a parent when the block before it is `node`.
+    fn parent(&self, at: usize, node: NodeId) -> NodeId {
+        if at == self.num_public as usize { node.gate() } else { node }
+    }
 }
 
 /// Most cached blocks that are taken from one tenant before the choice is made anew.
@@ -69,8 +115,10 @@ const UNPUBLISHED: Card = Card { hash: BlockHash(0), parent: NodeId::NONE, node:
 pub(crate) struct FullBlock<'a> {
     pub(crate) block: BlockId,
     pub(crate) hash: BlockHash,
-    pub(crate) parent: NodeId,
-    pub(crate) salt: CacheSalt,
+    /// Its number in its table, the node of what is before it, and who shares its sequence.
+    pub(crate) at: usize,
+    pub(crate) node: NodeId,
+    pub(crate) audience: Audience,
     /// The block before it in its table, and what its sequence has been found to be good for: [`KvPool::found`].
     pub(crate) before: Option<BlockId>,
     pub(crate) hits: u8,
@@ -192,7 +240,7 @@ impl KvPool {
     /// be computed, because its logits are wanted. Takes no reference.
     pub(crate) fn lookup(
         &mut self,
-        salt: CacheSalt,
+        audience: Audience,
         tokens: &[TokenId],
         hashes: &[BlockHash],
         table: &mut Vec<BlockId>,
@@ -200,8 +248,9 @@ impl KvPool {
         let known = if planted!(self, HitWholePrompt) { tokens.len() } else { tokens.len().saturating_sub(1) };
         let size = self.block_size as usize;
         let (mut node, mut collisions) = (NodeId::ROOT, 0);
-        for (block, hash) in tokens[..known].chunks_exact(size).zip(hashes) {
-            let Some(hit) = self.find(*hash, node, salt, block, &mut collisions) else { break };
+        for (at, (block, hash)) in tokens[..known].chunks_exact(size).zip(hashes).enumerate() {
+            let parent = audience.parent(at, node);
+            let Some(hit) = self.find(*hash, parent, audience.salt, block, &mut collisions) else { break };
             table.push(hit);
             node = self.cards[hit.0 as usize].node;
         }
@@ -225,8 +274,10 @@ impl KvPool {
                 return false;
             }
             let is_child = card.parent == parent || planted!(self, SkipParentCheck);
-            let is_salted =
-                parent != NodeId::ROOT || self.salts[candidate.0 as usize] == salt || planted!(self, IgnoreSalt);
+            let is_salted = !parent.is_gate()
+                || self.salts[candidate.0 as usize] == salt
+                || planted!(self, IgnoreSalt)
+                || (parent != NodeId::ROOT.gate() && planted!(self, IgnoreInnerSalt));
             let equal = is_child
                 && is_salted
                 && (equal_tokens(self.contents(candidate), tokens) || planted!(self, SkipTokenCheck));
@@ -361,7 +412,8 @@ impl KvPool {
     /// Makes a full block findable and gives its node. When its content is published already, by a request that computed
     /// it at the same time, the block stays private and the node is that of the published one.
     pub(crate) fn publish(&mut self, full: FullBlock<'_>) -> NodeId {
-        let FullBlock { block, hash, parent, salt, before, hits, tokens } = full;
+        let FullBlock { block, hash, at, node: before_it, audience, before, hits, tokens } = full;
+        let (parent, salt) = (audience.parent(at, before_it), audience.salt);
         assert!(tokens.len() == self.block_size as usize, "KV-4: {block:?} is published with {} tokens", tokens.len());
         assert!(self.refs[block.0 as usize] > 0, "KV-4: free {block:?} is published");
         assert!(self.cards[block.0 as usize].node == NodeId::NONE, "KV-4: {block:?} is published twice");
@@ -379,7 +431,7 @@ impl KvPool {
         self.cards[block.0 as usize] = Card { hash, parent, node };
         self.hits[block.0 as usize] = hits;
         // The block before may be private, with the same content published under another: then nobody is its child.
-        let before = before.filter(|before| self.cards[before.0 as usize].node == parent);
+        let before = before.filter(|before| self.cards[before.0 as usize].node == before_it);
         self.parents[block.0 as usize] = before.map_or(NO_BLOCK, |before| before.0);
         if let Some(before) = before {
             self.children[before.0 as usize] += 1;
@@ -400,7 +452,7 @@ impl KvPool {
         self.cards[block.0 as usize] = UNPUBLISHED;
         // A parent that was forgotten, or published anew, has another node.
         let parent = self.parents[block.0 as usize];
-        if parent != NO_BLOCK && self.cards[parent as usize].node == card.parent {
+        if parent != NO_BLOCK && self.cards[parent as usize].node == card.parent.inside() {
             self.children[parent as usize] -= 1;
         }
     }

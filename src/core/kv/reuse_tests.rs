@@ -3,7 +3,7 @@
 
 #![allow(clippy::unwrap_used)]
 
-use super::hash::BlockHasher;
+use super::hash::extend_hashes;
 use super::*;
 use crate::sim::rng::Rng;
 use crate::{TenantId, TenantSpec};
@@ -73,13 +73,13 @@ fn replay(turns: &[Turn], num_blocks: u32, is_lru: bool) -> (u64, u64) {
     pool.make_tenants(tenants.len());
     let mut found = 0;
     for turn in turns {
-        let salt = CacheSalt(u128::from(turn.session % NUM_TENANTS));
+        let audience = Audience { salt: CacheSalt(u128::from(turn.session % NUM_TENANTS)), num_public: 0 };
         let owner = tenants.find(TenantId(turn.session % NUM_TENANTS)).unwrap();
         let tokens = tokens(turn.session, turn.end);
         let mut hashes = Vec::new();
-        BlockHasher::new(salt, 128).extend(&mut hashes, &tokens, BLOCK_SIZE);
+        extend_hashes(&mut hashes, audience, &tokens, (BLOCK_SIZE, 128));
         let mut table = Vec::new();
-        let mut node = pool.lookup(salt, &tokens[..turn.prompt as usize], &hashes, &mut table);
+        let mut node = pool.lookup(audience, &tokens[..turn.prompt as usize], &hashes, &mut table);
         found += table.len() as u64 * u64::from(BLOCK_SIZE);
         let hits = pool.found(&table);
         table.iter().for_each(|block| pool.acquire(*block, owner));
@@ -89,7 +89,7 @@ fn replay(turns: &[Turn], num_blocks: u32, is_lru: bool) -> (u64, u64) {
             let block = pool.allocate(owner, &tenants).unwrap();
             let before = table.last().copied();
             let tokens = &tokens[at * BLOCK_SIZE as usize..][..BLOCK_SIZE as usize];
-            node = pool.publish(FullBlock { block, hash: hashes[at], parent: node, salt, before, hits, tokens });
+            node = pool.publish(FullBlock { block, hash: hashes[at], at, node, audience, before, hits, tokens });
             table.push(block);
         }
         pool.release(&mut table);

@@ -1,6 +1,6 @@
 #![allow(clippy::unwrap_used)]
 
-use super::hash::BlockHasher;
+use super::hash::extend_hashes;
 use super::*;
 use proptest::prelude::*;
 
@@ -16,16 +16,21 @@ fn pool(num_blocks: u32, block_size: u32) -> KvPool {
 /// A sequence that holds blocks, as a request would.
 #[derive(Clone, Debug)]
 struct Holder {
-    salt: CacheSalt,
+    audience: Audience,
     tokens: Vec<TokenId>,
     table: Vec<BlockId>,
+}
+
+/// Everything private to this salt.
+fn private(salt: u128) -> Audience {
+    Audience { salt: CacheSalt(salt), num_public: 0 }
 }
 
 /// What a test does to the pool.
 #[derive(Clone, Debug)]
 enum Op {
     /// Look a sequence up, take what is found, allocate and publish the rest; nothing when it does not fit.
-    Hold { salt: u128, tokens: Vec<TokenId> },
+    Hold { salt: u128, num_public: u32, tokens: Vec<TokenId> },
     /// Give a sequence's blocks back.
     Release(prop::sample::Index),
     /// Make a sequence's blocks unfindable.
@@ -34,7 +39,10 @@ enum Op {
 
 fn op() -> impl Strategy<Value = Op> {
     // Two tokens and two salts: nearly everything shares a prefix with something.
-    let hold = (0u128..2, prop::collection::vec(0u32..2, 1..12)).prop_map(|(salt, tokens)| Op::Hold { salt, tokens });
+    let hold = (0u128..2, 0u32..4, prop::collection::vec(0u32..2, 1..12)).prop_map(|(salt, public, tokens)| {
+        let num_public = public.min(tokens.len() as u32 / BLOCK_SIZE);
+        Op::Hold { salt, num_public, tokens }
+    });
     prop_oneof![
         4 => hold,
         3 => any::<prop::sample::Index>().prop_map(Op::Release),
@@ -44,14 +52,14 @@ fn op() -> impl Strategy<Value = Op> {
 
 fn hashes(holder: &Holder, hash_bits: u32) -> Vec<BlockHash> {
     let mut hashes = Vec::new();
-    BlockHasher::new(holder.salt, hash_bits).extend(&mut hashes, &holder.tokens, BLOCK_SIZE);
+    extend_hashes(&mut hashes, holder.audience, &holder.tokens, (BLOCK_SIZE, hash_bits));
     hashes
 }
 
 /// Gives the blocks that were found, if the sequence fits.
 fn hold(pool: &mut KvPool, holder: &mut Holder, hash_bits: u32) -> Option<usize> {
     let hashes = hashes(holder, hash_bits);
-    let mut node = pool.lookup(holder.salt, &holder.tokens, &hashes, &mut holder.table);
+    let mut node = pool.lookup(holder.audience, &holder.tokens, &hashes, &mut holder.table);
     let hits = holder.table.len();
     let needed = holder.tokens.len().div_ceil(BLOCK_SIZE as usize) - hits;
     if (pool.num_free() as usize) < needed + pool.count_free(&holder.table) as usize {
@@ -63,9 +71,9 @@ fn hold(pool: &mut KvPool, holder: &mut Holder, hash_bits: u32) -> Option<usize>
     holder.table.extend((0..needed).map(|_| pool.allocate(TenantSlot::FIRST, &Tenants::new()).unwrap()));
     for (at, hash) in hashes.iter().copied().enumerate().skip(hits) {
         let tokens = &holder.tokens[at * BLOCK_SIZE as usize..][..BLOCK_SIZE as usize];
-        let (block, salt) = (holder.table[at], holder.salt);
+        let (block, audience) = (holder.table[at], holder.audience);
         let before = at.checked_sub(1).map(|before| holder.table[before]);
-        node = pool.publish(FullBlock { block, hash, parent: node, salt, before, hits: found, tokens });
+        node = pool.publish(FullBlock { block, hash, at, node, audience, before, hits: found, tokens });
     }
     Some(hits)
 }
@@ -83,7 +91,8 @@ fn check(pool: &KvPool, holders: &[Holder]) {
     for (a, b) in holders.iter().flat_map(|a| holders.iter().map(move |b| (a, b))) {
         for (at, _) in a.table.iter().enumerate().filter(|(at, block)| b.table.get(*at) == Some(block)) {
             let end = (at + 1) * BLOCK_SIZE as usize;
-            let same = std::ptr::eq(a, b) || (a.salt == b.salt && a.tokens[..end] == b.tokens[..end]);
+            let same_salt = a.audience.salt_of(at) == b.audience.salt_of(at);
+            let same = std::ptr::eq(a, b) || (same_salt && a.tokens[..end] == b.tokens[..end]);
             assert!(same, "{a:?} and {b:?} share block {at}");
         }
     }
@@ -98,8 +107,9 @@ proptest! {
         let mut holders: Vec<Holder> = Vec::new();
         for op in ops {
             match op {
-                Op::Hold { salt, tokens } => {
-                    let mut holder = Holder { salt: CacheSalt(salt), tokens, table: Vec::new() };
+                Op::Hold { salt, num_public, tokens } => {
+                    let audience = Audience { num_public, ..private(salt) };
+                    let mut holder = Holder { audience, tokens, table: Vec::new() };
                     if hold(&mut pool, &mut holder, hash_bits).is_some() {
                         holders.push(holder);
                     }
@@ -125,19 +135,49 @@ proptest! {
     #[test]
     fn finds_what_was_freed(tokens in prop::collection::vec(any::<u32>(), 1..40), hash_bits in prop::sample::select(vec![1, 128])) {
         let mut pool = pool(20, BLOCK_SIZE);
-        let mut holder = Holder { salt: CacheSalt(7), tokens, table: Vec::new() };
+        let mut holder = Holder { audience: private(7), tokens, table: Vec::new() };
         prop_assert_eq!(hold(&mut pool, &mut holder, hash_bits), Some(0));
         pool.release(&mut holder.table);
         let expected = (holder.tokens.len() - 1) / BLOCK_SIZE as usize;
         prop_assert_eq!(hold(&mut pool, &mut holder, hash_bits), Some(expected));
-        let mut stranger = Holder { salt: CacheSalt(8), table: Vec::new(), ..holder.clone() };
-        prop_assert_eq!(pool.lookup(stranger.salt, &stranger.tokens, &hashes(&stranger, hash_bits), &mut stranger.table), NodeId::ROOT);
+        let mut stranger = Holder { audience: private(8), table: Vec::new(), ..holder.clone() };
+        prop_assert_eq!(pool.lookup(stranger.audience, &stranger.tokens, &hashes(&stranger, hash_bits), &mut stranger.table), NodeId::ROOT);
         prop_assert!(stranger.table.is_empty(), "another salt finds nothing");
     }
 }
 
 fn sequence(tokens: &[TokenId]) -> Holder {
-    Holder { salt: CacheSalt(0), tokens: tokens.to_vec(), table: Vec::new() }
+    Holder { audience: private(0), tokens: tokens.to_vec(), table: Vec::new() }
+}
+
+#[test]
+fn strangers_share_what_is_public_and_nothing_after_it() {
+    // Salts 0 and 1 (0 is also what public blocks are hashed with), one block public, then others' views of the same tokens.
+    let tokens = [1, 1, 2, 2, 3, 3, 4];
+    let found = |first: Audience, second: Audience, hash_bits| {
+        let mut pool = pool(20, BLOCK_SIZE);
+        let mut holder = Holder { audience: first, tokens: tokens.to_vec(), table: Vec::new() };
+        hold(&mut pool, &mut holder, hash_bits).unwrap();
+        let mut other = Holder { audience: second, tokens: tokens.to_vec(), table: Vec::new() };
+        hold(&mut pool, &mut other, hash_bits).unwrap()
+    };
+    let with = |salt, num_public| Audience { num_public, ..private(salt) };
+    for hash_bits in [1, 128] {
+        let table = [
+            (with(0, 1), with(1, 1), 1),
+            (with(1, 1), with(0, 1), 1),
+            (with(1, 1), with(1, 1), 3),
+            (with(0, 3), with(1, 1), 1),
+            (with(0, 1), with(1, 3), 1),
+            (with(0, 3), with(1, 3), 3),
+            (with(0, 0), with(0, 1), 0),
+            (with(0, 1), with(0, 0), 0),
+            (with(1, 0), with(0, 0), 0),
+        ];
+        for (first, second, expected) in table {
+            assert_eq!(found(first, second, hash_bits), expected, "{first:?} then {second:?}, {hash_bits} bits");
+        }
+    }
 }
 
 #[test]
@@ -156,7 +196,7 @@ fn the_end_of_the_oldest_prefix_is_reused_first() {
     assert_eq!(reused, [n[2], o[2], o[1]]);
     // The start of the old prefix is still found, its end is not.
     let mut again = sequence(&[1, 1, 2, 2, 3]);
-    pool.lookup(again.salt, &again.tokens, &hashes(&again, 128), &mut again.table);
+    pool.lookup(again.audience, &again.tokens, &hashes(&again, 128), &mut again.table);
     assert_eq!(again.table, [o[0]]);
 }
 
@@ -168,22 +208,23 @@ fn a_child_does_not_outlive_its_parent_under_a_stranger() {
     let mut first = sequence(&[1, 1]);
     hold(&mut pool, &mut first, 1).unwrap();
     let hashes_ab = hashes(&sequence(&[1, 1, 2, 2]), 1);
-    let private = [
+    let own = [
         pool.allocate(TenantSlot::FIRST, &Tenants::new()).unwrap(),
         pool.allocate(TenantSlot::FIRST, &Tenants::new()).unwrap(),
     ];
-    let block = |at: usize, parent, tokens| FullBlock {
-        block: private[at],
+    let block = |at: usize, node, tokens| FullBlock {
+        block: own[at],
         hash: hashes_ab[at],
-        parent,
-        salt: CacheSalt(0),
+        at,
+        node,
+        audience: private(0),
         before: None,
         hits: 0,
         tokens,
     };
     // A second request computed the same two blocks: its first stays private, its second becomes a child of the first's.
     let node = pool.publish(block(0, NodeId::ROOT, &[1, 1]));
-    assert!(pool.published(private[0]).is_none());
+    assert!(pool.published(own[0]).is_none());
     pool.publish(block(1, node, &[2, 2]));
     let a = first.table[0];
     pool.release(&mut first.table);
@@ -191,8 +232,9 @@ fn a_child_does_not_outlive_its_parent_under_a_stranger() {
     let x = |b| FullBlock {
         block: a,
         hash: hashes(&sequence(&[b, b]), 1)[0],
-        parent: NodeId::ROOT,
-        salt: CacheSalt(0),
+        at: 0,
+        node: NodeId::ROOT,
+        audience: private(0),
         before: None,
         hits: 0,
         tokens: &[9, 9],
@@ -202,7 +244,7 @@ fn a_child_does_not_outlive_its_parent_under_a_stranger() {
         let mut table = Vec::new();
         let mut stranger = hashes(&sequence(&[9, 9, 2, 2, 0]), 1);
         stranger[1] = BlockHash(other % 2);
-        pool.lookup(CacheSalt(0), &[9, 9, 2, 2, 0], &stranger, &mut table);
+        pool.lookup(private(0), &[9, 9, 2, 2, 0], &stranger, &mut table);
         assert_eq!(table, [a]);
     }
 }

@@ -88,6 +88,7 @@ fn put_submission(out: &mut Vec<u8>, submission: &Submission) {
     put_varint(out, u64::from(submission.max_new_tokens));
     put_varint(out, u64::from(submission.min_new_tokens));
     put_varint128(out, submission.salt.0);
+    put_varint(out, u64::from(submission.shared_tokens));
     put_varint(out, u64::from(submission.tenant.0));
     put_varint(out, u64::from(submission.class.0));
     put_option(out, submission.deadline);
@@ -132,6 +133,7 @@ fn read_submission(body: &mut Reader<'_>) -> Result<Submission, RecordError> {
         max_new_tokens: body.u32()?,
         min_new_tokens: body.u32()?,
         salt: CacheSalt(body.varint128()?),
+        shared_tokens: body.u32()?,
         tenant: TenantId(body.u32()?),
         class: ClassId(u8::try_from(body.varint()?).map_err(|_| body.malformed("a class below 256"))?),
         deadline: read_option(body)?,

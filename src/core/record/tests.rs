@@ -52,7 +52,7 @@ fn sampled() -> impl Strategy<Value = (RequestId, Sampled)> {
 fn submission() -> impl Strategy<Value = Submission> {
     let tokens = || prop::collection::vec(token(), 0..20);
     let numbers = (number(), token(), token(), any::<u128>());
-    let place = (token(), any::<u8>(), prop::option::of(number()));
+    let place = (token(), any::<u8>(), prop::option::of(number()), token());
     (numbers, place, tokens(), tokens()).prop_map(|(numbers, place, prompt, stop_tokens)| Submission {
         request: RequestId(numbers.0),
         prompt,
@@ -60,6 +60,7 @@ fn submission() -> impl Strategy<Value = Submission> {
         min_new_tokens: numbers.2,
         stop_tokens,
         salt: CacheSalt(numbers.3),
+        shared_tokens: place.3,
         tenant: TenantId(place.0),
         class: ClassId(place.1),
         deadline: place.2.map(Micros),

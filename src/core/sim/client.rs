@@ -11,14 +11,13 @@ use crate::{
     Usage,
 };
 
-/// What stands for the K/V of a token: like the real ones it depends on everything before. `before` is that of the token
-/// before it, or [`kv_of_nothing`].
-pub(crate) fn kv(before: u64, token: TokenId) -> u64 {
-    mix(before, u64::from(token) + 1)
-}
+/// Before the first token.
+pub(crate) const KV_OF_NOTHING: u64 = 0x5a17;
 
-pub(crate) fn kv_of_nothing(salt: CacheSalt) -> u64 {
-    mix(salt.0 as u64, (salt.0 >> 64) as u64 ^ 0x5a17)
+/// Tokens in the public blocks of a prompt.
+fn num_public(submission: &Submission, block_size: u32) -> usize {
+    let shared = submission.prompt.len().min(submission.shared_tokens as usize);
+    shared / block_size as usize * block_size as usize
 }
 
 /// What the model samples after a token with these K/V.
@@ -29,6 +28,8 @@ pub(crate) fn next_token(kv: u64) -> TokenId {
 /// One request as its client sees it.
 pub(crate) struct Client {
     pub(crate) submission: Submission,
+    /// Tokens from which on the salt matters.
+    num_public: usize,
     /// Prompt and output of the run alone, and the K/V at each position.
     pub(crate) tokens: Vec<TokenId>,
     pub(crate) kvs: Vec<u64>,
@@ -45,13 +46,16 @@ pub(crate) struct Client {
     pub(crate) is_finished: bool,
     cached_tokens: Option<u32>,
     pub(crate) preemptions: u32,
+    /// The most tokens that were ever computed.
+    pub(crate) num_reached: u32,
 }
 
 impl Client {
     /// Runs the request alone; one that was refused is already finished.
-    pub(crate) fn new(submission: Submission, refused: bool) -> Self {
+    pub(crate) fn new(submission: Submission, refused: bool, block_size: u32) -> Self {
         let mut tokens = submission.prompt.clone();
-        let mut before = kv_of_nothing(submission.salt);
+        let num_public = num_public(&submission, block_size);
+        let mut before = KV_OF_NOTHING;
         let mut kvs: Vec<u64> = Vec::new();
         let mut alone = refused.then_some(FinishReason::Length);
         let mut new = 0;
@@ -59,7 +63,7 @@ impl Client {
             if alone.is_some() {
                 break;
             }
-            before = kv(before, tokens[at]);
+            before = kv(submission.salt, num_public, before, at, tokens[at]);
             kvs.push(before);
             if at + 1 == tokens.len() {
                 let token = next_token(before);
@@ -75,6 +79,7 @@ impl Client {
         Client {
             is_waiting: !refused,
             submission,
+            num_public,
             tokens,
             kvs,
             alone: alone.expect("the loop ends with a reason"),
@@ -86,7 +91,19 @@ impl Client {
             is_finished: refused,
             cached_tokens: None,
             preemptions: 0,
+            num_reached: 0,
         }
+    }
+
+    /// What stands for the K/V of a token: like the real ones it depends on everything before, and beyond the public blocks on
+    /// the salt. `before` is that of the token before it, or [`KV_OF_NOTHING`].
+    pub(crate) fn kv(&self, before: u64, at: usize, token: TokenId) -> u64 {
+        kv(self.submission.salt, self.num_public, before, at, token)
+    }
+
+    /// Prompt tokens that its tenant was charged for and that were never computed.
+    pub(crate) fn num_uncharged(&self) -> u32 {
+        self.cached_tokens.map_or(0, |cached| self.prompt_len() - self.num_reached.clamp(cached, self.prompt_len()))
     }
 
     pub(crate) fn prompt_len(&self) -> u32 {
@@ -194,6 +211,11 @@ impl Client {
             preemptions: self.preemptions,
         }
     }
+}
+
+fn kv(salt: CacheSalt, num_public: usize, before: u64, at: usize, token: TokenId) -> u64 {
+    let before = if at == num_public { mix(mix(before, salt.0 as u64), (salt.0 >> 64) as u64) } else { before };
+    mix(before, u64::from(token) + 1)
 }
 
 /// The request that an effect is about.

@@ -1,14 +1,49 @@
 //! The memory of a fake device: its K/V store has in each slot a hash of the salt and the whole prefix up to that position,
 //! as real K/V depend on it. A step computes from what the slots hold, and every slot that it reads is compared with the
-//! oracle. Workers that share a pool share the device.
+//! oracle. Workers that share a pool share the device; each has block tables of its own, put together from what the plans said
+//! was new in them.
 
 use super::Failure;
-use super::client::{Client, kv, kv_of_nothing, next_token};
+use super::client::{Client, KV_OF_NOTHING, next_token};
 use super::rng::Rng;
 use crate::{BlockId, InvariantId, RequestId, Sampled, SeqSlice, StepPlan};
+use std::collections::HashMap;
 
 /// In the slots of a step or a transfer that failed.
 const POISON: u64 = 0xbad;
+
+/// What a worker keeps from plan to plan.
+#[derive(Default)]
+pub(crate) struct Tables {
+    tables: HashMap<RequestId, Vec<BlockId>>,
+}
+
+impl Tables {
+    /// A plan comes in.
+    pub(crate) fn take(&mut self, plan: &StepPlan) -> Result<(), Failure> {
+        for slice in &plan.slices {
+            let table = self.tables.entry(slice.request).or_default();
+            if table.len() < slice.table_len as usize {
+                return Err(Failure::new("block table", format!("{slice:?} goes on with {} blocks", table.len())));
+            }
+            table.truncate(slice.table_len as usize);
+            table.extend_from_slice(plan.slice_blocks(slice));
+        }
+        Ok(())
+    }
+
+    pub(crate) fn forget(&mut self, request: RequestId) {
+        self.tables.remove(&request);
+    }
+
+    pub(crate) fn forget_all(&mut self) {
+        self.tables.clear();
+    }
+
+    pub(crate) fn of(&self, slice: &SeqSlice) -> &[BlockId] {
+        self.tables.get(&slice.request).map_or(&[], Vec::as_slice)
+    }
+}
 
 pub(crate) struct Device {
     block_size: u32,
@@ -24,21 +59,22 @@ impl Device {
     pub(crate) fn run(
         &mut self,
         plan: &StepPlan,
+        tables: &Tables,
         clients: &mut [Client],
-        rng: &mut Rng,
-        failures: u32,
+        (rng, failures): (&mut Rng, u32),
         sampled: &mut Vec<(RequestId, Sampled)>,
     ) -> Result<(), Failure> {
         for slice in &plan.slices {
             let client = &mut clients[slice.request.0 as usize];
-            let last = self.forward(plan, slice, client)?;
+            let last = self.forward(plan, tables.of(slice), slice, client)?;
+            client.num_reached = client.num_reached.max(slice.start + slice.tokens.len() as u32);
             if !slice.sample {
                 continue;
             }
             let fails = rng.percent(failures);
             if fails {
                 client.has_failed = true;
-                self.poison(plan, slice)?;
+                self.poison(tables.of(slice), slice)?;
             }
             sampled.push((slice.request, if fails { Sampled::Failed } else { Sampled::Token(next_token(last)) }));
         }
@@ -46,8 +82,8 @@ impl Device {
     }
 
     /// Executes a step that fails as a whole.
-    pub(crate) fn fail(&mut self, plan: &StepPlan) -> Result<(), Failure> {
-        plan.slices.iter().try_for_each(|slice| self.poison(plan, slice))
+    pub(crate) fn fail(&mut self, plan: &StepPlan, tables: &Tables) -> Result<(), Failure> {
+        plan.slices.iter().try_for_each(|slice| self.poison(tables.of(slice), slice))
     }
 
     /// Loses everything.
@@ -70,16 +106,22 @@ impl Device {
         }
     }
 
-    fn poison(&mut self, plan: &StepPlan, slice: &SeqSlice) -> Result<(), Failure> {
-        for position in slice.start..slice.start + plan.slice_tokens(slice).len() as u32 {
-            let slot = self.slot(plan, slice, position)?;
+    fn poison(&mut self, table: &[BlockId], slice: &SeqSlice) -> Result<(), Failure> {
+        for position in slice.start..slice.start + slice.tokens.len() as u32 {
+            let slot = self.slot(table, slice, position)?;
             self.slots[slot] = POISON;
         }
         Ok(())
     }
 
     /// Computes one slice; gives the K/V of its last token.
-    fn forward(&mut self, plan: &StepPlan, slice: &SeqSlice, client: &Client) -> Result<u64, Failure> {
+    fn forward(
+        &mut self,
+        plan: &StepPlan,
+        table: &[BlockId],
+        slice: &SeqSlice,
+        client: &Client,
+    ) -> Result<u64, Failure> {
         let tokens = plan.slice_tokens(slice);
         let end = slice.start + tokens.len() as u32;
         let fail = |name: &str, position: u32| Err(Failure::new(name, format!("{slice:?} at position {position}")));
@@ -89,9 +131,9 @@ impl Device {
         if slice.sample != (end == client.known()) {
             return fail("sample mark", end);
         }
-        let mut before = kv_of_nothing(client.submission.salt);
+        let mut before = KV_OF_NOTHING;
         for position in 0..slice.start {
-            before = self.slots[self.slot(plan, slice, position)?];
+            before = self.slots[self.slot(table, slice, position)?];
             if client.kvs.get(position as usize) != Some(&before) {
                 return fail("K/V read", position);
             }
@@ -100,16 +142,16 @@ impl Device {
             if client.tokens.get(position as usize) != Some(token) {
                 return fail("input token", position);
             }
-            before = kv(before, *token);
-            let slot = self.slot(plan, slice, position)?;
+            before = client.kv(before, position as usize, *token);
+            let slot = self.slot(table, slice, position)?;
             self.slots[slot] = before;
         }
         Ok(before)
     }
 
     /// Where the K/V of a position are: slot = block * block_size + offset.
-    fn slot(&self, plan: &StepPlan, slice: &SeqSlice, position: u32) -> Result<usize, Failure> {
-        match plan.slice_block_table(slice).get((position / self.block_size) as usize) {
+    fn slot(&self, table: &[BlockId], slice: &SeqSlice, position: u32) -> Result<usize, Failure> {
+        match table.get((position / self.block_size) as usize) {
             Some(block) => Ok((block.0 * self.block_size + position % self.block_size) as usize),
             None => Err(Failure::new("block table", format!("{slice:?} does not cover position {position}"))),
         }

@@ -5,11 +5,13 @@ use crate::fault::Fault;
 
 /// Each fault and the checks that may see it first, running the seeds from 0: several where a fault breaks several promises
 /// and the seed decides which shows.
-const FAULTS: [(Fault, &[&str]); 38] = [
+const FAULTS: [(Fault, &[&str]); 45] = [
     (Fault::SkipTokenCheck, &["KV-5", "K/V read"]),
     (Fault::SkipParentCheck, &["K/V read", "KV-5"]),
     (Fault::IgnoreSalt, &["K/V read", "KV-5"]),
-    (Fault::HitWholePrompt, &["cached tokens", "SCH-5"]),
+    (Fault::IgnoreInnerSalt, &["K/V read", "KV-5"]),
+    (Fault::ShareLastBlock, &["K/V read"]),
+    (Fault::HitWholePrompt, &["cached tokens", "SCH-5", "KV-4"]),
     (Fault::PublishPartial, &["KV-4"]),
     (Fault::PublishFailed, &["K/V read"]),
     (Fault::KeepStaleHash, &["KV-4"]),
@@ -19,6 +21,8 @@ const FAULTS: [(Fault, &[&str]); 38] = [
     (Fault::LeakOnCancel, &["KV-2"]),
     (Fault::RotateTable, &["K/V read"]),
     (Fault::ShortTable, &["block table"]),
+    (Fault::KeepTable, &["K/V read", "block table"]),
+    (Fault::TrustFailedStep, &["block table"]),
     (Fault::SkipInputToken, &["K/V read", "sample mark"]),
     (Fault::ExceedBudget, &["SCH-1"]),
     (Fault::EmptySlice, &["SCH-4"]),
@@ -28,9 +32,12 @@ const FAULTS: [(Fault, &[&str]); 38] = [
     (Fault::RepeatOutput, &["sample mark"]),
     (Fault::DropToken, &["output", "sample mark"]),
     (Fault::FinishTwice, &["OUT-2"]),
-    (Fault::IgnoreMinNewTokens, &["finish reason"]),
+    (Fault::IgnoreMinNewTokens, &["finish reason", "output"]),
     (Fault::SaveUpTime, &["fair share"]),
     (Fault::ChargeNobody, &["fair share"]),
+    (Fault::KeepCharge, &["fair share"]),
+    (Fault::KeepPlaces, &["place"]),
+    (Fault::KeepShares, &["floor"]),
     (Fault::StarveClasses, &["WAIT-1"]),
     (Fault::StarveOldest, &["WAIT-1"]),
     (Fault::IgnoreFloors, &["TEN-1"]),

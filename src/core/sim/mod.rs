@@ -93,6 +93,19 @@ fn run_seeds(seeds: std::ops::Range<u64>) -> Coverage {
     })
 }
 
+/// Runs that once broke something.
+const REGRESSIONS: [u64; 1] = [
+    // TEN-2: a request that joined others' live blocks was not counted as its tenant's.
+    816_139,
+];
+
+#[test]
+fn seeds_that_once_failed() {
+    for seed in REGRESSIONS {
+        run_seeds(seed..seed + 1);
+    }
+}
+
 #[test]
 fn random_runs() {
     if let Some(seed) = from_environment("KVERN_SIM_SEED") {

@@ -70,6 +70,13 @@ impl Ledger {
         *self.counter(class, tenant) += u64::from(tokens) * u64::from(65_536 / weight);
     }
 
+    /// Prompt tokens are given back that were not computed.
+    pub(crate) fn refund(&mut self, class: usize, tenant: TenantId, tokens: u32) {
+        let weight = self.weights.get(&tenant).copied().unwrap_or(1);
+        let counter = self.counter(class, tenant);
+        *counter = counter.saturating_sub(u64::from(tokens) * u64::from(65_536 / weight));
+    }
+
     /// A request that waits ends.
     pub(crate) fn remove(&mut self, request: RequestId) {
         self.waiting.retain(|entry| entry.request != request);

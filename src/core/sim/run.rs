@@ -2,11 +2,11 @@
 
 use super::client::{Client, request_of};
 use super::coverage::Coverage;
-use super::device::Device;
+use super::device::{Device, Tables};
 use super::order::Ledger;
 use super::replay::Log;
 use super::rng::Rng;
-use super::watch::{Before, check_ceilings};
+use super::watch::{Before, Right, check_ceilings};
 use super::workload::Workload;
 use super::{Failure, check};
 use crate::fault::Fault;
@@ -32,6 +32,8 @@ pub(crate) struct Run {
     engine: Engine,
     /// By pool.
     devices: Vec<Device>,
+    /// By worker.
+    tables: Vec<Tables>,
     clients: Vec<Client>,
     in_flight: Vec<StepPlan>,
     transfers: Vec<Transfer>,
@@ -49,7 +51,7 @@ pub(crate) struct Run {
 impl Run {
     pub(crate) fn new(seed: u64, fault: Option<Fault>) -> Self {
         let mut rng = Rng::new(seed);
-        let workload = Workload::new(&mut rng);
+        let workload = Workload::new(&mut rng, Rng::new(!seed));
         let config = &workload.config;
         let mut engine = Engine::new(config.clone());
         engine.fault = fault;
@@ -59,6 +61,7 @@ impl Run {
             rng,
             engine,
             devices: config.pools.iter().map(|blocks| Device::new(*blocks, config.block_size)).collect(),
+            tables: config.workers.iter().map(|_| Tables::default()).collect(),
             clients: Vec::new(),
             in_flight: Vec::new(),
             transfers: Vec::new(),
@@ -147,7 +150,8 @@ impl Run {
         };
         self.coverage.refused(found);
         self.check_refusal(&submission, expected, found, queued)?;
-        let mut client = Client::new(submission.clone(), found.is_some());
+        let block_size = self.workload.config.block_size;
+        let mut client = Client::new(submission.clone(), found.is_some(), block_size);
         client.is_poisoned = self.rng.percent(self.workload.poisoned);
         self.clients.push(client);
         if found.is_none() {
@@ -249,9 +253,14 @@ impl Run {
         let plan = self.in_flight.remove(at);
         let pool = self.pool(plan.worker);
         let device = &mut self.devices[pool];
+        let tables = &mut self.tables[usize::from(plan.worker.0)];
         let is_poisoned = plan.slices.iter().any(|slice| self.clients[slice.request.0 as usize].is_poisoned);
         if is_poisoned || (self.rng.percent(self.workload.failures) && self.rng.percent(20)) {
-            device.fail(&plan)?;
+            device.fail(&plan, tables)?;
+            // It may have failed before the worker had kept any of it.
+            if self.workload.later.percent(50) {
+                plan.slices.iter().for_each(|slice| tables.forget(slice.request));
+            }
             self.coverage.failed_steps += 1;
             self.coverage.bisections += u64::from(plan.slices.len() > 1);
             if let [slice] = &plan.slices[..] {
@@ -260,7 +269,8 @@ impl Run {
             self.apply(Input::StepFailed { worker: plan.worker, step: plan.step })?;
         } else {
             let mut sampled = self.engine.recycle_sampled();
-            device.run(&plan, &mut self.clients, &mut self.rng, self.workload.failures, &mut sampled)?;
+            let chance = (&mut self.rng, self.workload.failures);
+            device.run(&plan, tables, &mut self.clients, chance, &mut sampled)?;
             for slice in &plan.slices {
                 if self.clients[slice.request.0 as usize].has_failed {
                     self.blame(slice.request);
@@ -319,8 +329,9 @@ impl Run {
         self.coverage.lost_workers += 1;
         let pool = self.pool(worker);
         for plan in self.in_flight.extract_if(.., |plan| plan.worker == worker) {
-            self.devices[pool].fail(&plan)?;
+            self.devices[pool].fail(&plan, &self.tables[at])?;
         }
+        self.tables[at].forget_all();
         for transfer in self.transfers.extract_if(.., |transfer| transfer.from == worker || transfer.to == worker) {
             let to = usize::from(self.workload.config.workers[usize::from(transfer.to.0)].pool.0);
             transfer.blocks.iter().for_each(|(_, target)| self.devices[to].write(*target, None));
@@ -376,10 +387,16 @@ impl Run {
             self.coverage.steps += 1;
             self.coverage.stalls += u64::from(self.engine.workers[usize::from(worker.0)].is_stalled);
         }
+        match before.check_rights(&self.engine, &self.effects)? {
+            Some(Right::Place) => self.coverage.places_claimed += 1,
+            Some(Right::Floor) => self.coverage.floors_claimed += 1,
+            None => {}
+        }
         before.check_victims(&self.engine, &self.effects)?;
         before.check_evictions(&self.engine, worker, &self.effects)?;
         self.take_effects()?;
         if is_planned {
+            self.tables[usize::from(worker.0)].take(&plan)?;
             self.in_flight.push(plan);
         }
         Ok(())
@@ -407,14 +424,29 @@ impl Run {
                     let thrashes = effects[..at].contains(&Effect::Preempted { request });
                     check(!thrashes, "thrash", || format!("{request:?} lost its blocks in the same plan"))?;
                 }
-                Effect::Preempted { .. } => self.ledger.insert(request, class, tenant),
+                Effect::Preempted { .. } => {
+                    self.ledger.insert(request, class, tenant);
+                    self.forget_tables(request, 50);
+                }
                 Effect::Token { .. } => self.ledger.charge(class, tenant, 1),
-                Effect::Finish { .. } if was_waiting => self.ledger.remove(request),
+                Effect::Finish { .. } => {
+                    if was_waiting {
+                        self.ledger.remove(request);
+                    }
+                    let uncharged = self.clients[index].num_uncharged();
+                    self.coverage.refunds += u64::from(uncharged > 0);
+                    self.ledger.refund(class, tenant, uncharged);
+                    self.forget_tables(request, 100);
+                }
                 Effect::Transfer { transfer, from, to, blocks, .. } => {
                     let (id, from, to, blocks) = (*transfer, *from, *to, blocks.clone());
                     self.transfers.push(Transfer { id, request, from, to, blocks });
                 }
-                Effect::Finish { .. } | Effect::Moved { .. } => {}
+                Effect::Moved { worker, .. } => {
+                    let here = usize::from(worker.0);
+                    let others = self.tables.iter_mut().enumerate().filter(|(at, _)| *at != here);
+                    others.for_each(|(_, tables)| tables.forget(request));
+                }
             }
         }
         self.effects = effects;
@@ -422,11 +454,22 @@ impl Run {
         Ok(())
     }
 
+    /// Workers may forget a request that is not on them; `percent` of them do.
+    fn forget_tables(&mut self, request: RequestId, percent: u32) {
+        for tables in &mut self.tables {
+            if self.workload.later.percent(percent) {
+                tables.forget(request);
+            }
+        }
+    }
+
     /// The devices may still read and write the blocks of each step in flight, and of each transfer.
     fn check_in_flight(&self) -> Result<(), Failure> {
         for plan in &self.in_flight {
             let pool = &self.engine.pools[self.pool(plan.worker)];
-            let freed = plan.block_tables.iter().find(|block| pool.is_free(**block));
+            let tables = &self.tables[usize::from(plan.worker.0)];
+            let mut blocks = plan.slices.iter().flat_map(|slice| tables.of(slice));
+            let freed = blocks.find(|block| pool.is_free(**block));
             check(freed.is_none(), InvariantId::Kv3, || format!("{freed:?} is free while {:?} uses it", plan.step))?;
         }
         for transfer in &self.transfers {

@@ -3,7 +3,7 @@
 
 use super::{Failure, check};
 use crate::cost::StepWork;
-use crate::request::{Arrival, Phase};
+use crate::request::{Arrival, Phase, RequestIndex};
 use crate::tenants::TenantSlot;
 use crate::{BlockId, ClassId, Effect, Engine, InvariantId, RequestId, StepPlan, WorkerId, policy};
 
@@ -42,6 +42,14 @@ pub(crate) struct Before {
     /// Its free blocks that lookups find, and whose they are.
     cached: Vec<(BlockId, TenantSlot)>,
     has_suspects: bool,
+    owed: Option<(RequestId, Right)>,
+}
+
+/// What a tenant may start by although others are in its way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Right {
+    Place,
+    Floor,
 }
 
 fn pool_of(engine: &Engine, worker: WorkerId) -> usize {
@@ -75,7 +83,7 @@ impl Before {
         let here = engine.requests.iter().filter(|(_, request)| is_here(request.phase));
         let holder = |(_, request): (_, &crate::request::Request)| {
             let tenant = request.tenant.0 as usize;
-            let rank = (holdings[tenant].standing(), request.class, request.arrival);
+            let rank = rank(&holdings, request);
             Holder { request: request.id, tenant, rank, is_moving: matches!(request.phase, Phase::Moving { .. }) }
         };
         let holders = here.map(holder).collect();
@@ -83,7 +91,20 @@ impl Before {
         let state = &engine.pools[pool];
         let cached = state.free_blocks().filter(|block| state.published(*block).is_some());
         let cached = cached.map(|block| (block, state.owner(block))).collect();
-        Before { holdings, holders, cached, has_suspects }
+        let owed = if has_suspects { None } else { owed(engine, worker) };
+        Before { holdings, holders, cached, has_suspects, owed }
+    }
+
+    /// Who had a right to start has started, unless room had to be made for decodes; gives the right.
+    pub(crate) fn check_rights(&self, engine: &Engine, effects: &[Effect]) -> Result<Option<Right>, Failure> {
+        let Some((owed, right)) = self.owed else { return Ok(None) };
+        let started = |effect: &Effect| matches!(effect, Effect::Scheduled { request, .. } if *request == owed);
+        let at = effects.iter().position(started);
+        let makes_room = engine.requests.iter().any(|(_, request)| request.yields)
+            || effects.iter().any(|effect| matches!(effect, Effect::Preempted { .. }));
+        let name = if right == Right::Place { "place" } else { "floor" };
+        check(at.is_some() || makes_room, name, || format!("{owed:?} has a right to start and waits"))?;
+        Ok(at.map(|_| right))
     }
 
     /// Who was preempted for the plan: nobody's floor for those above their share, and not the best of all.
@@ -146,7 +167,11 @@ impl Before {
         let mut work = StepWork::default();
         let mut itl = None;
         for request in running() {
-            let is_decode = request.remaining() == 1 && slice_of(request.id).is_none_or(|slice| slice.start > 0);
+            let is_this =
+                |effect: &Effect| matches!(effect, Effect::Scheduled { request: new, .. } if *new == request.id);
+            let is_old = !effects.iter().any(is_this);
+            let is_decode =
+                is_old && request.remaining() == 1 && slice_of(request.id).is_none_or(|slice| slice.start > 0);
             let count = plan.slices.iter().filter(|slice| slice.request == request.id).count();
             let left = itl.is_none() && plan.tokens.len() < budget && config.classes.iter().all(|c| c.itl.is_none());
             let must_run = (is_decode && !worker.is_stalled) || oldest == Some(request.arrival) || left;
@@ -173,6 +198,61 @@ impl Before {
         let is_least = work.prefill_tokens <= u64::from(config.chunk_tokens_min);
         check(within || is_least, "inter-token latency", || format!("{predicted} us of {itl:?} with {work:?}"))
     }
+}
+
+/// Who has the right to start on a worker whatever others hold there, as far as it is plain to see: without ceilings, and where
+/// one of the others that could yield is enough.
+fn owed(engine: &Engine, id: WorkerId) -> Option<(RequestId, Right)> {
+    let worker = &engine.workers[usize::from(id.0)];
+    let pool_number = worker.pool();
+    let is_open = worker.is_alive && worker.step.is_none() && engine.duty(id).admits_max == u32::MAX;
+    if !is_open || engine.tenants.has_ceilings() || engine.is_short(pool_number) || engine.waiting.is_empty() {
+        return None;
+    }
+    let is_full = worker.num_taken() >= policy::running_max(&engine.config);
+    if !is_full && !engine.tenants.has_floors() {
+        return None;
+    }
+    // What others hold grows, and whose turn it is changes, without notice: it is looked at again after the next change.
+    if worker.blocked_at == Some(engine.changes) {
+        return None;
+    }
+    let candidate = engine.waiting.clone().next(|_, _| true)?;
+    let request = &engine.requests[candidate.index];
+    let pool = &engine.pools[pool_number];
+    let holdings = holdings(engine, pool_number);
+    let own = &holdings[request.tenant.0 as usize];
+    let taken: usize = engine.workers.iter().filter(|other| other.pool() == pool_number).map(|w| w.num_taken()).sum();
+    let blocks = request.num_tokens().div_ceil(engine.config.block_size);
+    let needed = blocks + taken as u32;
+    let tenants: Vec<_> =
+        worker.iter_running().map(|(class, _, index)| (class, engine.requests[index].tenant)).collect();
+    let count = |tenant| tenants.iter().filter(|(_, other)| *other == tenant).count();
+    if is_full {
+        let yields =
+            |(class, tenant): &(ClassId, TenantSlot)| *class >= request.class && count(*tenant) >= 2 && holdings[tenant.0 as usize].standing() > 0;
+        let is_owed = count(request.tenant) == 0 && tenants.iter().any(yields) && pool.num_free() >= needed;
+        return is_owed.then_some((request.id, Right::Place));
+    }
+    let is_within = own.live + pool.num_tables_of(request.tenant) + blocks <= own.floor;
+    let ranked = |index: RequestIndex| (rank(&holdings, &engine.requests[index]), index);
+    let best = engine.holders(pool_number).map(ranked).min();
+    let is_at_rest = |index: RequestIndex| {
+        let holder = &engine.requests[index];
+        !holder.in_flight && !matches!(holder.phase, Phase::Moving { .. })
+    };
+    let at_rest = engine.holders(pool_number).filter(|index| is_at_rest(*index)).map(ranked);
+    let first = at_rest.filter(|holder| Some(*holder) != best).max();
+    let is_enough = first.is_some_and(|(rank, index)| {
+        let own = engine.requests[index].table.iter().filter(|block| pool.ref_count(**block) == 1).count() as u32;
+        rank.0 == 2 && pool.num_free() + own >= needed
+    });
+    let is_owed = is_within && pool.num_free() < needed && is_enough;
+    is_owed.then_some((request.id, Right::Floor))
+}
+
+fn rank(holdings: &[Holding], request: &crate::request::Request) -> (u32, ClassId, Arrival) {
+    (holdings[request.tenant.0 as usize].standing(), request.class, request.arrival)
 }
 
 /// No tenant of `exact` ceilings holds more of a pool than its ceiling, but for one request alone.

@@ -44,6 +44,10 @@ pub(crate) struct Workload {
     salts: Vec<CacheSalt>,
     /// Starts that prompts share.
     stems: Vec<Vec<TokenId>>,
+    /// In percent of submissions: those with public blocks.
+    shared: u32,
+    /// Draws what came later to the simulator, so that a seed still means the run that it was named for.
+    pub(crate) later: Rng,
 }
 
 fn tokens(rng: &mut Rng, len: u32) -> Vec<TokenId> {
@@ -51,7 +55,7 @@ fn tokens(rng: &mut Rng, len: u32) -> Vec<TokenId> {
 }
 
 impl Workload {
-    pub(crate) fn new(rng: &mut Rng) -> Self {
+    pub(crate) fn new(rng: &mut Rng, mut later: Rng) -> Self {
         let stems = (0..3).map(|_| tokens(rng, 40)).collect();
         let is_split = rng.percent(50);
         Workload {
@@ -69,6 +73,8 @@ impl Workload {
             max_new_tokens: rng.pick(&[6, 24, 60]),
             salts: rng.pick(&[&[0][..], &[0, 1], &[0, 1 << 64, u128::MAX]]).iter().map(|x| CacheSalt(*x)).collect(),
             stems,
+            shared: later.pick(&[0, 50, 90]),
+            later,
         }
     }
 
@@ -93,7 +99,7 @@ impl Workload {
 
     /// A random request; a few are empty, too long, or of a tenant that nobody named. `again` is a prompt to repeat.
     pub(crate) fn submission(
-        &self,
+        &mut self,
         rng: &mut Rng,
         request: RequestId,
         now: Micros,
@@ -125,6 +131,9 @@ impl Workload {
             (prompt, salt) = (again.prompt.clone(), again.salt);
         }
         let is_due = rng.percent(self.deadlines);
+        let is_shared = self.later.percent(self.shared);
+        let most = self.later.pick(&[8, 40, 60, 60]);
+        let shared_tokens = if is_shared { self.later.below(most) } else { 0 };
         Submission {
             request,
             prompt,
@@ -132,6 +141,7 @@ impl Workload {
             min_new_tokens: rng.pick(&[0, 0, 3, 8]),
             stop_tokens,
             salt,
+            shared_tokens,
             tenant: TenantId(rng.below(self.num_tenants) + 100 * u32::from(rng.percent(1))),
             class: ClassId(rng.below(4) as u8),
             deadline: is_due.then(|| Micros(now.0 + u64::from(rng.below(60_000)))),

@@ -102,6 +102,7 @@ impl Clock {
             min_new_tokens: 0,
             stop_tokens: Vec::new(),
             salt: CacheSalt(0),
+            shared_tokens: 0,
             tenant,
             class,
             deadline: arrival.deadline.map(|after| Micros(arrival.at + after)),

@@ -26,6 +26,7 @@ fn submit(engine: &mut Engine, request: u64, tenant: u32, class: u8, prompt: u32
         min_new_tokens: 0,
         stop_tokens: Vec::new(),
         salt: CacheSalt(u128::from(tenant)),
+        shared_tokens: 0,
         tenant: TenantId(tenant),
         class: ClassId(class),
         deadline: None,
@@ -73,6 +74,7 @@ fn counts_what_is_there() {
         blocks_live,
         blocks_cached: 0,
         tokens_charged,
+        tokens_refunded: 0,
     };
     assert_eq!(tenants, [of(0, 1, 0, 0, 0), of(7, 1, 1, 7, 100)]);
 

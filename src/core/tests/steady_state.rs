@@ -53,6 +53,7 @@ fn engine() -> Engine {
             min_new_tokens: 0,
             stop_tokens: vec![2, 3],
             salt: CacheSalt(0),
+            shared_tokens: 0,
             tenant: TenantId(0),
             class: ClassId(0),
             deadline: None,
