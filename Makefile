@@ -9,7 +9,7 @@ SEEDS ?= 1000000
 BENCHES ?= forward plan prefix kernels frontend text
 
 .DEFAULT_GOAL := help
-.PHONY: help serve model test unit clients sim lint bench bench-peer bench-scaling openapi doc
+.PHONY: help serve model test unit clients sim simulate lint bench bench-peer bench-scaling openapi doc
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ clients: model ## Run openai-python and openai-node, as published, against a run
 
 sim: ## Run the scheduler's simulator in a release build, SEEDS=1000000 of them
 	KVERN_SIM_SEEDS=$(SEEDS) $(CARGO) test --release -p kvern-core --lib sim
+
+simulate: ## Simulate a million requests of a synthetic trace in a release build; ARGS for others, as docs/simulate.md says
+	$(CARGO) run --release -- simulate $(or $(ARGS),synthetic:azure --requests 1000000)
 
 lint: ## Check the formatting, clippy, the docs and the scripts; warnings are errors
 	$(CARGO) fmt --all --check

@@ -10,7 +10,7 @@
 //! The engine never waits: there are [`BUFFERS_MAX`] buffers, and when all are on their way, or the file would outgrow its
 //! limit, or cannot be written, the recording ends with a line on the log and the server goes on. A recording that ends is
 //! whole up to there. Without `--record-prompts` no token and no salt is written, see `kvern_core::record::Pseudonyms`.
-//! Cost on the engine thread: some 20 ns a token of a prompt, and a nanosecond for each two blocks of a step.
+//! Cost on the engine thread: some 20 ns a token of a prompt or a sampled one, and a few ns a slice of a step.
 
 mod writer;
 

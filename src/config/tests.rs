@@ -279,3 +279,42 @@ fn the_hub_cache_follows_its_variables() {
         assert_eq!(config.model.hub.cache_dir, PathBuf::from(expected), "{args:?} {env:?}");
     }
 }
+
+#[test]
+fn recordings() {
+    let record = |args: &[&str], env| server(&resolve(&[&["serve"], args].concat(), env).unwrap()).record.clone();
+    assert_eq!(record(&["--record-prompts", "--record-max-bytes=5"], &[]), None);
+    let path = PathBuf::from("a.rec");
+    let plain = RecordConfig { path: path.clone(), bytes_max: 1 << 30, prompts: false };
+    assert_eq!(record(&["--record", "a.rec"], &[]), Some(plain));
+    let variables = [("KVERN_RECORD", "a.rec"), ("KVERN_RECORD_MAX_BYTES", "2k"), ("KVERN_RECORD_PROMPTS", "true")];
+    assert_eq!(record(&[], &variables), Some(RecordConfig { path: path.clone(), bytes_max: 2_000, prompts: true }));
+    let replay = resolve(&["replay", "a.rec", "--log-level", "debug"], &[]).unwrap();
+    assert_eq!((replay.action, replay.log.level.as_str()), (Action::Replay(ReplayConfig { path }), "debug"));
+}
+
+#[test]
+fn simulations() {
+    let simulate = |args: &[&str], env| match resolve(&[&["simulate"], args].concat(), env).unwrap().action {
+        Action::Simulate(simulate) => simulate,
+        other => panic!("expected simulate, found {other:?}"),
+    };
+    let plain = simulate(&["trace.csv"], &[]);
+    assert_eq!(plain.trace, Some(TraceSource::File("trace.csv".into())));
+    assert_eq!((plain.profile, plain.requests_max, plain.speed_up), (ProfileSource::Default, None, 1.0));
+    assert_eq!(plain.objectives, Objectives::default());
+    assert!(!plain.no_prefix_caching && !plain.json && !plain.print_profile);
+    let flags = ["synthetic:azure", "--speed-up", "2.5", "--ttft=1500", "--itl", "12.5", "--no-prefix-caching", "--json"];
+    let found = simulate(&flags, &[("KVERN_PROFILE", "p.toml")]);
+    assert_eq!(found.trace, Some(TraceSource::Synthetic(Synthetic::Azure)));
+    assert_eq!((found.profile, found.requests_max), (ProfileSource::File("p.toml".into()), Some(10_000)));
+    let (ttft, itl) = (Duration::from_millis(1_500), Duration::from_micros(12_500));
+    assert_eq!(found.objectives, Objectives { ttft: Some(ttft), itl: Some(itl) });
+    assert!(found.speed_up == 2.5 && found.no_prefix_caching && found.json);
+    assert_eq!(simulate(&["synthetic:mooncake", "--requests", "7k"], &[]).requests_max, Some(7_000));
+    assert!(simulate(&["--print-profile"], &[]).print_profile);
+    for args in [&[][..], &["synthetic:x"], &["t", "--speed-up=0"], &["t", "--ttft=-1"], &["t", "--requests=0"]] {
+        let error = resolve(&[&["simulate"][..], args].concat(), &[]).unwrap_err();
+        assert!(matches!(error, ConfigError::Usage(_)), "{args:?}: {error}");
+    }
+}

@@ -58,6 +58,7 @@ impl Driver {
             min_new_tokens: 2,
             stop_tokens: vec![STOP],
             salt: CacheSalt(u128::from(request.0 % 2)),
+            shared_tokens: 0,
             tenant: TenantId(0),
             class: ClassId(0),
             deadline: None,

@@ -94,14 +94,14 @@ pub(super) fn describe(entry: &Entry, text: &mut String) {
 pub(super) fn decision(replay: &Replay) -> Vec<String> {
     let (effects, plan) = replay.decision();
     let slice = |slice: &SeqSlice| {
-        let blocks = plan.map_or(&[][..], |plan| plan.slice_block_table(slice));
+        let blocks: Vec<u32> =
+            plan.map_or(&[][..], |plan| plan.slice_blocks(slice)).iter().map(|block| block.0).collect();
         format!(
-            "slice of request {}: {} tokens from {}, {} blocks ending in {:?}{}",
+            "slice of request {}: {} tokens from {}, {} blocks kept, new {blocks:?}{}",
             slice.request.0,
             slice.tokens.end - slice.tokens.start,
             slice.start,
-            blocks.len(),
-            blocks.last().map(|block| block.0),
+            slice.table_len,
             if slice.sample { ", sampled" } else { "" }
         )
     };

@@ -54,6 +54,7 @@ fn recording(config: &CoreConfig, lost: Option<u64>) -> (Vec<u8>, Vec<usize>) {
             min_new_tokens: 0,
             stop_tokens: Vec::new(),
             salt: CacheSalt(0),
+            shared_tokens: 0,
             tenant: TenantId(0),
             class: ClassId(0),
             deadline: None,

@@ -45,6 +45,7 @@ impl Columns {
             output_tokens,
             output_tokens_max: output_tokens,
             content: Content::Unique,
+            shared_tokens: 0,
             tenant: None,
             class: 0,
             timeout: None,

@@ -9,6 +9,7 @@
 //! | `tenant` | a name; prompts are shared within one tenant only |
 //! | `class` | priority class, 0 the most urgent |
 //! | `prefix`, `prefix_length` | the prompt begins with so many tokens of the text that the name stands for |
+//! | `public` | true where the prefix is shared by all tenants |
 //! | `timeout` | seconds after which the request is stopped |
 //!
 //! Other keys are ignored, as public traces have some.
@@ -30,6 +31,8 @@ struct Line {
     class: u8,
     prefix: Option<String>,
     prefix_length: Option<u32>,
+    #[serde(default)]
+    public: bool,
     timeout: Option<f64>,
 }
 
@@ -61,6 +64,7 @@ pub(super) fn row(text: &str) -> Result<Row, String> {
         output_tokens,
         output_tokens_max,
         content: content(line.hash_ids, line.prefix, line.prefix_length, line.input_length)?,
+        shared_tokens: line.prefix_length.filter(|_| line.public).unwrap_or(0),
         tenant: line.tenant,
         class: line.class,
         timeout,

@@ -176,6 +176,7 @@ impl<'a> Simulation<'a> {
             min_new_tokens: 0,
             stop_tokens: if has_more { vec![STOP] } else { Vec::new() },
             salt: CacheSalt(tenant.into()),
+            shared_tokens: arrival.shared_tokens,
             tenant: TenantId(tenant),
             class: ClassId(arrival.class),
             deadline: arrival.timeout.map(|timeout| Micros(self.now.0.saturating_add(timeout.0))),

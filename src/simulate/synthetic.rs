@@ -67,6 +67,7 @@ impl Generator {
             output_tokens,
             output_tokens_max: output_tokens,
             content,
+            shared_tokens: 0,
             tenant: None,
             class: 0,
             timeout: None,

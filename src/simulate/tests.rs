@@ -237,6 +237,16 @@ fn prefixes_hit_within_a_tenant_and_not_without_a_cache() {
     let figures = run(&text, &profile, Objectives::default());
     assert_eq!((figures.prefix_hits, figures.prefix_queries), (1_024, 4_096));
     assert_eq!((figures.hit_rate(), figures.computed_tokens, figures.served), (0.25, 3_072, 4));
+    let row = |at: u32, tenant: &str, public: bool| {
+        format!(
+            "{{\"timestamp\": {at}, \"input_length\": 1024, \"output_length\": 1, \"prefix\": \"p\", \
+             \"prefix_length\": 500, \"tenant\": \"{tenant}\", \"public\": {public}}}\n"
+        )
+    };
+    let rows = |public| [row(1, "a", public), row(9_000, "b", public)].concat();
+    // Whole blocks of 16 tokens.
+    assert_eq!(run(&rows(true), &profile, Objectives::default()).prefix_hits, 496);
+    assert_eq!(run(&rows(false), &profile, Objectives::default()).prefix_hits, 0);
     let mut without = profile.clone();
     without.core.prefix_caching = false;
     assert_eq!(run(&text, &without, Objectives::default()).hit_rate(), 0.0);

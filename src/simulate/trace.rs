@@ -33,6 +33,8 @@ pub struct Arrival {
     /// Tokens that the client allows; at least `output_tokens`.
     pub output_tokens_max: u32,
     pub content: Content,
+    /// The first tokens that prompts of all tenants share.
+    pub shared_tokens: u32,
     pub tenant: Option<String>,
     pub class: u8,
     /// After its arrival.

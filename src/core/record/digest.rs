@@ -1,8 +1,8 @@
 //! A fingerprint of what the core decided: plans and effects, without the tokens in them. Two runs that decide alike have
 //! equal digests; two that do not have different ones but for a chance of 2^-64 at each.
 //!
-//! The mixing step is the folded multiply of `kv/hash.rs`. Complexity: O(slices + blocks of their tables), about a nanosecond
-//! for each two blocks; nothing allocates.
+//! The mixing step is the folded multiply of `kv/hash.rs`. Complexity: O(slices + new blocks), a few nanoseconds for a slice;
+//! nothing allocates.
 
 use crate::{Backoff, CancelReason, Effect, FinishReason, Refusal, StepPlan};
 
@@ -45,11 +45,12 @@ impl Digest {
     pub fn plan(&mut self, plan: &StepPlan) {
         self.words([1, plan.step.0, plan.worker.0.into(), plan.slices.len() as u64]);
         for slice in &plan.slices {
-            let table = plan.slice_block_table(slice);
+            let blocks = plan.slice_blocks(slice);
             let num_tokens = u64::from(slice.tokens.end - slice.tokens.start);
-            let shape = (table.len() as u64) << 1 | u64::from(slice.sample);
-            self.words([slice.request.0, u64::from(slice.start) << 32 | num_tokens, shape]);
-            let mut pairs = table.chunks_exact(2);
+            let table = u64::from(slice.table_len) << 32 | blocks.len() as u64;
+            let sample = u64::from(slice.sample);
+            self.words([slice.request.0, u64::from(slice.start) << 32 | num_tokens, table, sample]);
+            let mut pairs = blocks.chunks_exact(2);
             for pair in &mut pairs {
                 self.word(u64::from(pair[0].0) << 32 | u64::from(pair[1].0));
             }
@@ -168,12 +169,13 @@ mod tests {
 
     #[test]
     fn a_plan_counts_without_its_tokens() {
-        let plan = |start, sample, tokens: &[u32], blocks: &[u32]| {
+        let plan = |start, sample, tokens: &[u32], blocks: &[u32], table_len| {
             let slice = SeqSlice {
                 request: RequestId(1),
                 start,
                 tokens: 0..tokens.len() as u32,
-                block_table: 0..blocks.len() as u32,
+                table_len,
+                blocks: 0..blocks.len() as u32,
                 sample,
             };
             let mut digest = Digest::new();
@@ -182,19 +184,20 @@ mod tests {
                 worker: WorkerId(0),
                 slices: vec![slice],
                 tokens: tokens.to_vec(),
-                block_tables: blocks.iter().copied().map(BlockId).collect(),
+                blocks: blocks.iter().copied().map(BlockId).collect(),
             });
             digest.value()
         };
-        let base = plan(0, true, &[1, 2], &[3, 4, 5]);
-        assert_eq!(base, plan(0, true, &[8, 9], &[3, 4, 5]));
+        let base = plan(0, true, &[1, 2], &[3, 4, 5], 6);
+        assert_eq!(base, plan(0, true, &[8, 9], &[3, 4, 5], 6));
         let others = [
-            plan(1, true, &[1, 2], &[3, 4, 5]),
-            plan(0, false, &[1, 2], &[3, 4, 5]),
-            plan(0, true, &[1], &[3, 4, 5]),
-            plan(0, true, &[1, 2], &[3, 5, 4]),
-            plan(0, true, &[1, 2], &[3, 4, 6]),
-            plan(0, true, &[1, 2], &[3, 4]),
+            plan(1, true, &[1, 2], &[3, 4, 5], 6),
+            plan(0, false, &[1, 2], &[3, 4, 5], 6),
+            plan(0, true, &[1], &[3, 4, 5], 6),
+            plan(0, true, &[1, 2], &[3, 5, 4], 6),
+            plan(0, true, &[1, 2], &[3, 4, 6], 6),
+            plan(0, true, &[1, 2], &[3, 4], 6),
+            plan(0, true, &[1, 2], &[3, 4, 5], 5),
         ];
         for other in others {
             assert_ne!(base, other);

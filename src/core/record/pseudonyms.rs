@@ -14,6 +14,9 @@
 //! comes before `min_new_tokens` does not end the request and may come to stand in a published block: it is a token like any
 //! other. The one that ends the request is never computed, so it is in no block.
 //!
+//! Tokens of public blocks do not depend on the salt. The one equality that is lost is that of two prompts under one salt of
+//! which different numbers of blocks are public: a quarantine takes them for one.
+//!
 //! Two different tokens after equal prefixes get the same pseudonym with a chance of 2^-31; a replay is misled by it only where
 //! they are the last ones of two blocks.
 //!
@@ -59,18 +62,18 @@ impl Pseudonyms {
 
     /// What is recorded for a submission.
     pub(super) fn submission(&mut self, submission: &Submission) -> Submission {
-        // Whole blocks of a shared prefix are found under every salt.
-        let shared_tokens: u32 = 0;
-        let shared_tokens = shared_tokens - shared_tokens % self.block_size;
+        // The whole blocks among them are found under every salt.
+        let num_shared = submission.prompt.len().min(submission.shared_tokens as usize);
+        let num_public = num_shared - num_shared % self.block_size as usize;
         let mut chain = Chain {
             state: CHAIN,
             num_new: 0,
             min_new_tokens: submission.min_new_tokens,
             stop_tokens: submission.stop_tokens.clone(),
         };
-        let (shared, own) = submission.prompt.split_at((shared_tokens as usize).min(submission.prompt.len()));
+        let (public, own) = submission.prompt.split_at(num_public);
         let mut prompt = Vec::with_capacity(submission.prompt.len());
-        prompt.extend(shared.iter().map(|token| next(&self.prf, &mut chain.state, *token)));
+        prompt.extend(public.iter().map(|token| next(&self.prf, &mut chain.state, *token)));
         chain.state = self.salted(chain.state, submission.salt);
         prompt.extend(own.iter().map(|token| next(&self.prf, &mut chain.state, *token)));
         self.chains.insert(submission.request, chain);
@@ -162,6 +165,7 @@ mod tests {
             min_new_tokens: 2,
             stop_tokens: vec![7, 8],
             salt: CacheSalt(salt),
+            shared_tokens: 0,
             tenant: TenantId(3),
             class: ClassId(1),
             deadline: None,
@@ -185,6 +189,21 @@ mod tests {
         assert!(a.salt != CacheSalt(5) && a.prompt.iter().all(|token| *token < STOP && *token > 100));
         assert_eq!(a.stop_tokens, [STOP]);
         assert_eq!((a.tenant, a.class, a.max_new_tokens, a.min_new_tokens), (TenantId(3), ClassId(1), 9, 2));
+    }
+
+    #[test]
+    fn public_blocks_are_alike_under_all_salts() {
+        let mut pseudonyms = pseudonyms();
+        let prompt: Vec<TokenId> = (0..50).collect();
+        let mut with = |request, shared_tokens, salt| {
+            let submission = Submission { shared_tokens, ..submission(request, &prompt, salt) };
+            pseudonyms.submission(&submission).prompt
+        };
+        let (a, b, c, d) = (with(1, 40, 1), with(2, 47, 2), with(3, 32, 1), with(4, 1_000, 3));
+        let alike = |a: &[TokenId], b: &[TokenId]| a.iter().zip(b).take_while(|(a, b)| a == b).count();
+        assert_eq!((alike(&a, &b), alike(&a, &c), alike(&a, &d), alike(&b, &d)), (32, 50, 32, 32));
+        let e = with(5, 1_000, 4);
+        assert_eq!(alike(&d, &e), 48);
     }
 
     #[test]
