@@ -304,7 +304,8 @@ fn simulations() {
     assert_eq!((plain.profile, plain.requests_max, plain.speed_up), (ProfileSource::Default, None, 1.0));
     assert_eq!(plain.objectives, Objectives::default());
     assert!(!plain.no_prefix_caching && !plain.json && !plain.print_profile);
-    let flags = ["synthetic:azure", "--speed-up", "2.5", "--ttft=1500", "--itl", "12.5", "--no-prefix-caching", "--json"];
+    let flags =
+        ["synthetic:azure", "--speed-up", "2.5", "--ttft=1500", "--itl", "12.5", "--no-prefix-caching", "--json"];
     let found = simulate(&flags, &[("KVERN_PROFILE", "p.toml")]);
     assert_eq!(found.trace, Some(TraceSource::Synthetic(Synthetic::Azure)));
     assert_eq!((found.profile, found.requests_max), (ProfileSource::File("p.toml".into()), Some(10_000)));
