@@ -63,7 +63,7 @@ impl Engine {
         rest.min().unwrap_or(0)
     }
 
-    /// What prompts take, on all workers that take prompts and beside the decodes that run there.
+    /// What prompts take, on all workers that take prompts and beside the decodes that run there, as they leave room.
     pub(crate) fn prefill_us(&self, load: Load) -> u64 {
         let takes = |role: Role| role != Role::Decode;
         let has_prefill = self.workers.iter().any(|worker| worker.is_alive && takes(worker.spec.role));
@@ -74,8 +74,8 @@ impl Engine {
             let decodes = StepWork { prefill_tokens: 0, prefill_context: 0, ..worker.work };
             let is_free = worker.num_running() == 0 || decodes.decode_sequences == 0;
             let budget = self.config.step_tokens_max;
-            let within = match itl {
-                Some(itl) if !is_free => self.estimator.prefill_within(&decodes, 0, budget, itl.0),
+            let within = match [itl.map(|itl| itl.0), worker.itl_us].into_iter().flatten().min() {
+                Some(itl_us) if !is_free => self.estimator.prefill_within(&decodes, 0, budget, itl_us),
                 _ => budget.saturating_sub(decodes.decode_sequences as u32),
             };
             lanes += 1;
@@ -116,11 +116,28 @@ impl Engine {
         };
     }
 
-    /// What a request's tokens after the first will take: as many as others made lately, each a step like the last.
+    /// What a request's tokens after the first will take: as many as it may make, but not more than twice as many as others
+    /// made lately, each a step like the last, and at least twice what the decodes take alone, so that there is room for the
+    /// prompts of those who come later.
     fn decode_us(&self, request: &Request) -> u64 {
-        let tokens = (self.output_tokens / 256).min(u64::from(request.max_new_tokens)).saturating_sub(1);
-        let decodes = self.workers.iter().filter(|worker| worker.is_alive && worker.work.decode_sequences > 0);
-        tokens.saturating_mul(decodes.map(|worker| worker.predicted_us).max().unwrap_or(0))
+        let usual = if self.output_tokens > 0 { self.output_tokens / 128 } else { u64::MAX };
+        let tokens = u64::from(request.max_new_tokens).min(usual).saturating_sub(1);
+        let step_us = |worker: &Worker| {
+            let decodes = StepWork { prefill_tokens: 0, prefill_context: 0, ..worker.work };
+            worker.predicted_us.max(2 * self.estimator.predict_us(&decodes))
+        };
+        let busy = self.workers.iter().filter(|worker| worker.is_alive && worker.num_running() > 0);
+        tokens.saturating_mul(busy.map(step_us).max().unwrap_or(0))
+    }
+
+    /// Time between tokens with which a running request ends before its deadline, if it makes as many as it may, but not more
+    /// than four times as many as others made lately.
+    pub(crate) fn pace_us(&self, request: &Request) -> Option<u64> {
+        let until = request.deadline?.0.saturating_sub(self.now.0);
+        let made = u64::from(request.num_tokens() - request.prompt_len);
+        let left = u64::from(request.max_new_tokens).saturating_sub(made);
+        let usual = (self.output_tokens / 64).saturating_sub(made);
+        Some(policy::pace_us(until, if self.output_tokens > 0 { left.min(usual.max(1)) } else { left }))
     }
 
     /// A running request has ended: its place is free.
@@ -165,7 +182,7 @@ impl Engine {
         let promised = promised.filter(|_| is_behind).map_or(u64::MAX, |promised| promised.0);
         let beyond_promise = predicted.saturating_sub(promised);
         // A little early: who is stopped at its deadline has cost more than who is refused.
-        let end = predicted.saturating_add(if is_behind { self.decode_us(request) } else { 0 });
+        let end = predicted.saturating_add(self.decode_us(request));
         let end = end.saturating_add(end / 16);
         let excess = beyond_promise.max(end.saturating_sub(until_deadline));
         let misses = excess > 0 || until_deadline == 0;

@@ -82,6 +82,8 @@ pub(crate) enum Fault {
     EvictFirstTenant,
     /// Prefill takes what it can, whatever the decodes were promised.
     IgnoreObjectives,
+    /// Prefill takes no notice of the deadlines of the decodes beside it.
+    IgnorePace,
     /// Deadlines pass unseen.
     IgnoreDeadlines,
     /// The queue's limits refuse nothing.

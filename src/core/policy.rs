@@ -48,6 +48,12 @@ pub(crate) fn crowds_as(other: (u32, u32), own: (u32, u32)) -> bool {
     part(own, other) >= part(other, own)
 }
 
+/// Longest mean time between a request's tokens with which it ends before its deadline: an eighth of the time is kept for what
+/// was not foreseen.
+pub(crate) fn pace_us(until_deadline_us: u64, tokens_left: u64) -> u64 {
+    (until_deadline_us - until_deadline_us / 8) / tokens_left.max(1)
+}
+
 /// Free blocks that an admission must leave: one for each request of the pool that runs already, so that none of them has to
 /// preempt the newcomer within the next `block_size` steps. Nothing when nothing runs, so that one can always start.
 pub(crate) fn admission_headroom(num_running: usize) -> u32 {

@@ -44,7 +44,7 @@ pub(crate) struct StepFiller<'a> {
     /// Tokens that the step may still take.
     budget: u32,
     work: StepWork,
-    /// The strictest objective for the inter-token latency of the step's decodes.
+    /// The strictest objective for the inter-token latency of the step's decodes, or pace that their deadlines ask for.
     itl_us: Option<u64>,
     /// The oldest prefill and the tokens of the budget that are kept for it.
     reserve: Option<(RequestIndex, u32)>,
@@ -81,8 +81,9 @@ impl<'a> StepFiller<'a> {
             self.fill_prefills(has_kept_all);
         }
         let predicted_us = self.engine.estimator.predict_us(&self.work);
-        let (work, planned_at, backlog) = (self.work, self.engine.now, self.backlog);
+        let (work, planned_at, backlog, itl_us) = (self.work, self.engine.now, self.backlog, self.itl_us);
         let worker = self.worker();
+        worker.itl_us = itl_us;
         if !worker.planned.is_empty() {
             (worker.work, worker.predicted_us, worker.planned_at) = (work, predicted_us, planned_at);
         }
@@ -110,6 +111,9 @@ impl<'a> StepFiller<'a> {
     fn fill_decodes(&mut self) {
         let mut prefills = std::mem::take(&mut self.engine.prefills);
         let mut is_stalled = false;
+        // The last step's decodes: what no step can be shorter than.
+        let decodes = StepWork { prefill_tokens: 0, prefill_context: 0, ..self.worker().work };
+        let least_us = self.engine.estimator.predict_us(&decodes);
         for at in 0..self.worker().num_running() {
             let index = self.worker().running(at);
             let request = &self.engine.requests[index];
@@ -124,10 +128,11 @@ impl<'a> StepFiller<'a> {
                 is_stalled = true;
                 continue;
             }
-            let objective = self.engine.config.classes[usize::from(request.class.0)].itl;
-            if let Some(itl) = objective {
-                self.itl_us = Some(self.itl_us.map_or(itl.0, |strictest| strictest.min(itl.0)));
-            }
+            let objective = self.engine.config.classes[usize::from(request.class.0)].itl.map(|itl| itl.0);
+            // One that will be late whatever the step does slows nobody down.
+            let pace =
+                self.engine.pace_us(request).filter(|pace| *pace >= least_us && !planted!(self.engine, IgnorePace));
+            self.itl_us = [self.itl_us, objective, pace].into_iter().flatten().min();
             if missing > 0 {
                 self.grow(index, missing);
             }

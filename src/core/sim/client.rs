@@ -167,6 +167,8 @@ impl Client {
                 check(config.prefix_caching || cached_tokens == 0, "cached tokens")?;
                 self.is_waiting = false;
                 self.cached_tokens.get_or_insert(cached_tokens);
+                // What is found after a preemption is computed, whoever did it.
+                self.num_reached = self.num_reached.max(cached_tokens);
             }
             Effect::Preempted { .. } => {
                 check(!self.is_waiting, "schedule")?;

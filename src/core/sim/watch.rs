@@ -42,6 +42,8 @@ pub(crate) struct Before {
     /// Its free blocks that lookups find, and whose they are.
     cached: Vec<(BlockId, TenantSlot)>,
     has_suspects: bool,
+    /// What the last step's decodes take alone.
+    decodes_us: u64,
     owed: Option<(RequestId, Right)>,
 }
 
@@ -92,7 +94,10 @@ impl Before {
         let cached = state.free_blocks().filter(|block| state.published(*block).is_some());
         let cached = cached.map(|block| (block, state.owner(block))).collect();
         let owed = if has_suspects { None } else { owed(engine, worker) };
-        Before { holdings, holders, cached, has_suspects, owed }
+        let last = engine.workers[usize::from(worker.0)].work;
+        let decodes = StepWork { prefill_tokens: 0, prefill_context: 0, ..last };
+        let decodes_us = engine.estimator.predict_us(&decodes);
+        Before { holdings, holders, cached, has_suspects, decodes_us, owed }
     }
 
     /// Who had a right to start has started, unless room had to be made for decodes; gives the right.
@@ -163,7 +168,10 @@ impl Before {
         }
         let running = || worker.iter_running().map(|(_, _, index)| &engine.requests[index]);
         let slice_of = |request| plan.slices.iter().find(|slice| slice.request == request);
-        let oldest = running().filter(|request| request.remaining() > 1).map(|request| request.arrival).min();
+        // One that has just started may lack its last token only, and is a prefill all the same.
+        let is_new = |id| effects.iter().any(|e| matches!(e, Effect::Scheduled { request, .. } if *request == id));
+        let prefills = running().filter(|request| request.remaining() > 1 || is_new(request.id));
+        let oldest = prefills.map(|request| request.arrival).min();
         let mut work = StepWork::default();
         let mut itl = None;
         for request in running() {
@@ -173,7 +181,8 @@ impl Before {
             let is_decode =
                 is_old && request.remaining() == 1 && slice_of(request.id).is_none_or(|slice| slice.start > 0);
             let count = plan.slices.iter().filter(|slice| slice.request == request.id).count();
-            let left = itl.is_none() && plan.tokens.len() < budget && config.classes.iter().all(|c| c.itl.is_none());
+            let has_promise = config.classes.iter().any(|c| c.itl.is_some()) || running().any(|r| r.deadline.is_some());
+            let left = itl.is_none() && plan.tokens.len() < budget && !has_promise;
             let must_run = (is_decode && !worker.is_stalled) || oldest == Some(request.arrival) || left;
             check(count == 1 || (count == 0 && (!must_run || worker.is_stalled)), "fairness", || {
                 format!("{:?} has {count} slices", request.id)
@@ -187,14 +196,16 @@ impl Before {
             let is_new = effects.iter().any(is_this);
             if slice.tokens.len() == 1 && slice.sample && !is_new {
                 work.add_decode(slice.start + 1);
-                let objective = config.classes[usize::from(request.class.0)].itl;
-                itl = [itl, objective].into_iter().flatten().min();
+                let objective = config.classes[usize::from(request.class.0)].itl.map(|itl| itl.0);
+                // As long as it can be kept: decodes alone may take as long as the last step's or this one's.
+                let pace = engine.pace_us(request).filter(|pace| *pace >= self.decodes_us);
+                itl = [itl, objective, pace].into_iter().flatten().min();
             } else {
                 work.add_prefill(slice.start, slice.tokens.len() as u32);
             }
         }
         let predicted = engine.estimator.predict_ps(&work) / 1_000_000;
-        let within = itl.is_none_or(|itl| predicted <= itl.0);
+        let within = itl.is_none_or(|itl| predicted <= itl);
         let is_least = work.prefill_tokens <= u64::from(config.chunk_tokens_min);
         check(within || is_least, "inter-token latency", || format!("{predicted} us of {itl:?} with {work:?}"))
     }
