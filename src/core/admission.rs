@@ -182,11 +182,18 @@ impl Engine {
         let promised = promised.filter(|_| is_behind).map_or(u64::MAX, |promised| promised.0);
         let beyond_promise = predicted.saturating_sub(promised);
         // A little early: who is stopped at its deadline has cost more than who is refused.
-        let end = predicted.saturating_add(self.decode_us(request));
+        let decode_us = self.decode_us(request);
+        let end = predicted.saturating_add(decode_us);
         let end = end.saturating_add(end / 16);
         let excess = beyond_promise.max(end.saturating_sub(until_deadline));
-        let misses = excess > 0 || until_deadline == 0;
-        if misses { Err(Refusal::Deadline(self.backoff(excess))) } else { Ok(()) }
+        if excess == 0 && until_deadline > 0 {
+            return Ok(());
+        }
+        // Where an empty queue would not be enough, steps must get shorter: the prompts before it are computed first, and half of
+        // those that decode end.
+        let is_crowded = self.prefill_us(own).saturating_add(decode_us) > until_deadline;
+        let retry_us = if is_crowded { excess.max(predicted.saturating_add(decode_us / 2)) } else { excess };
+        Err(Refusal::Deadline(self.backoff(retry_us)))
     }
 
     fn backoff(&self, retry_in_us: u64) -> Backoff {

@@ -40,7 +40,7 @@ const FAULTS: [(Fault, &[&str]); 46] = [
     (Fault::KeepShares, &["floor"]),
     (Fault::StarveClasses, &["WAIT-1"]),
     (Fault::StarveOldest, &["WAIT-1"]),
-    (Fault::IgnoreFloors, &["TEN-1"]),
+    (Fault::IgnoreFloors, &["TEN-1", "preemption order"]),
     (Fault::IgnoreCeiling, &["TEN-2"]),
     (Fault::EvictFirstTenant, &["eviction order"]),
     (Fault::IgnoreObjectives, &["inter-token latency"]),
