@@ -7,7 +7,7 @@
 //!                  <--empty buffers--
 //! ```
 //!
-//! The engine never waits: there are [`BUFFERS_MAX`] buffers, and when all are on their way, or the file would outgrow its
+//! The engine never waits: there are `BUFFERS_MAX` buffers, and when all are on their way, or the file would outgrow its
 //! limit, or cannot be written, the recording ends with a line on the log and the server goes on. A recording that ends is
 //! whole up to there. Without `--record-prompts` no token and no salt is written, see `kvern_core::record::Pseudonyms`.
 //! Cost on the engine thread: some 50 ns a token of a prompt, 100 ns a sequence of a step.

@@ -30,8 +30,10 @@ fn a_recorded_run_repeats_itself() {
             record: Some(RecordConfig { path: path.clone(), bytes_max: 1 << 30, prompts: false }),
             ..options()
         });
-        let terms =
-            |at: usize| Terms { timeout: (at % 5 == 0).then_some(Duration::from_millis(300)), ..Terms::default() };
+        let terms = |at: usize| Terms {
+            timeout: at.is_multiple_of(5).then_some(Duration::from_millis(300)),
+            ..Terms::default()
+        };
         let asks = mixed_asks();
         let mut streams: Vec<_> =
             asks.iter().enumerate().map(|(at, ask)| Some(submit_as(&runtime.handle, ask, terms(at)))).collect();

@@ -224,7 +224,7 @@ pub(super) struct ServerArgs {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Scheduling")]
 pub(super) struct SchedulingArgs {
-    /// Priority class NAME[:ttft=TIME][:itl=TIME], the most urgent first; ttft refuses what would wait longer, itl bounds
+    /// Priority class `NAME[:ttft=TIME][:itl=TIME]`, the most urgent first; ttft refuses what would wait longer, itl bounds
     /// the steps of running answers [default: high, normal, low]
     #[arg(long, value_name = "CLASS", num_args = 1.., value_parser = parse_class)]
     pub(super) class: Vec<PriorityClass>,
