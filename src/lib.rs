@@ -27,4 +27,5 @@ pub mod serve;
 pub mod simulate;
 pub mod telemetry;
 pub mod text;
+pub mod wakeup;
 pub mod worker;

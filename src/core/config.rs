@@ -36,7 +36,7 @@ pub struct CoreConfig {
     /// oldest one's turn.
     pub overtakes_max: u32,
     /// Prefill tokens that a step takes even where the objective for the inter-token latency leaves room for none; at least
-    /// 1, and the least that the oldest prefill gets.
+    /// 1, and the least that the oldest prefill gets, unless it gives way to another tenant, with one token.
     pub chunk_tokens_min: u32,
     /// Uncached prompt tokens up to which a prompt rides along with a decode worker's step although there is a prefill
     /// worker; 0 means that every prompt runs beside.

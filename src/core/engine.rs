@@ -11,9 +11,11 @@ use crate::invariants::InvariantId;
 use crate::kv::KvPool;
 use crate::queue::Waiting;
 use crate::request::{Arrival, RequestIndex, Requests};
+use crate::retry::Retries;
 use crate::scheduler::{Prefill, StepFiller};
 use crate::suspects::Quarantine;
 use crate::tenants::Tenants;
+use crate::visitors::Visitors;
 use crate::worker::Worker;
 use crate::{
     ClassId, CoreConfig, Effect, Input, Micros, RequestId, Role, Sampled, StepId, StepPlan, TenantSpec, Timed,
@@ -36,6 +38,8 @@ pub struct Engine {
     pub(crate) deadlines: BTreeSet<(Micros, RequestIndex)>,
     pub(crate) quarantine: Quarantine,
     pub(crate) estimator: Estimator,
+    pub(crate) visitors: Visitors,
+    pub(crate) retries: Retries,
     /// The latest time of an input.
     pub(crate) now: Micros,
     /// Counts what may let a waiting request start that could not before.
@@ -105,6 +109,8 @@ impl Engine {
             deadlines: BTreeSet::new(),
             quarantine: Quarantine::default(),
             estimator: Estimator::new(config.cost),
+            visitors: Visitors::default(),
+            retries: Retries::default(),
             now: Micros(0),
             changes: 0,
             claim_waits: false,
@@ -151,6 +157,7 @@ impl Engine {
         }
         self.expire(effects);
         self.hand_off(effects);
+        self.ask_again();
     }
 
     /// Fills `plan` with the next step of an idle worker; `false`, with an empty plan, when the worker is busy, lost, or has

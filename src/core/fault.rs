@@ -84,6 +84,8 @@ pub(crate) enum Fault {
     IgnoreObjectives,
     /// Prefill takes no notice of the deadlines of the decodes beside it.
     IgnorePace,
+    /// Busy tenants' prefill gives no way to visitors.
+    IgnoreVisitors,
     /// Deadlines pass unseen.
     IgnoreDeadlines,
     /// The queue's limits refuse nothing.

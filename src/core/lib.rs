@@ -3,13 +3,13 @@
 //!
 //! ```text
 //!   Timed<Input> --> Engine::apply --+--> Effects     engine.rs: dispatch only
-//!     Submit, Cancel    intake.rs    |                admission.rs: would it wait too long?
+//!     Submit, Cancel    intake.rs    |                admission.rs: would it wait too long? retry.rs: until when
 //!     StepDone          completion.rs|
 //!     StepFailed        suspects.rs  |
 //!     Transfer, Worker  handoff.rs   |
 //!                                    v
 //!   WorkerId ----> Engine::plan ---> StepPlan         scheduler.rs fills it, preempt.rs and claim.rs make room,
-//!                                                     policy.rs chooses
+//!                                                     policy.rs chooses, visitors.rs keeps steps short
 //!
 //!   state: request.rs (store), queue.rs (who waits, in order), tenants.rs, worker.rs (running list, step in flight),
 //!          kv/ (pools), cost.rs (what a step takes)
@@ -39,6 +39,7 @@ mod queue;
 pub mod record;
 pub mod replay;
 mod request;
+mod retry;
 mod scheduler;
 mod signals;
 #[cfg(test)]
@@ -46,6 +47,7 @@ mod sim;
 mod start;
 mod suspects;
 mod tenants;
+mod visitors;
 mod worker;
 
 pub use admission::Probe;

@@ -227,6 +227,11 @@ impl Waiting {
         }
     }
 
+    /// Prompt tokens that wait of a tenant, in all classes.
+    pub(crate) fn tokens_of(&self, tenant: TenantSlot) -> u64 {
+        self.classes.iter().map(|class| class.shares[tenant.0 as usize].load.tokens).sum()
+    }
+
     pub(crate) fn counter(&self, class: ClassId, tenant: TenantSlot) -> u64 {
         self.classes[usize::from(class.0)].shares[tenant.0 as usize].counter
     }

@@ -7,7 +7,8 @@
 //!    that has a right to start, `claim.rs` starts it;
 //! 2. decodes: the requests that lack one token;
 //! 3. prefill: those that lack more, and waiting ones, in the order that `policy.rs` states, in chunks of what is left of
-//!    the budget and of the time that the decodes' objectives leave. Nobody is admitted where room had to be made.
+//!    the budget and of the time that the decodes' objectives and other tenants' visits (`visitors.rs`) leave. Nobody is
+//!    admitted where room had to be made.
 //!
 //! After a step that failed, its parts are repeated alone and nothing else runs (`suspects.rs`).
 //!
@@ -48,6 +49,12 @@ pub(crate) struct StepFiller<'a> {
     itl_us: Option<u64>,
     /// The oldest prefill and the tokens of the budget that are kept for it.
     reserve: Option<(RequestIndex, u32)>,
+    /// Busy tenants' prefill comes later: the step has a visitor's, or all that visitors leave.
+    is_visited: bool,
+    /// The step has a visitor's prefill.
+    has_visitor: bool,
+    /// What kept busy tenants' prefill small.
+    visit_us: Option<u64>,
     /// Prefill tokens that the step leaves.
     backlog: u64,
     /// Who has just started in others' place.
@@ -63,8 +70,22 @@ impl<'a> StepFiller<'a> {
     ) -> Self {
         let budget = engine.config.step_tokens_max + u32::from(planted!(engine, ExceedBudget));
         let pool = engine.workers[usize::from(id.0)].pool();
-        let (work, itl_us, reserve, claimed) = (StepWork::default(), None, None, None);
-        StepFiller { engine, id, pool, plan, effects, budget, work, itl_us, reserve, backlog: 0, claimed }
+        StepFiller {
+            engine,
+            id,
+            pool,
+            plan,
+            effects,
+            budget,
+            work: StepWork::default(),
+            itl_us: None,
+            reserve: None,
+            is_visited: false,
+            has_visitor: false,
+            visit_us: None,
+            backlog: 0,
+            claimed: None,
+        }
     }
 
     pub(crate) fn worker(&mut self) -> &mut Worker {
@@ -81,9 +102,10 @@ impl<'a> StepFiller<'a> {
             self.fill_prefills(has_kept_all);
         }
         let predicted_us = self.engine.estimator.predict_us(&self.work);
-        let (work, planned_at, backlog, itl_us) = (self.work, self.engine.now, self.backlog, self.itl_us);
+        let (work, planned_at, backlog) = (self.work, self.engine.now, self.backlog);
+        let limit_us = [self.itl_us, self.visit_us].into_iter().flatten().min();
         let worker = self.worker();
-        worker.itl_us = itl_us;
+        worker.limit_us = limit_us;
         if !worker.planned.is_empty() {
             (worker.work, worker.predicted_us, worker.planned_at) = (work, predicted_us, planned_at);
         }
@@ -150,7 +172,10 @@ impl<'a> StepFiller<'a> {
         }
         let mut prefills = std::mem::take(&mut self.engine.prefills);
         self.order(&mut prefills);
-        let Engine { requests, config, .. } = &*self.engine;
+        let Engine { requests, config, tenants, .. } = &mut *self.engine;
+        for prefill in &prefills {
+            tenants[prefill.tenant].prefilling += u64::from(requests[prefill.index].remaining());
+        }
         let oldest = prefills.iter().min_by_key(|prefill| prefill.arrival).map(|prefill| prefill.index);
         self.reserve = oldest
             .map(|index| (index, policy::chunk(requests[index].remaining(), config.chunk_tokens_min.min(self.budget))));
@@ -159,17 +184,23 @@ impl<'a> StepFiller<'a> {
             let head = prefills.get(next).copied();
             let candidate = if may_admit { self.candidate() } else { None };
             match (candidate, head) {
-                (Some(candidate), head) if head.is_none_or(|head| goes_before(&candidate, &head)) => {
+                (Some(candidate), head) if head.is_none_or(|head| self.goes_before(&candidate, &head)) => {
+                    if self.gives_way(candidate.tenant) {
+                        may_admit = false;
+                        continue;
+                    }
                     match self.admit(&candidate) {
                         Start::Started => may_admit = self.has_place() && self.may_start(),
                         Start::AtCeiling => {}
                         Start::Blocked => may_admit = false,
+                        Start::Full if self.gives_way(candidate.tenant) => may_admit = false,
                         Start::Full => break,
                     }
                 }
                 (_, Some(head)) => {
                     next += 1;
-                    if !self.push_prefill(head.index) {
+                    let goes_on = self.gives_way(head.tenant) || self.push_prefill(head.index);
+                    if !goes_on && !self.gives_way(head.tenant) {
                         break;
                     }
                 }
@@ -184,6 +215,9 @@ impl<'a> StepFiller<'a> {
         }
         let left = prefills.iter().map(|prefill| &self.engine.requests[prefill.index]).filter(|left| !left.in_flight);
         self.backlog += left.map(|left| u64::from(left.remaining())).sum::<u64>();
+        let Engine { requests, tenants, workers, .. } = &mut *self.engine;
+        let planned = workers[usize::from(self.id.0)].planned.iter().map(|slice| requests[slice.index].tenant);
+        prefills.iter().map(|prefill| prefill.tenant).chain(planned).for_each(|slot| tenants[slot].prefilling = 0);
         prefills.clear();
         self.engine.prefills = prefills;
     }
@@ -216,8 +250,8 @@ impl<'a> StepFiller<'a> {
         work
     }
 
-    /// Plans the next chunk of a prefill; `false` when the objectives leave none of it.
-    pub(crate) fn push_prefill(&mut self, index: RequestIndex) -> bool {
+    /// Plans the next chunk of a prefill; `false` when the objectives, or visitors, leave none of it.
+    fn push_prefill(&mut self, index: RequestIndex) -> bool {
         let kept = match self.reserve {
             Some((oldest, tokens)) if oldest == index => {
                 self.reserve = None;
@@ -226,19 +260,85 @@ impl<'a> StepFiller<'a> {
             _ => 0,
         };
         let request = &self.engine.requests[index];
-        let chunk = self.chunk(request.num_computed, request.remaining()).max(kept);
-        if chunk > 0 {
-            self.push_slice(index, chunk, false);
+        let (tenant, start, remaining) = (request.tenant, request.num_computed, request.remaining());
+        let chunk = if !self.gives_way(tenant) {
+            self.chunk(tenant, start, remaining).max(kept)
+        } else if self.has_visitor {
+            kept.min(1)
+        } else {
+            kept
+        };
+        if chunk == 0 {
+            self.close_to(tenant);
+            return false;
         }
-        chunk > 0
+        self.push_chunk(index, chunk);
+        true
     }
 
-    /// How many of `remaining` tokens from position `start` the step takes.
-    pub(crate) fn chunk(&self, start: u32, remaining: u32) -> u32 {
+    /// Plans the next `chunk` tokens of a prefill.
+    pub(crate) fn push_chunk(&mut self, index: RequestIndex, chunk: u32) {
+        let request = &self.engine.requests[index];
+        let (tenant, start, remaining) = (request.tenant, request.num_computed, request.remaining());
+        if self.is_busy(tenant) {
+            self.is_visited |= chunk < remaining;
+            self.visit_us = self.visit_us(tenant);
+        } else {
+            (self.is_visited, self.has_visitor) = (true, true);
+            if self.engine.requests[index].cached_tokens == Some(start) {
+                let mut prompt = StepWork::default();
+                prompt.add_prefill(start, remaining);
+                let prompt_us = self.engine.estimator.predict_us(&prompt);
+                self.engine.visitors.note(tenant, self.engine.now, prompt_us);
+            }
+        }
+        self.push_slice(index, chunk, false);
+    }
+
+    /// Whether a waiting request takes tokens of the step before a running prefill: also where both tenants had as much, as the
+    /// other one's next is in line already, and a visitor's where a busy one had less, by a step at most.
+    fn goes_before(&self, candidate: &Candidate, running: &Prefill) -> bool {
+        if candidate.class != running.class || candidate.tenant == running.tenant {
+            return (candidate.class, candidate.counter) < (running.class, running.counter);
+        }
+        let is_visit =
+            !self.is_busy(candidate.tenant) && self.is_busy(running.tenant) && !planted!(self.engine, IgnoreVisitors);
+        let step = price(self.engine.tenants[candidate.tenant].weight(), u64::from(self.engine.config.step_tokens_max));
+        candidate.counter <= running.counter.saturating_add(if is_visit { step } else { 0 })
+    }
+
+    /// Whether a tenant has more to compute than fits into a step.
+    fn is_busy(&self, tenant: TenantSlot) -> bool {
+        let Engine { waiting, tenants, config, .. } = &*self.engine;
+        waiting.tokens_of(tenant) + tenants[tenant].prefilling > u64::from(config.step_tokens_max)
+    }
+
+    /// Whether a tenant's prefill comes later for visitors' sake.
+    fn gives_way(&self, tenant: TenantSlot) -> bool {
+        self.is_visited && self.is_busy(tenant) && !planted!(self.engine, IgnoreVisitors)
+    }
+
+    /// A tenant has all that the step takes of it. If it is busy, no other busy one gets more.
+    pub(crate) fn close_to(&mut self, tenant: TenantSlot) {
+        self.is_visited |= self.is_busy(tenant);
+    }
+
+    /// How long visitors that are expected back let a step with prefill of a busy tenant be.
+    fn visit_us(&self, busy: TenantSlot) -> Option<u64> {
+        let Engine { waiting, tenants, visitors, estimator, now, .. } = &*self.engine;
+        let decodes = StepWork { prefill_tokens: 0, prefill_context: 0, ..self.work };
+        let is_away = |tenant: TenantSlot| waiting.tokens_of(tenant) + tenants[tenant].prefilling == 0;
+        visitors.step_us(busy, *now, estimator.predict_us(&decodes), is_away)
+    }
+
+    /// How many of a tenant's `remaining` tokens from position `start` the step takes.
+    pub(crate) fn chunk(&self, tenant: TenantSlot, start: u32, remaining: u32) -> u32 {
         let chunk = policy::chunk(remaining, self.budget_left());
-        let Some(itl_us) = self.itl_us else { return chunk };
+        let ignores_visitors = planted!(self.engine, IgnoreVisitors);
+        let visit_us = if self.is_busy(tenant) && !ignores_visitors { self.visit_us(tenant) } else { None };
+        let Some(limit_us) = [self.itl_us, visit_us].into_iter().flatten().min() else { return chunk };
         let work = self.work_with_reserve();
-        let within = self.engine.estimator.prefill_within(&work, start, chunk, itl_us);
+        let within = self.engine.estimator.prefill_within(&work, start, chunk, limit_us);
         let least = u64::from(self.engine.config.chunk_tokens_min).saturating_sub(work.prefill_tokens) as u32;
         let is_free = planted!(self.engine, IgnoreObjectives);
         if is_free { chunk } else { chunk.min(within.max(least)) }
@@ -295,9 +395,4 @@ impl<'a> StepFiller<'a> {
         engine.workers[usize::from(self.id.0)].planned.push(PlannedSlice { index, num_tokens, sample });
         self.budget = self.budget.saturating_sub(num_tokens);
     }
-}
-
-/// Whether a waiting request takes tokens of the step before a running prefill.
-fn goes_before(candidate: &Candidate, running: &Prefill) -> bool {
-    (candidate.class, candidate.counter) < (running.class, running.counter)
 }

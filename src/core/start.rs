@@ -69,13 +69,16 @@ impl StepFiller<'_> {
                 let request = &mut self.engine.requests[index];
                 let cached = request.table.len() as u32 * self.engine.config.block_size;
                 let uncached = request.num_tokens() - cached;
-                if self.chunk(cached, uncached) == 0 {
+                let chunk = self.chunk(candidate.tenant, cached, uncached);
+                if chunk == 0 {
                     self.engine.requests[index].table.clear();
+                    self.close_to(candidate.tenant);
                     return Start::Full;
                 }
                 self.start(index, node);
                 self.grow(index, missing);
-                self.push_prefill(index);
+                self.engine.tenants[candidate.tenant].prefilling += u64::from(uncached);
+                self.push_chunk(index, chunk);
                 Start::Started
             }
             Err(Start::Blocked) => {

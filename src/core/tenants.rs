@@ -27,6 +27,8 @@ pub(crate) struct Tenant {
     /// Requests in the core, wherever they are, and how many of them wait.
     pub(crate) requests: u32,
     pub(crate) waiting: u32,
+    /// Uncomputed tokens of requests that run on the worker whose step is being filled; 0 between plans.
+    pub(crate) prefilling: u64,
     /// Tokens charged since start: prompt tokens to compute, and output.
     pub(crate) charged: u64,
     /// Of these, prompt tokens of requests that ended before they were computed.
@@ -35,7 +37,7 @@ pub(crate) struct Tenant {
 
 impl Tenant {
     fn new(spec: TenantSpec) -> Self {
-        Tenant { spec, is_listed: true, requests: 0, waiting: 0, charged: 0, refunded: 0 }
+        Tenant { spec, is_listed: true, requests: 0, waiting: 0, prefilling: 0, charged: 0, refunded: 0 }
     }
 
     pub(crate) fn weight(&self) -> u32 {

@@ -30,8 +30,8 @@ pub(crate) struct Worker {
     /// The work of the step in flight or, when idle, of the last one; its prediction, and when it was planned.
     pub(crate) work: StepWork,
     pub(crate) predicted_us: u64,
-    /// What kept the last step's prefill small: the strictest objective or pace of its decodes.
-    pub(crate) itl_us: Option<u64>,
+    /// What kept the last step's prefill small: the strictest objective or pace of its decodes, or a visitor's absence.
+    pub(crate) limit_us: Option<u64>,
     pub(crate) planned_at: Micros,
     /// Prompt tokens of running requests that the last planned step did not take.
     pub(crate) backlog: u64,
@@ -56,7 +56,7 @@ impl Worker {
             planned: Vec::new(),
             work: StepWork::default(),
             predicted_us: 0,
-            itl_us: None,
+            limit_us: None,
             planned_at: Micros(0),
             backlog: 0,
             suspects: Vec::new(),

@@ -35,7 +35,7 @@ use std::fmt;
 
 const MAGIC: &[u8; 8] = b"KVERNREC";
 /// Raised whenever the meaning of the bytes changes.
-const VERSION: u32 = 4;
+const VERSION: u32 = 5;
 
 /// One thing that was done to the core, or what it made of it.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -246,7 +246,7 @@ fn errors_say_what_is_wrong() {
     write_entry(&mut long_list, |out| out.extend_from_slice(&[2, 0, 0, 0, 0, 0xff, 0xff, 0xff, 0x7f]));
     let table: [(&[u8], &str); 5] = [
         (b"", "expected a recording that starts with KVERNREC, found other bytes"),
-        (&other_version, "expected a recording of version 4, found 9"),
+        (&other_version, "expected a recording of version 5, found 9"),
         (&good[..good.len() - 1], "expected a whole entry at byte 89, found the end"),
         (&unusable, "the recorded configuration is unusable: expected 1 to 4294967295 tokens in a block, found 0"),
         (&long_list, "expected a list within the entry in the entry at byte 89, found something else"),

@@ -5,7 +5,7 @@ use crate::fault::Fault;
 
 /// Each fault and the checks that may see it first, running the seeds from 0: several where a fault breaks several promises
 /// and the seed decides which shows.
-const FAULTS: [(Fault, &[&str]); 46] = [
+const FAULTS: [(Fault, &[&str]); 47] = [
     (Fault::SkipTokenCheck, &["KV-5", "K/V read"]),
     (Fault::SkipParentCheck, &["K/V read", "KV-5"]),
     (Fault::IgnoreSalt, &["K/V read", "KV-5"]),
@@ -45,6 +45,7 @@ const FAULTS: [(Fault, &[&str]); 46] = [
     (Fault::EvictFirstTenant, &["eviction order"]),
     (Fault::IgnoreObjectives, &["inter-token latency"]),
     (Fault::IgnorePace, &["inter-token latency"]),
+    (Fault::IgnoreVisitors, &["visitors"]),
     (Fault::IgnoreDeadlines, &["deadline", "cancel"]),
     (Fault::QueueForever, &["refusal"]),
     (Fault::UnpinSource, &["HND-1"]),

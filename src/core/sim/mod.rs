@@ -16,6 +16,7 @@ mod order;
 mod replay;
 pub(crate) mod rng;
 mod run;
+mod visits;
 mod watch;
 mod workload;
 

@@ -1,6 +1,7 @@
 //! What a plan must keep: the step's limits, the promises of `policy.rs`, and whose blocks may be taken for it. Everything
 //! here is judged from the state before and after the plan, by searching all of it.
 
+use super::visits::Visits;
 use super::{Failure, check};
 use crate::cost::StepWork;
 use crate::request::{Arrival, Phase, RequestIndex};
@@ -45,6 +46,7 @@ pub(crate) struct Before {
     /// What the last step's decodes take alone.
     decodes_us: u64,
     owed: Option<(RequestId, Right)>,
+    visits: Visits,
 }
 
 /// What a tenant may start by although others are in its way.
@@ -97,7 +99,8 @@ impl Before {
         let last = engine.workers[usize::from(worker.0)].work;
         let decodes = StepWork { prefill_tokens: 0, prefill_context: 0, ..last };
         let decodes_us = engine.estimator.predict_us(&decodes);
-        Before { holdings, holders, cached, has_suspects, decodes_us, owed }
+        let visits = Visits::new(engine, worker);
+        Before { holdings, holders, cached, has_suspects, decodes_us, owed, visits }
     }
 
     /// Who had a right to start has started, unless room had to be made for decodes; gives the right.
@@ -182,7 +185,8 @@ impl Before {
                 is_old && request.remaining() == 1 && slice_of(request.id).is_none_or(|slice| slice.start > 0);
             let count = plan.slices.iter().filter(|slice| slice.request == request.id).count();
             let has_promise = config.classes.iter().any(|c| c.itl.is_some()) || running().any(|r| r.deadline.is_some());
-            let left = itl.is_none() && plan.tokens.len() < budget && !has_promise;
+            let may_give_way = engine.tenants.len() > 1 && self.visits.may_be_busy(engine, request);
+            let left = itl.is_none() && plan.tokens.len() < budget && !has_promise && !may_give_way;
             let must_run = (is_decode && !worker.is_stalled) || oldest == Some(request.arrival) || left;
             check(count == 1 || (count == 0 && (!must_run || worker.is_stalled)), "fairness", || {
                 format!("{:?} has {count} slices", request.id)
@@ -207,7 +211,8 @@ impl Before {
         let predicted = engine.estimator.predict_ps(&work) / 1_000_000;
         let within = itl.is_none_or(|itl| predicted <= itl);
         let is_least = work.prefill_tokens <= u64::from(config.chunk_tokens_min);
-        check(within || is_least, "inter-token latency", || format!("{predicted} us of {itl:?} with {work:?}"))
+        check(within || is_least, "inter-token latency", || format!("{predicted} us of {itl:?} with {work:?}"))?;
+        self.visits.check(engine, plan, effects)
     }
 }
 
