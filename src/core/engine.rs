@@ -9,10 +9,11 @@
 use crate::cost::Estimator;
 use crate::invariants::InvariantId;
 use crate::kv::KvPool;
+use crate::prefill::Prefill;
 use crate::queue::Waiting;
 use crate::request::{Arrival, RequestIndex, Requests};
 use crate::retry::Retries;
-use crate::scheduler::{Prefill, StepFiller};
+use crate::scheduler::StepFiller;
 use crate::suspects::Quarantine;
 use crate::tenants::Tenants;
 use crate::visitors::Visitors;
@@ -56,6 +57,8 @@ pub struct Engine {
     pub(crate) next_arrival: u64,
     pub(crate) next_transfer: u64,
     next_step: u64,
+    /// Calls of [`Engine::plan`] that filled a step, even with nothing.
+    pub(crate) num_plans: u64,
     /// The counters of [`Stats`]; its gauges are computed when asked for.
     pub(crate) totals: Stats,
     /// Emptied vectors of past `StepDone`s, at most one for each worker.
@@ -122,6 +125,7 @@ impl Engine {
             next_arrival: 0,
             next_transfer: 0,
             next_step: 0,
+            num_plans: 0,
             totals: Stats::default(),
             #[cfg(test)]
             fault: None,
@@ -176,6 +180,7 @@ impl Engine {
         // All of them may fill a block at once, and not before a long time.
         plan.blocks.reserve(state.num_running());
         self.pools[state.pool()].choose_anew();
+        self.num_plans += 1;
         StepFiller::new(self, worker, plan, effects).fill();
         if plan.slices.is_empty() {
             self.assert_nothing_to_run(worker);

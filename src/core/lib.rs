@@ -8,8 +8,8 @@
 //!     StepFailed        suspects.rs  |
 //!     Transfer, Worker  handoff.rs   |
 //!                                    v
-//!   WorkerId ----> Engine::plan ---> StepPlan         scheduler.rs fills it, preempt.rs and claim.rs make room,
-//!                                                     policy.rs chooses, visitors.rs keeps steps short
+//!   WorkerId ----> Engine::plan ---> StepPlan         scheduler.rs and prefill.rs fill it, preempt.rs and claim.rs
+//!                                                     make room, policy.rs chooses, visitors.rs keeps steps short
 //!
 //!   state: request.rs (store), queue.rs (who waits, in order), tenants.rs, worker.rs (running list, step in flight),
 //!          kv/ (pools), cost.rs (what a step takes)
@@ -35,6 +35,7 @@ mod kv;
 mod plan;
 mod policy;
 mod preempt;
+mod prefill;
 mod queue;
 pub mod record;
 pub mod replay;

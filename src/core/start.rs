@@ -77,7 +77,7 @@ impl StepFiller<'_> {
                 }
                 self.start(index, node);
                 self.grow(index, missing);
-                self.engine.tenants[candidate.tenant].prefilling += u64::from(uncached);
+                self.engine.tenants[candidate.tenant].demand.running += u64::from(uncached);
                 self.push_chunk(index, chunk);
                 Start::Started
             }

@@ -27,17 +27,28 @@ pub(crate) struct Tenant {
     /// Requests in the core, wherever they are, and how many of them wait.
     pub(crate) requests: u32,
     pub(crate) waiting: u32,
-    /// Uncomputed tokens of requests that run on the worker whose step is being filled; 0 between plans.
-    pub(crate) prefilling: u64,
+    /// What it has to compute, as the step that is being filled, or was last, found it.
+    pub(crate) demand: Demand,
     /// Tokens charged since start: prompt tokens to compute, and output.
     pub(crate) charged: u64,
     /// Of these, prompt tokens of requests that ended before they were computed.
     pub(crate) refunded: u64,
 }
 
+/// What a tenant has to compute, when a step is filled.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Demand {
+    /// The number of the plan that looked.
+    pub(crate) plan: u64,
+    /// Uncomputed tokens of its prefills on the worker, and of what the step took from the queue.
+    pub(crate) running: u64,
+    /// All its uncomputed tokens, those that wait included, did not fit into a step when the plan began.
+    pub(crate) is_busy: bool,
+}
+
 impl Tenant {
     fn new(spec: TenantSpec) -> Self {
-        Tenant { spec, is_listed: true, requests: 0, waiting: 0, prefilling: 0, charged: 0, refunded: 0 }
+        Tenant { spec, is_listed: true, requests: 0, waiting: 0, demand: Demand::default(), charged: 0, refunded: 0 }
     }
 
     pub(crate) fn weight(&self) -> u32 {

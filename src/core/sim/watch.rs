@@ -175,6 +175,7 @@ impl Before {
         let is_new = |id| effects.iter().any(|e| matches!(e, Effect::Scheduled { request, .. } if *request == id));
         let prefills = running().filter(|request| request.remaining() > 1 || is_new(request.id));
         let oldest = prefills.map(|request| request.arrival).min();
+        let visits = Visits::new(engine, plan.worker);
         let mut work = StepWork::default();
         let mut itl = None;
         for request in running() {
@@ -185,7 +186,7 @@ impl Before {
                 is_old && request.remaining() == 1 && slice_of(request.id).is_none_or(|slice| slice.start > 0);
             let count = plan.slices.iter().filter(|slice| slice.request == request.id).count();
             let has_promise = config.classes.iter().any(|c| c.itl.is_some()) || running().any(|r| r.deadline.is_some());
-            let may_give_way = engine.tenants.len() > 1 && self.visits.may_be_busy(engine, request);
+            let may_give_way = engine.tenants.len() > 1 && self.visits.may_be_busy(&visits, engine, request.tenant);
             let left = itl.is_none() && plan.tokens.len() < budget && !has_promise && !may_give_way;
             let must_run = (is_decode && !worker.is_stalled) || oldest == Some(request.arrival) || left;
             check(count == 1 || (count == 0 && (!must_run || worker.is_stalled)), "fairness", || {
