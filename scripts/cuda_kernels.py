@@ -5,7 +5,7 @@ Each file becomes target/cuda/fatbin/NAME.fatbin with machine code for sm_80 and
 driver makes code for any later GPU. A file is compiled again when its text, a header, the flags or the compiler's version change.
 
 What the compiler says of every kernel is compared with kernels/cuda/resources.txt: more registers than there, any spill, or the loss of
-128-bit loads, matrix instructions or asynchronous copies is an error. --accept writes that table anew.
+128-bit loads (wide) or stores, matrix instructions or asynchronous copies is an error. --accept writes that table anew.
 
 Without a compiler, and with no way to install one, this warns and does nothing, unless KVERN_REQUIRE_CUDA=1.
 """
@@ -45,6 +45,7 @@ FLAGS = [
 # What the PTX of a kernel may hold, and must not lose.
 FEATURES = {
     "wide": re.compile(r"\b(ld\.global[.\w:]*\.v4\.|ld\.v4\.|cp\.async\.cg)"),
+    "stores": re.compile(r"\bst(\.global)?[.\w:]*\.v4\."),
     "mma": re.compile(r"\bmma\.sync\."),
     "async": re.compile(r"\bcp\.async\.cg"),
 }
@@ -55,7 +56,7 @@ def digest(source):
     """Of everything that the result depends on."""
     parts = [source, *sorted(SOURCES.glob("*.h"))]
     text = b"".join(part.name.encode() + b"\0" + part.read_bytes() + b"\0" for part in parts)
-    return hashlib.sha256(text + repr((TARGETS, FLAGS, cuda_toolchain.PINS)).encode()).hexdigest()
+    return hashlib.sha256(text + repr((TARGETS, FLAGS, FEATURES, cuda_toolchain.PINS)).encode()).hexdigest()
 
 
 def features(ptx):

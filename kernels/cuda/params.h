@@ -5,7 +5,8 @@
 // dense unless a stride is named; sizes are in elements.
 //
 // K and V of one layer are [block][kv_head][block_size][head_dim] of T each: a KV head's part of a block is one stretch of memory
-// (4 KiB for 16 positions of 128 in bf16), which is what one tile of attention reads. A slot is block * block_size + offset.
+// (4 KiB for 16 positions of 128 in bf16), which is what one tile of attention reads. A slot is block * block_size + offset;
+// blocks * kv_heads * block_size is below 2^32.
 #pragma once
 
 #include <stdint.h>
@@ -171,7 +172,7 @@ struct PrefillParams {
 };
 
 // out[r][n] = sum over k of x[r][k] w[n][k] (+ bias[n]); x T [rows][inner], rows 1 to 8. w is T or GGUF blocks as stored.
-// Grid = ceil(outputs / 4). inner is a multiple of 16 bytes of T, or of the format's block.
+// Grid = ceil(outputs / 4). inner is a multiple of 8, or of the format's block.
 struct GemvParams {
     const void *x;
     const void *w;
@@ -200,7 +201,7 @@ struct FillParams {
 };
 
 // How one row is sampled. Fields as the server's sampling parameters; top_k 0 is all. bias_first..bias_first + bias_count are
-// entries of the bias arrays, count_first.. of the token counts.
+// entries of the bias arrays, count_first.. of the token counts; within a row the tokens of each are distinct.
 struct SampleRow {
     uint64_t seed;
     uint32_t position;

@@ -41,6 +41,14 @@ __device__ __forceinline__ uint32_t pack_f16(float low, float high) {
     return pair;
 }
 
+// The upper 64 bits of a product of 128.
+__device__ __forceinline__ unsigned long long multiply_high(unsigned long long a, unsigned long long b) {
+    return __umul64hi(a, b);
+}
+
+// The number of the lowest bit that is set; -1 of none.
+__device__ __forceinline__ int lowest_bit(uint32_t x) { return __ffs(static_cast<int>(x)) - 1; }
+
 // 2^x, relative error below 2^-22; 0 for -infinity.
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;

@@ -39,3 +39,10 @@ pub const fn prefill_shared_bytes(head_dim: usize) -> usize {
     let positions = if head_dim > 64 { 32 } else { 64 };
     pitch(head_dim) * (prefill_rows(head_dim) + 4 * positions)
 }
+
+/// Threads per block, and outputs per block, of `kvern_gemv_*`; blocks = ceil(outputs / outputs per block).
+pub const GEMV_THREADS: usize = 128;
+pub const GEMV_OUTPUTS: usize = 4;
+
+/// Threads per block of `kvern_sample`; a block per row. It has to be exactly these.
+pub const SAMPLE_THREADS: usize = 512;

@@ -59,6 +59,12 @@ inline uint32_t pack_f16(float low, float high) {
     return float_to_f16(low) | static_cast<uint32_t>(float_to_f16(high)) << 16;
 }
 
+inline unsigned long long multiply_high(unsigned long long a, unsigned long long b) {
+    return static_cast<unsigned long long>(static_cast<unsigned __int128>(a) * b >> 64);
+}
+
+inline int lowest_bit(uint32_t x) { return __builtin_ffs(static_cast<int>(x)) - 1; }
+
 inline float exp2_fast(float x) { return exp2f(x); }
 
 inline void check_aligned(const void *at) {

@@ -21,6 +21,10 @@ struct uint4 {
     uint32_t x, y, z, w;
 };
 
+struct uint2 {
+    uint32_t x, y;
+};
+
 struct Dim3 {
     uint32_t x, y, z;
 };
