@@ -172,7 +172,7 @@ struct PrefillParams {
 };
 
 // out[r][n] = sum over k of x[r][k] w[n][k] (+ bias[n]); x T [rows][inner], rows 1 to 8. w is T or GGUF blocks as stored.
-// Grid = ceil(outputs / 4). inner is a multiple of 8, or of the format's block.
+// out is T, or f32 where out_f32 is not 0: logits. Grid = ceil(outputs / 4). inner is a multiple of 8, or of the format's block.
 struct GemvParams {
     const void *x;
     const void *w;
@@ -181,7 +181,7 @@ struct GemvParams {
     uint32_t rows;
     uint32_t inner;
     uint32_t outputs;
-    uint32_t pad;
+    uint32_t out_f32;
 };
 
 // out[i] = value of element i of GGUF blocks as stored; `elements` is a multiple of 256; any grid.

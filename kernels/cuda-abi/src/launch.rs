@@ -20,6 +20,13 @@ pub const fn decode_head_tiles(group: usize) -> usize {
     group.div_ceil(16)
 }
 
+/// Workers to plan decode attention for, where `blocks` fit the device at once: as many as make one wave, at least one.
+#[must_use]
+pub const fn decode_workers(blocks: usize, kv_heads: usize, group: usize) -> usize {
+    let workers = blocks / (kv_heads * decode_head_tiles(group));
+    if workers == 0 { 1 } else { workers }
+}
+
 /// Dynamic shared memory of `kvern_decode_*`: 16 rows of q, and per warp a ring of 2 or 3 stages of 16 rows of K and V.
 #[must_use]
 pub const fn decode_shared_bytes(head_dim: usize) -> usize {

@@ -192,7 +192,7 @@ params! {
         rows: u32,
         inner: u32,
         outputs: u32,
-        pad: u32,
+        out_f32: u32,
     }
     /// GGUF blocks to values.
     DequantizeParams {

@@ -3,11 +3,13 @@
 
 mod support;
 
+use std::collections::BTreeSet;
+
 use half::{bf16, f16};
 use kvern_cuda_abi::{
     BlockCopyParams, GateParams, GatherParams, LAYOUTS, NONE, Ptr, RmsNormParams, SequenceSlice, StepInputsParams,
 };
-use kvern_cuda_shim::{Buffer, Launch, cpp_layout};
+use kvern_cuda_shim::{Buffer, Launch, cpp_layout, kernels};
 use kvern_kernels::reference;
 use support::*;
 
@@ -25,6 +27,16 @@ fn parameter_structs_are_laid_out_alike() {
         let fields: usize = layout.fields.iter().map(|(_, _, bytes)| bytes).sum();
         assert_eq!(fields, layout.bytes, "{} has padding", layout.name);
     }
+}
+
+/// The table of resources, which is of what nvcc compiled, and the shim name the same kernels.
+#[test]
+fn both_compilers_have_the_same_kernels() {
+    let table = include_str!("../../cuda/resources.txt");
+    let rows = table.lines().filter(|line| !line.starts_with('#'));
+    let compiled: BTreeSet<&str> = rows.filter_map(|row| row.split_whitespace().next()).collect();
+    let shim = kernels();
+    assert_eq!(compiled, shim.iter().map(String::as_str).collect());
 }
 
 fn check_norm<T: Element>(rows: usize, columns: usize, threads: usize, fused: bool, fault: u32) -> Result<(), String> {
