@@ -143,6 +143,41 @@ struct DecodeParams {
     float scale_log2;
 };
 
+// A query row of sequences that share a prefix: its row in the batch, and its first partial result.
+struct CascadeRow {
+    uint32_t row;
+    uint32_t partial;
+};
+
+// Piece `piece` of a shared prefix, the positions first..end of the block table `table`, for rows first_row..first_row + rows of
+// the list. `first` is a multiple of 64.
+struct CascadeTile {
+    uint32_t first_row;
+    uint32_t rows;
+    uint32_t first;
+    uint32_t end;
+    uint32_t table;
+    uint32_t piece;
+};
+
+// Decode over shared prefixes: partial results as in DecodeParams. Grid = (tiles, kv_heads); tiles as of prefill.
+struct CascadeParams {
+    const void *qkv;
+    const void *k_cache;
+    const void *v_cache;
+    const CascadeTile *tiles;
+    const CascadeRow *rows;
+    const uint32_t *block_tables;
+    float *sums;
+    float *values;
+    uint32_t heads;
+    uint32_t kv_heads;
+    uint32_t block_size;
+    uint32_t table_stride;
+    uint32_t qkv_stride;
+    float scale_log2;
+};
+
 // Some query rows of one sequence: rows row..row + rows, the first at `position`.
 struct PrefillTile {
     uint32_t row;

@@ -40,6 +40,18 @@ pub const fn prefill_rows(head_dim: usize) -> usize {
     if head_dim > 128 { 64 } else { 128 }
 }
 
+/// As [`prefill_rows`], of `kvern_cascade_*`, whose blocks have as many threads.
+#[must_use]
+pub const fn cascade_rows(head_dim: usize) -> usize {
+    if head_dim > 96 { 64 } else { 128 }
+}
+
+/// Dynamic shared memory of `kvern_cascade_*`, as of prefill.
+#[must_use]
+pub const fn cascade_shared_bytes(head_dim: usize) -> usize {
+    prefill_shared_bytes(head_dim) - pitch(head_dim) * (prefill_rows(head_dim) - cascade_rows(head_dim))
+}
+
 /// Dynamic shared memory of `kvern_prefill_*`: the tile of q, and two stages of K and V.
 #[must_use]
 pub const fn prefill_shared_bytes(head_dim: usize) -> usize {

@@ -8,4 +8,4 @@ mod params;
 mod plan;
 
 pub use params::*;
-pub use plan::{DecodePlan, DecodeQuery, PrefillPlan, PrefillQuery, piece_len};
+pub use plan::{DecodePlan, DecodeQuery, PrefillPlan, PrefillQuery, SharedPrefix, piece_len};

@@ -159,6 +159,37 @@ params! {
         qkv_stride: u32,
         scale_log2: f32,
     }
+    /// A query row of sequences that share a prefix.
+    CascadeRow {
+        row: u32,
+        partial: u32,
+    }
+    /// A piece of a shared prefix, for some rows.
+    CascadeTile {
+        first_row: u32,
+        rows: u32,
+        first: u32,
+        end: u32,
+        table: u32,
+        piece: u32,
+    }
+    /// Decode over shared prefixes.
+    CascadeParams {
+        qkv: Ptr,
+        k_cache: Ptr,
+        v_cache: Ptr,
+        tiles: Ptr,
+        rows: Ptr,
+        block_tables: Ptr,
+        sums: Ptr,
+        values: Ptr,
+        heads: u32,
+        kv_heads: u32,
+        block_size: u32,
+        table_stride: u32,
+        qkv_stride: u32,
+        scale_log2: f32,
+    }
     /// Query rows of one sequence.
     PrefillTile {
         row: u32,

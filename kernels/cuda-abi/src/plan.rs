@@ -9,7 +9,7 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
-use crate::{DecodeItem, DecodeMerge, NONE, PrefillTile};
+use crate::{CascadeRow, CascadeTile, DecodeItem, DecodeMerge, NONE, PrefillTile};
 
 /// What a piece costs beside its positions, in positions: the start of its pipeline and its result.
 const PIECE_COST: u32 = 32;
@@ -36,6 +36,17 @@ pub struct DecodeQuery {
     pub context: u32,
 }
 
+/// Queries `first..first + count` of a step whose sequences begin with the same `len` positions, in the same blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SharedPrefix {
+    pub first: u32,
+    pub count: u32,
+    pub len: u32,
+}
+
+/// Positions per piece of a shared prefix.
+const PREFIX_PIECE: u32 = 512;
+
 /// Work of decode attention for `workers` blocks per KV head; the arrays are what the kernels read.
 #[derive(Debug, Default)]
 pub struct DecodePlan {
@@ -44,6 +55,9 @@ pub struct DecodePlan {
     /// `[workers + 1]`: worker `w` has the items `starts[w]..starts[w + 1]`.
     pub starts: Vec<u32>,
     pub merges: Vec<DecodeMerge>,
+    /// Work on shared prefixes, for the cascade kernel.
+    pub cascade_rows: Vec<CascadeRow>,
+    pub cascade_tiles: Vec<CascadeTile>,
     /// Partial results written.
     pub partials: u32,
     pieces: Vec<(u32, DecodeItem)>,
@@ -56,13 +70,66 @@ impl DecodePlan {
     /// # Panics
     /// Without workers, with an empty context or an empty window.
     pub fn update(&mut self, queries: &[DecodeQuery], window: Option<u32>, workers: u32) {
-        assert!(workers > 0 && window != Some(0), "a plan needs workers and a window of at least one position");
-        (self.partials, self.pieces) = (0, std::mem::take(&mut self.pieces));
+        assert!(window != Some(0), "a window has at least one position");
+        self.clear();
+        for query in queries {
+            let seen = window.map_or(0, |window| query.context.saturating_sub(window));
+            self.cut(query, seen, 0);
+        }
+        self.deal_out(workers);
+    }
+
+    /// Plans anew, where the K and V of shared prefixes are read once for all rows that share one, `tile_rows` of them at a
+    /// time. How such a row is cut depends on its prefix too: its bits are those of any batch in which it shares as much.
+    ///
+    /// # Panics
+    /// Without workers, or where prefixes overlap, are not in the order of queries, or leave a sequence no position of its own.
+    pub fn update_shared(&mut self, queries: &[DecodeQuery], prefixes: &[SharedPrefix], tile_rows: u32, workers: u32) {
+        self.clear();
+        let mut next = 0;
+        for prefix in prefixes {
+            let (first, end) = (prefix.first as usize, (prefix.first + prefix.count) as usize);
+            assert!(next <= first && prefix.count > 0 && prefix.len > 0, "prefixes in the order of queries");
+            queries[next..first].iter().for_each(|query| self.cut(query, 0, 0));
+            self.share(&queries[first..end], prefix.len, tile_rows);
+            next = end;
+        }
+        queries[next..].iter().for_each(|query| self.cut(query, 0, 0));
+        self.deal_out(workers);
+    }
+
+    fn clear(&mut self) {
+        self.partials = 0;
         self.pieces.clear();
         self.merges.clear();
+        self.cascade_rows.clear();
+        self.cascade_tiles.clear();
+    }
+
+    /// Cuts a prefix for the rows that share it, and what is left of each row.
+    fn share(&mut self, queries: &[DecodeQuery], len: u32, tile_rows: u32) {
+        let (first_row, pieces) = (self.cascade_rows.len() as u32, len.div_ceil(PREFIX_PIECE));
         for query in queries {
-            self.cut(query, window);
+            assert!(query.context > len, "a sequence has a position after its prefix");
+            self.cascade_rows.push(CascadeRow { row: query.row, partial: self.partials });
+            self.cut(query, len, pieces);
         }
+        for first in (0..queries.len() as u32).step_by(tile_rows as usize) {
+            let rows = tile_rows.min(queries.len() as u32 - first);
+            self.cascade_tiles.extend((0..pieces).map(|piece| CascadeTile {
+                first_row: first_row + first,
+                rows,
+                first: piece * PREFIX_PIECE,
+                end: len.min((piece + 1) * PREFIX_PIECE),
+                table: queries[0].table,
+                piece,
+            }));
+        }
+    }
+
+    /// Gives the pieces to workers.
+    fn deal_out(&mut self, workers: u32) {
+        assert!(workers > 0, "a plan needs workers");
         // Stable, so that equal pieces stay in the order of rows and positions.
         self.pieces.sort_by_key(|(_, item)| Reverse(item.end - item.first));
         self.load.clear();
@@ -80,19 +147,19 @@ impl DecodePlan {
         self.starts.extend((0..=workers).map(end));
     }
 
-    /// Cuts one row at multiples of its piece length, counted from position 0, so that a window moves over fixed cuts.
-    fn cut(&mut self, query: &DecodeQuery, window: Option<u32>) {
+    /// Cuts what one row sees from position `seen` on, at multiples of its piece length counted from position 0, so that a
+    /// window moves over fixed cuts. Before these pieces go the `before` of a shared prefix.
+    fn cut(&mut self, query: &DecodeQuery, seen: u32, before: u32) {
         let DecodeQuery { row, table, context } = *query;
-        assert!(context > 0, "a query sees itself");
+        assert!(context > seen, "a query sees itself");
         let len = piece_len(context);
-        let seen = window.map_or(0, |window| context.saturating_sub(window));
         let (first, end) = (seen / len, context.div_ceil(len));
-        let count = end - first;
+        let count = before + end - first;
         if count > 1 {
             self.merges.push(DecodeMerge { row, first: self.partials, count });
         }
         for piece in first..end {
-            let partial = if count > 1 { self.partials + piece - first } else { NONE };
+            let partial = if count > 1 { self.partials + before + piece - first } else { NONE };
             let item =
                 DecodeItem { row, table, first: seen.max(piece * len), end: context.min((piece + 1) * len), partial };
             self.pieces.push((0, item));
