@@ -20,7 +20,8 @@ __device__ __forceinline__ float block_sum(float x) {
     if (threadIdx.x % 32 == 0) {
         sums[threadIdx.x / 32] = x;
     }
-    const bool skipped = KVERN_PLANTED(PLANTED_MISSING_BARRIER) || (KVERN_PLANTED(PLANTED_DIVERGED_BARRIER) && threadIdx.x == 0);
+    const bool diverged = KVERN_PLANTED(PLANTED_DIVERGED_BARRIER) && threadIdx.x == 0;
+    const bool skipped = KVERN_PLANTED(PLANTED_MISSING_BARRIER) || diverged;
     if (!skipped) {
         __syncthreads();
     }

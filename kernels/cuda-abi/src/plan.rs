@@ -308,4 +308,34 @@ mod tests {
         assert!(covered.iter().all(|&rows| rows == 1));
         assert!(plan.tiles.is_sorted_by_key(|tile| Reverse(tile.position + tile.rows)));
     }
+
+    #[test]
+    fn shared_prefixes_are_read_once() {
+        let contexts = [50, 1600, 1545, 1561, 20, 90, 95];
+        let query = |(row, &context): (usize, &u32)| DecodeQuery { row: row as u32, table: 9 + row as u32, context };
+        let queries: Vec<DecodeQuery> = contexts.iter().enumerate().map(query).collect();
+        let prefixes = [(1, 3, 1536), (5, 2, 64)].map(|(first, count, len)| SharedPrefix { first, count, len });
+        let mut plan = DecodePlan::default();
+        plan.update_shared(&queries, &prefixes, 2, 4);
+        let mut writers = vec![0; plan.partials as usize];
+        // Per row, the positions that somebody reads for it.
+        let mut read = contexts.map(|context| vec![0; context as usize]);
+        for item in &plan.items {
+            read[item.row as usize][item.first as usize..item.end as usize].iter_mut().for_each(|reads| *reads += 1);
+            if item.partial != NONE {
+                writers[item.partial as usize] += 1;
+            }
+        }
+        for tile in &plan.cascade_tiles {
+            assert!(tile.rows <= 2 && tile.first.is_multiple_of(64));
+            for row in &plan.cascade_rows[tile.first_row as usize..(tile.first_row + tile.rows) as usize] {
+                read[row.row as usize][tile.first as usize..tile.end as usize].iter_mut().for_each(|reads| *reads += 1);
+                writers[(row.partial + tile.piece) as usize] += 1;
+            }
+        }
+        assert!(read.iter().flatten().all(|&reads| reads == 1), "every position once");
+        assert!(writers.iter().all(|&writers| writers == 1), "each partial result has one writer");
+        let merged: u32 = plan.merges.iter().map(|merge| merge.count).sum();
+        assert_eq!(merged, plan.partials);
+    }
 }
