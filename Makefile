@@ -9,7 +9,7 @@ SEEDS ?= 1000000
 BENCHES ?= forward plan prefix kernels frontend text
 
 .DEFAULT_GOAL := help
-.PHONY: help serve model test unit clients sim simulate lint bench bench-peer bench-scaling bench-serve openapi doc
+.PHONY: help serve model test unit clients sim simulate lint bench bench-peer bench-scaling bench-serve openapi doc cuda
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ bench-scaling: model ## Measure batches and contexts; writes docs/performance.md
 
 bench-serve: model ## Load the server: fairness, overload, latency, split workers; ARGS="--only load" for ten minutes with a replay
 	$(PYTHON) scripts/bench_serve.py $(ARGS)
+
+cuda: ## Compile the CUDA kernels (no GPU needed) and compare their resources; ARGS=--accept takes new ones
+	$(PYTHON) scripts/cuda_kernels.py $(ARGS)
 
 openapi: ## Write docs/openapi.json anew from the code
 	KVERN_WRITE_OPENAPI=1 $(CARGO) test --test http openapi

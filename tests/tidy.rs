@@ -12,6 +12,9 @@ const ARCHITECTURE_LINES_MAX: usize = 250;
 /// Folders that hold no source of ours.
 const SKIPPED: [&str; 8] = ["target", ".git", ".venv", "models-cache", "node_modules", "__pycache__", "shared", "data"];
 
+/// Endings of CUDA and C++ sources.
+const CUDA_ENDS: [&str; 3] = [".cu", ".h", ".cpp"];
+
 /// A text file of the repository.
 struct File {
     /// Relative to the root, with `/`.
@@ -26,6 +29,10 @@ impl File {
 
     fn in_folder(&self, name: &str) -> bool {
         self.path.split('/').rev().skip(1).any(|part| part == name)
+    }
+
+    fn is_cuda(&self) -> bool {
+        CUDA_ENDS.iter().any(|end| self.path.ends_with(end))
     }
 
     /// Code that only tests and benchmarks compile, going by where it is.
@@ -72,7 +79,7 @@ fn walk(folder: &Path, files: &mut Vec<File>) {
             continue;
         }
         let known = [".rs", ".py", ".mjs", ".toml", ".md", ".sh", ".txt", "Makefile", "run", "package-lock.json"];
-        if known.iter().any(|end| name.ends_with(end)) {
+        if known.iter().chain(&CUDA_ENDS).any(|end| name.ends_with(end)) {
             let path = path.strip_prefix(root()).unwrap().to_str().unwrap().replace('\\', "/");
             files.push(File { text: fs::read_to_string(entry.path()).unwrap(), path });
         }
@@ -126,7 +133,8 @@ fn holding<'a>(files: impl IntoIterator<Item = (&'a File, &'a str)>, words: &[&s
 #[test]
 fn files_and_functions_are_short() {
     let files = files();
-    let sources = || files.iter().filter(|file| [".rs", ".py", ".mjs"].iter().any(|end| file.path.ends_with(end)));
+    let ends = || [".rs", ".py", ".mjs"].iter().chain(&CUDA_ENDS);
+    let sources = || files.iter().filter(|file| ends().any(|end| file.path.ends_with(end)));
     let lines = |file: &File| file.text.lines().count();
     let named = |file: &File| format!("{}: {}", file.path, lines(file));
     none("files of more than 600 lines", sources().filter(|file| lines(file) > LINES_MAX).map(named));
@@ -251,10 +259,24 @@ fn the_core_is_a_pure_state_machine() {
 fn every_module_says_what_it_is_for() {
     let files = files();
     let sources = files.iter().filter(|file| {
-        let library = ["src/", "kernels/src/", "models/src/"].iter().any(|folder| file.path.starts_with(folder));
+        let library = ["src/", "kernels/src/", "kernels/cuda-abi/src/", "kernels/shim/src/", "models/src/"]
+            .iter()
+            .any(|folder| file.path.starts_with(folder));
         file.is_rust() && library && !file.path.ends_with("tests.rs")
     });
     none("modules without a doc", sources.filter(|file| !file.text.starts_with("//! ")).map(|file| file.path.clone()));
+}
+
+#[test]
+fn kernels_say_what_they_are_for_and_hide_their_assembly() {
+    let files = files();
+    let cuda = || files.iter().filter(|file| file.is_cuda());
+    assert!(cuda().count() > 10, "the kernels were not found");
+    none("kernels without a doc", cuda().filter(|file| !file.text.starts_with("// ")).map(|file| file.path.clone()));
+    // The shim has to stand in for every instruction, and its own fibers switch stacks.
+    let homes = ["kernels/cuda/ptx.h", "kernels/cuda/shim/shim.cpp"];
+    let others = cuda().filter(|file| !homes.contains(&file.path.as_str())).map(|file| (file, file.text.as_str()));
+    none("inline assembly outside ptx.h", holding(others, &["asm(", "asm volatile"]));
 }
 
 #[test]

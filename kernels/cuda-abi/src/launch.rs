@@ -1,0 +1,67 @@
+//! Shapes of launches that kernels fix. Each number has its twin in a `.cu` file; one that is wrong fails the shim's tests.
+
+/// Warps per block of `kvern_rope_store_*`; blocks = ceil(rows x (heads + 2 kv_heads) / this).
+pub const ROPE_WARPS: usize = 4;
+
+/// Threads per block of `kvern_decode_*`; the grid is (workers, kv_heads x [`decode_head_tiles`]).
+pub const DECODE_THREADS: usize = 128;
+
+/// Threads per block of `kvern_prefill_*`; the grid is (tiles, kv_heads).
+pub const PREFILL_THREADS: usize = 128;
+
+/// Bytes of one row of a tile in shared memory: 16-bit values and what keeps rows in different banks.
+const fn pitch(head_dim: usize) -> usize {
+    2 * head_dim + 16
+}
+
+/// Tiles of at most 16 query heads that one KV head's group is.
+#[must_use]
+pub const fn decode_head_tiles(group: usize) -> usize {
+    group.div_ceil(16)
+}
+
+/// Workers to plan decode attention for, where `blocks` fit the device at once: as many as make one wave, at least one.
+#[must_use]
+pub const fn decode_workers(blocks: usize, kv_heads: usize, group: usize) -> usize {
+    let workers = blocks / (kv_heads * decode_head_tiles(group));
+    if workers == 0 { 1 } else { workers }
+}
+
+/// Dynamic shared memory of `kvern_decode_*`: 16 rows of q, and per warp a ring of 2 or 3 stages of 16 rows of K and V.
+#[must_use]
+pub const fn decode_shared_bytes(head_dim: usize) -> usize {
+    let stages = if head_dim > 128 { 2 } else { 3 };
+    16 * pitch(head_dim) * (1 + 4 * stages * 2)
+}
+
+/// Pairs of a query row and a head that a tile of `kvern_prefill_*` has room for.
+#[must_use]
+pub const fn prefill_rows(head_dim: usize) -> usize {
+    if head_dim > 128 { 64 } else { 128 }
+}
+
+/// As [`prefill_rows`], of `kvern_cascade_*`, whose blocks have as many threads.
+#[must_use]
+pub const fn cascade_rows(head_dim: usize) -> usize {
+    if head_dim > 96 { 64 } else { 128 }
+}
+
+/// Dynamic shared memory of `kvern_cascade_*`, as of prefill.
+#[must_use]
+pub const fn cascade_shared_bytes(head_dim: usize) -> usize {
+    prefill_shared_bytes(head_dim) - pitch(head_dim) * (prefill_rows(head_dim) - cascade_rows(head_dim))
+}
+
+/// Dynamic shared memory of `kvern_prefill_*`: the tile of q, and two stages of K and V.
+#[must_use]
+pub const fn prefill_shared_bytes(head_dim: usize) -> usize {
+    let positions = if head_dim > 64 { 32 } else { 64 };
+    pitch(head_dim) * (prefill_rows(head_dim) + 4 * positions)
+}
+
+/// Threads per block, and outputs per block, of `kvern_gemv_*`; blocks = ceil(outputs / outputs per block).
+pub const GEMV_THREADS: usize = 128;
+pub const GEMV_OUTPUTS: usize = 4;
+
+/// Threads per block of `kvern_sample`; a block per row. It has to be exactly these.
+pub const SAMPLE_THREADS: usize = 512;
