@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use crate::cpu::CpuDevice;
+use crate::reference::Products;
 use crate::{Result, cuda};
 
 /// Instruction-set level of the CPU backend, lowest first. All levels give the same bits, but for subnormal numbers in bf16
@@ -73,6 +74,16 @@ impl Device {
     pub fn isa(&self) -> Option<CpuIsa> {
         match &self.backend {
             Backend::Cpu(cpu) => Some(cpu.isa.level),
+            Backend::Cuda(_) => None,
+        }
+    }
+
+    /// How products of bf16, weights' and of a BF16 cache, are summed up: the reference whose bits they have. It is the same
+    /// for all devices of a level on one machine; `None` on a GPU.
+    #[must_use]
+    pub fn bf16_products(&self) -> Option<Products> {
+        match &self.backend {
+            Backend::Cpu(cpu) => Some(cpu.bf16_products()),
             Backend::Cuda(_) => None,
         }
     }
