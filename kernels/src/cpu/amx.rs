@@ -9,7 +9,9 @@
 //! C [rows][16]         i32, exact; for bf16 f32, see `dot_bf16`
 //! ```
 //!
-//! `B` is the layout of panels and of K and V pages as they are. Encodings are those of Intel's manual (volume 2, AMX).
+//! `B` is the layout of panels and of K and V pages as they are. Products of bytes are exact, so that each call chooses
+//! between registers and vectors by speed; those of bf16 are rounded, and a device either has their order or not
+//! ([`TileUnits`]). Encodings are those of Intel's manual (volume 2, AMX).
 
 #[cfg(test)]
 pub(super) mod emulated;

@@ -4,6 +4,7 @@
 //! each method means the same IEEE operation in each lane, and because the only operations across lanes ([`Simd::sum`],
 //! [`Simd::max_lane`]) go through one fixed tree. Integer products are exact. The one exception: the instructions of
 //! AVX512-BF16 take and give zero for subnormal numbers in [`Simd::dot2`] and [`Simd::round_pairs`].
+//! [`Simd::dot2_apart`] does so at every level.
 //!
 //! A value of a level's type is the proof that the machine has it: only [`dispatch`], behind the detection in
 //! [`best_isa`], makes one. That is why the methods are safe.
