@@ -116,6 +116,11 @@ impl TileUnits {
             #[cfg(test)]
             TileUnit::Emulated => probe::agrees::<emulated::Emulated>(isa),
         };
+        Self::proven(unit, agrees)
+    }
+
+    /// A unit whose products of bf16 have, or do not have, the bits of vectors.
+    pub(super) fn proven(unit: TileUnit, agrees: bool) -> Self {
         TileUnits { int8: unit, bf16: if agrees { unit } else { TileUnit::None } }
     }
 }

@@ -2,10 +2,16 @@
 
 #![allow(clippy::unwrap_used)]
 
+use std::sync::Arc;
+
 use half::bf16;
 
+use crate::cpu::CpuDevice;
 use crate::cpu::amx::emulated::devices;
-use crate::{Format, MatrixView, Precision, RowOrder, Tensor, Weight, ops, reference};
+use crate::cpu::amx::{TileUnit, TileUnits};
+use crate::device::Backend;
+use crate::reference::Products;
+use crate::{CpuIsa, CpuOptions, Device, Format, MatrixView, Precision, RowOrder, Tensor, Weight, ops, reference};
 
 const FORMATS: [Format; 10] = [
     Format::Q4_0,
@@ -114,4 +120,37 @@ fn no_result_is_minus_zero() {
             assert!(out.host().iter().all(|value| value.to_bits() == 0), "{}: {:?}", device.describe(), out.host());
         }
     }
+}
+
+/// A device whose tile registers fail the comparison multiplies bf16 as one without them, whatever the number of rows, and
+/// says so.
+#[test]
+fn registers_that_differ_are_not_used() {
+    let options = CpuOptions { threads: Some(1), isa: Some(CpuIsa::Scalar) };
+    let mut cpu = CpuDevice::new(options, true).unwrap();
+    cpu.tiles = TileUnits::proven(TileUnit::Emulated, false);
+    assert_eq!((cpu.tiles.int8, cpu.tiles.bf16), (TileUnit::Emulated, TileUnit::None));
+    let device = Device { backend: Backend::Cpu(Arc::new(cpu)) };
+    assert_eq!(device.bf16_products(), Some(Products::Bf16Pairs));
+    let cols = 100;
+    let value = |i: usize| (i * 37 % 101) as f32 / 64.0 - 0.8;
+    let stored: Vec<u8> = (0..cols).flat_map(|i| bf16::from_f32(value(3 * i)).to_le_bytes()).collect();
+    let weights: Vec<f32> = (0..cols).map(|i| bf16::from_f32(value(3 * i)).to_f32()).collect();
+    let view =
+        MatrixView { name: "test", format: Format::BF16, rows: 1, cols, bytes: &stored, row_order: RowOrder::Natural };
+    let weight = Weight::pack(&device, &[view], Precision::AsStored).unwrap();
+    let x: Vec<f32> = (0..20 * cols).map(value).collect();
+    for rows in [1, 20] {
+        let mut out = Tensor::from_f32(&device, 1, &vec![f32::NAN; rows]).unwrap();
+        ops::matmul(&device, &Tensor::from_f32(&device, cols, &x[..rows * cols]).unwrap(), &weight, None, &mut out)
+            .unwrap();
+        let expected: Vec<f32> = x.chunks(cols).take(rows).map(|x| reference::dot_bf16(x, &weights)).collect();
+        assert_eq!(out.host(), expected);
+    }
+
+    let mut cpu = CpuDevice::new(options, true).unwrap();
+    cpu.isa.level = CpuIsa::Amx;
+    assert_eq!(cpu.describe(), "cpu (amx without bf16 tiles, 1 thread)");
+    cpu.tiles = TileUnits::proven(TileUnit::Emulated, true);
+    assert_eq!(cpu.describe(), "cpu (amx, 1 thread)");
 }

@@ -1,7 +1,5 @@
 //! Tile registers in plain Rust, as Intel's manual describes them, so that tests run the kernels of the AMX level anywhere.
 
-#![allow(clippy::unwrap_used)]
-
 use std::sync::Arc;
 
 use super::super::CpuDevice;
@@ -114,7 +112,8 @@ fn flushed(value: f32) -> f32 {
 pub(in crate::cpu) fn devices() -> Vec<Device> {
     let levels = [(CpuIsa::Scalar, true), (CpuIsa::Avx2, true), (CpuIsa::Avx512, true), (CpuIsa::Avx512, false)];
     let device = |(level, bf16)| {
-        let mut cpu = CpuDevice::new(CpuOptions { threads: Some(2), isa: Some(level) }, bf16).unwrap();
+        let mut cpu =
+            CpuDevice::new(CpuOptions { threads: Some(2), isa: Some(level) }, bf16).expect("a level of this machine");
         cpu.tiles = TileUnits::of(TileUnit::Emulated, cpu.isa);
         assert_eq!(cpu.tiles.bf16, TileUnit::Emulated, "the emulation passes the probe");
         Device { backend: Backend::Cpu(Arc::new(cpu)) }

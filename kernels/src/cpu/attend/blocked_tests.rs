@@ -1,13 +1,18 @@
-//! Attention with emulated tile registers, and with the vectors beside them, against the specification.
+//! Attention with emulated tile registers, and with the vectors beside them, against the specification; in the other order
+//! too, as scratch is full of NaN here.
 
 #![allow(clippy::unwrap_used)]
 
 use half::bf16;
 
 use super::super::super::amx::emulated::devices;
+use super::super::Worker;
+use crate::cpu::pair::Pair;
 use crate::ops::{self, Attention, RopeAndStore};
 use crate::reference::{self, Attend, Products};
-use crate::{AttentionPlan, Device, HeadLayout, KvCache, KvDType, KvShape, RopeTable, SequenceBatch, Tensor};
+use crate::{
+    AttentionPlan, CpuIsa, CpuOptions, Device, HeadLayout, KvCache, KvDType, KvShape, RopeTable, SequenceBatch, Tensor,
+};
 
 /// One sequence: its shape, and the window.
 #[derive(Clone, Copy, Debug)]
@@ -31,7 +36,7 @@ impl Case {
     }
 
     /// What the specification gives for all rows.
-    fn expected(self, rows: &[f32]) -> Vec<f32> {
+    fn expected(self, rows: &[f32], products: Products) -> Vec<f32> {
         let HeadLayout { heads, kv_heads, head_dim } = self.heads;
         let [_, k_start, v_start] = reference::fused_heads(self.heads);
         let stored = |start: usize, head: usize| -> Vec<f32> {
@@ -42,7 +47,7 @@ impl Case {
         let attend = |(position, row): (usize, &[f32])| -> Vec<f32> {
             let head = |head: usize| {
                 let (k, v) = &kv[head / (heads / kv_heads)];
-                let (q, window, products) = (&row[head * head_dim..][..head_dim], self.window, Products::Bf16Tiles);
+                let (q, window) = (&row[head * head_dim..][..head_dim], self.window);
                 reference::attention(&Attend { q, k, v, scale: 0.2, position, window, products })
             };
             (0..heads).flat_map(head).collect()
@@ -73,6 +78,7 @@ impl Case {
         let tables: Vec<u32> = (0..blocks as u32).rev().collect();
         let slot = |at: usize| tables[at / block_size] * block_size as u32 + (at % block_size) as u32;
         let mut plan = AttentionPlan::new(device, heads, context, 1, context).unwrap();
+        poison(&mut plan, heads);
         let (mut all, mut begin) = (Vec::new(), 0);
         for &end in ends {
             let slots: Vec<u32> = (begin..end).map(slot).collect();
@@ -93,6 +99,25 @@ impl Case {
         }
         all
     }
+}
+
+/// Scratch as a former call may have left it, at worst.
+fn poison(plan: &mut AttentionPlan, heads: HeadLayout) {
+    let queries = (48 / heads.group()).max(1) * heads.group();
+    for worker in &mut plan.scratch.bf16 {
+        let Worker { q, copied, tile, split, total } = worker.get_mut().unwrap();
+        let nan = Pair::new(f32::NAN, f32::NAN);
+        q.fill(nan);
+        copied.poison(heads.head_dim);
+        tile.scores.fill(f32::NAN);
+        tile.weights.fill(nan);
+        tile.rows.fill(nan);
+        for state in [split, total] {
+            state.outs(0, queries).fill(f32::NAN);
+            (0..queries).for_each(|query| state.set(query, f32::NAN, f32::NAN));
+        }
+    }
+    plan.scratch.partials.get_mut().unwrap().fill(f32::NAN);
 }
 
 /// Whole prompts, chunks that end within and at blocks and splits, and rows alone: each has the bits of the specification.
@@ -118,7 +143,7 @@ fn attention_gives_the_bits_of_the_specification() {
     for (heads, block_size, window, context) in cases {
         let case = Case { heads, block_size, window, context };
         let rows = case.rows();
-        let expected = case.expected(&rows);
+        let expected = case.expected(&rows, Products::Bf16Tiles);
         let mut chunks: Vec<usize> = [1, 4, 9, 16, 33, 47, 100, 255, 257, 258, 289].to_vec();
         chunks.retain(|&end| end < context);
         chunks.push(context);
@@ -144,7 +169,7 @@ fn what_a_row_does_not_see_does_not_show() {
     let case = Case { heads, block_size: 16, window: Some(20), context: 70 };
     let (bad, row_len, cols) = (37, heads.row_len(), 4 * 64);
     let mut rows = case.rows();
-    let clean = case.expected(&rows);
+    let clean = case.expected(&rows, Products::Bf16Tiles);
     rows[bad * row_len + cols..(bad + 1) * row_len - 64].fill(f32::NAN);
     rows[(bad + 1) * row_len - 64..(bad + 1) * row_len].fill(f32::INFINITY);
     for device in devices() {
@@ -154,6 +179,33 @@ fn what_a_row_does_not_see_does_not_show() {
                 assert!(found.iter().all(|value| value.is_nan()), "row {row}: a NaN is lost");
             } else {
                 assert_eq!(found, clean, "row {row}");
+            }
+        }
+    }
+}
+
+/// Without tile registers, at every level that the machine has: nothing of what scratch holds shows.
+#[test]
+fn attention_reads_no_scratch_that_it_did_not_write() {
+    let levels = [CpuIsa::Scalar, CpuIsa::Avx2, CpuIsa::Avx512, CpuIsa::Amx];
+    let options = levels.map(|isa| CpuOptions { threads: Some(2), isa: Some(isa) });
+    let devices: Vec<Device> = options
+        .iter()
+        .flat_map(|&options| [Device::cpu(options), Device::cpu_without_bf16(options)])
+        .filter_map(Result::ok)
+        .collect();
+    for (heads, kv_heads, head_dim, block_size, window) in
+        [(2, 2, 80, 32, None), (2, 1, 80, 16, Some(260)), (9, 3, 64, 16, None), (5, 1, 33, 7, Some(30))]
+    {
+        let heads = HeadLayout { heads, kv_heads, head_dim };
+        let case = Case { heads, block_size, window, context: 301 };
+        let rows = case.rows();
+        for device in &devices {
+            let expected = case.expected(&rows, device.bf16_products().unwrap());
+            for ends in [&[301][..], &[1, 34, 104, 105, 125, 299, 301]] {
+                let found = case.found(device, &rows, ends, false);
+                let same = found.iter().zip(&expected).all(|(found, expected)| found.to_bits() == expected.to_bits());
+                assert!(same && found.len() == expected.len(), "{} {case:?} calls {ends:?}", device.describe());
             }
         }
     }
