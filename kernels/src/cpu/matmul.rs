@@ -11,7 +11,7 @@ use super::dense;
 use super::element::{Element, as_f16};
 use super::open::Group;
 use super::pair::Pair;
-use super::pair_task;
+use super::pair_task::PairTask;
 use super::panel::{Panels, Part};
 use super::quant_task;
 use super::quantize::QuantTile;
@@ -152,7 +152,7 @@ impl Kernel for Task<'_> {
             Panels::F32(data) => self.dense::<S, f32>(s, data, self.rows.x),
             Panels::F16(data) => self.dense(s, as_f16(data), self.rows.x),
             Panels::BF16(data) if self.units.bf16 == TileUnit::None => self.dense::<S, Pair>(s, data, self.rows.pairs),
-            Panels::BF16(data) => pair_task::run(s, data, &self),
+            Panels::BF16(data) => s.outlined(PairTask { data, task: &self }),
             Panels::Quant(layout, data) => quant_task::run(s, *layout, data, self),
         }
     }

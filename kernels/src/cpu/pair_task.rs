@@ -16,24 +16,30 @@ use super::amx::{A0, A1, B0, B1, C0, C1, C2, C3, TILE_ROW_BYTES, TILE_ROWS, Tile
 use super::blocked::{BLOCK, add_block, finish};
 use super::matmul::Task;
 use super::pair::Pair;
-use super::simd::{LANES, Simd};
+use super::simd::{Kernel, LANES, Simd};
 
-/// Runs a task over the bf16 panels `data`.
+/// A task and the bf16 panels that it is over.
 ///
-/// Up to three rows are left to vectors, a choice of speed alone: a vector takes two products per row and 64 bytes of
-/// weights, so that four rows take about the time in which a thread reads those from memory. A tile product takes any number
-/// of rows in the time of 16 vector products.
-#[inline(always)]
-pub(super) fn run<S: Simd>(s: S, data: &[Pair], task: &Task<'_>) {
-    if !S::BF16_TILES {
-        unreachable!("tile registers at a level without");
-    }
-    match task.rows.count {
-        0 => (),
-        1 => by_vectors::<S, 1>(s, data, task),
-        2 => by_vectors::<S, 2>(s, data, task),
-        3 => by_vectors::<S, 3>(s, data, task),
-        _ => by_tiles(s, data, task),
+/// Up to three rows are left to vectors, a choice of speed alone, by peak rates rather than by measurement: a vector takes two
+/// products per row and 64 bytes of weights, so that four rows take about the time in which a thread reads those from
+/// memory. A tile product takes up to 16 rows in the time of some 16 vector products.
+pub(super) struct PairTask<'a> {
+    pub(super) data: &'a [Pair],
+    pub(super) task: &'a Task<'a>,
+}
+
+impl Kernel for PairTask<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let PairTask { data, task } = self;
+        match task.rows.count {
+            _ if !S::BF16_TILES => unreachable!("tile registers at a level without"),
+            0 => (),
+            1 => by_vectors::<S, 1>(s, data, task),
+            2 => by_vectors::<S, 2>(s, data, task),
+            3 => by_vectors::<S, 3>(s, data, task),
+            _ => by_tiles(s, data, task),
+        }
     }
 }
 
@@ -108,6 +114,7 @@ fn by_registers<S: Simd, T: Tiles>(
 ) {
     let cells = task.rows.cols.div_ceil(2);
     let x = &task.rows.pairs[rows.start * cells..rows.end * cells];
+    let mut sums = [const { Sums([[0.0; LANES]; TILE_ROWS]) }; 4];
     for first in task.panels.clone().step_by(2) {
         let panels = first..task.panels.end.min(first + 2);
         let product = Product {
@@ -117,7 +124,6 @@ fn by_registers<S: Simd, T: Tiles>(
             tiles: rows.len().div_ceil(TILE_ROWS),
             count: panels.len(),
         };
-        let mut sums = [const { Sums([[0.0; LANES]; TILE_ROWS]) }; 4];
         // The rows and the panel of each result.
         let results = |result: usize| {
             let (tile, panel) = (result / 2, panels.start + result % 2);
@@ -161,7 +167,8 @@ struct Product<'a> {
 }
 
 impl Product<'_> {
-    /// Adds the products of a stretch of cells to `sums`, of which those of missing tiles and panels stay as they are.
+    /// Adds the products of a stretch of cells to `sums`, or sets those where it is the first one. Results of missing tiles and
+    /// panels have no meaning.
     #[inline(always)]
     fn run<T: Tiles>(&self, registers: &mut T, stretch: Range<usize>, sums: &mut [Sums; 4]) {
         let Product { x, panels, cells, tiles, count } = *self;
@@ -173,10 +180,17 @@ impl Product<'_> {
         // and have its bytes from the block on, as the stretch is whole blocks or the part of one that is configured; the
         // panels have 64 bytes for each of its cells.
         unsafe {
-            registers.load::<C0>(sums[0].0.as_ptr().cast(), TILE_ROW_BYTES);
-            registers.load::<C1>(sums[1].0.as_ptr().cast(), TILE_ROW_BYTES);
-            registers.load::<C2>(sums[2].0.as_ptr().cast(), TILE_ROW_BYTES);
-            registers.load::<C3>(sums[3].0.as_ptr().cast(), TILE_ROW_BYTES);
+            if stretch.start == 0 {
+                registers.zero::<C0>();
+                registers.zero::<C1>();
+                registers.zero::<C2>();
+                registers.zero::<C3>();
+            } else {
+                registers.load::<C0>(sums[0].0.as_ptr().cast(), TILE_ROW_BYTES);
+                registers.load::<C1>(sums[1].0.as_ptr().cast(), TILE_ROW_BYTES);
+                registers.load::<C2>(sums[2].0.as_ptr().cast(), TILE_ROW_BYTES);
+                registers.load::<C3>(sums[3].0.as_ptr().cast(), TILE_ROW_BYTES);
+            }
             for at in stretch.step_by(BLOCK) {
                 let (row, lanes) = (x.as_ptr().add(at), panels.as_ptr().add(at * LANES));
                 registers.load::<A0>(row.cast(), stride);

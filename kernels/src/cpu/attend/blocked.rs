@@ -28,8 +28,8 @@ use super::tile::{Scratch, weigh};
 use super::{Job, Worker};
 use crate::attention_plan::{SPLIT, Task};
 
-/// Query vectors from which on tile registers are worth more than vectors, a choice of speed alone: up to three take less
-/// time than reading K and V from memory does.
+/// Query vectors from which on tile registers are worth more than vectors, a choice of speed alone, by peak rates rather than
+/// by measurement: up to three take less time than reading K and V from memory does.
 const TILE_QUERIES: usize = 4;
 /// Cells of weights, and rows of V, for 16 positions.
 const POSITION_CELLS: usize = LANES / 2;
