@@ -6,7 +6,9 @@
 //! amx      tile registers
 //! panel    packed weights, record their bytes where they are integers; pack fills them, embed reads rows back
 //! quantize activations to int8 per group of 32; round: to pairs of bf16
-//! matmul   drives the tiles of dense (float panels) and, by quant_task, of quant (integer panels, opened by open)
+//! matmul   drives the tiles of dense (float panels), by pair_task those of bf16 in the order of tile registers, and by
+//!          quant_task those of quant (integer panels, opened by open)
+//! blocked  products of bf16 by vectors in the order of tile registers
 //! attend   paged attention: scores, weights and outputs of a split of positions; splits merged
 //! rows     norms, gated activation, gather; rope: rotary embedding and the store to the KV cache
 //! ```
@@ -15,6 +17,7 @@
 
 pub(crate) mod amx;
 pub(crate) mod attend;
+mod blocked;
 mod dense;
 mod element;
 mod embed;
@@ -23,6 +26,7 @@ mod matmul;
 mod open;
 pub(crate) mod pack;
 pub(crate) mod pair;
+mod pair_task;
 pub(crate) mod panel;
 pub(crate) mod pool;
 mod quant;
@@ -39,6 +43,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use crate::buffer::{Arena, Buffer};
+use crate::reference::Products;
 use crate::{CpuIsa, CpuOptions, KernelError, Result};
 
 pub(crate) use attend::attention;
@@ -51,7 +56,7 @@ pub(crate) use rows::{add_rms_norm, gather_rows, rms_norm, silu_mul};
 pub(crate) struct CpuDevice {
     pub(crate) pool: pool::Pool,
     pub(crate) isa: simd::Isa,
-    tile_unit: amx::TileUnit,
+    tiles: amx::TileUnits,
     /// Quantized activations of the running matrix product; grows to the largest seen.
     activations: Mutex<quantize::QuantRows>,
     /// Rounded ones, likewise; larger from the start.
@@ -74,13 +79,13 @@ impl CpuDevice {
         }
         let isa = simd::Isa::new(level, bf16);
         let threads = options.threads.unwrap_or_else(|| thread::available_parallelism().map_or(1, usize::from));
-        let tile_unit = simd::tile_unit(level);
+        let tiles = amx::TileUnits::of(simd::tile_unit(level), isa);
         let activations = Mutex::new(quantize::QuantRows::new()?);
         let pairs = Mutex::new(round::PairRows::new()?);
         let pool = pool::Pool::new(threads)?;
         let opened =
             (0..threads).map(|_| Ok(Mutex::new(Buffer::zeros(quant_task::OPEN_RECORDS)?))).collect::<Result<_>>()?;
-        Ok(CpuDevice { pool, isa, tile_unit, activations, pairs, opened, weights: Mutex::default() })
+        Ok(CpuDevice { pool, isa, tiles, activations, pairs, opened, weights: Mutex::default() })
     }
 
     pub(crate) fn describe(&self) -> String {
@@ -88,10 +93,16 @@ impl CpuDevice {
             CpuIsa::Scalar => "scalar",
             CpuIsa::Avx2 => "avx2",
             CpuIsa::Avx512 => "avx512",
+            CpuIsa::Amx if self.tiles.bf16 == amx::TileUnit::None => "amx without bf16 tiles",
             CpuIsa::Amx => "amx",
         };
         let threads = self.pool.threads();
         format!("cpu ({isa}, {threads} {})", if threads == 1 { "thread" } else { "threads" })
+    }
+
+    /// How products of bf16 are summed up.
+    pub(crate) fn bf16_products(&self) -> Products {
+        if self.tiles.bf16 == amx::TileUnit::None { Products::Bf16Pairs } else { Products::Bf16Tiles }
     }
 
     /// The scratch for quantized activations. A panic of a former holder leaves nothing that matters behind.

@@ -3,10 +3,13 @@
 use std::sync::Arc;
 
 use crate::cpu::CpuDevice;
+use crate::reference::Products;
 use crate::{Result, cuda};
 
-/// Instruction-set level of the CPU backend, lowest first. All levels give the same bits, but for subnormal numbers in bf16
-/// products: where the machine has AVX512-BF16, these count as zero.
+/// Instruction-set level of the CPU backend, lowest first. All levels give the same bits, with two exceptions in products of
+/// bf16 (BF16 weights, attention with a BF16 cache). Where the machine has AVX512-BF16, subnormal numbers count as zero. And at
+/// the level of AMX they are summed in the order of its tile registers, [`Products::Bf16Tiles`], for any number of rows;
+/// [`Device::bf16_products`] says which order a device has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum CpuIsa {
     /// Plain Rust; any machine.
@@ -15,7 +18,8 @@ pub enum CpuIsa {
     Avx2,
     /// AVX-512 F, BW, DQ, VL and VNNI; BF16 too where the machine has it.
     Avx512,
-    /// The same with the tile registers of AMX: int8 and bf16.
+    /// The same with the tile registers of AMX: int8 and bf16. The bf16 ones are not used, and products of bf16 are those of
+    /// [`Avx512`](CpuIsa::Avx512), where they fail a comparison with vectors that is made with the device.
     Amx,
 }
 
@@ -59,7 +63,8 @@ impl Device {
         Ok(Device { backend: Backend::Cuda(cuda::open(ordinal)?) })
     }
 
-    /// For the start-up banner: `cpu (avx512, 2 threads)`.
+    /// For the start-up banner: `cpu (avx512, 2 threads)`; at the level of AMX `amx`, or `amx without bf16 tiles` where these
+    /// failed their comparison.
     #[must_use]
     pub fn describe(&self) -> String {
         match &self.backend {
@@ -73,6 +78,16 @@ impl Device {
     pub fn isa(&self) -> Option<CpuIsa> {
         match &self.backend {
             Backend::Cpu(cpu) => Some(cpu.isa.level),
+            Backend::Cuda(_) => None,
+        }
+    }
+
+    /// How products of bf16, weights' and of a BF16 cache, are summed up: the reference whose bits they have. It is the same
+    /// for all devices of a level on one machine; `None` on a GPU.
+    #[must_use]
+    pub fn bf16_products(&self) -> Option<Products> {
+        match &self.backend {
+            Backend::Cpu(cpu) => Some(cpu.bf16_products()),
             Backend::Cuda(_) => None,
         }
     }

@@ -2,7 +2,8 @@
 //!
 //! A tensor is a shape, a dtype and a buffer on a [`Device`]. Ops write into tensors that were allocated at start; no op
 //! allocates. Every op is deterministic and batch-invariant: a row of a result depends on nothing but its own inputs,
-//! bit for bit, whatever other rows are in the call, however many threads run and whatever their instruction set.
+//! bit for bit, whatever other rows are in the call and however many threads run. Instruction sets give the same bits too, but
+//! for products of bf16: these have one of two orders ([`Device::bf16_products`]), the same for all devices of a level.
 //!
 //! ```text
 //! ops.rs         the ops: shape checks, then `match device { Cpu, Cuda }`

@@ -76,7 +76,9 @@ pub fn add_rms_norm(
 /// `out[t, n] = sum_k x[t, k] * w[n, k] (+ bias[n])`; `x [T, K]`, `w [N, K]`, `bias [1, N]`, `out [T, N]`.
 ///
 /// F32 accumulation in an order that depends on K alone. With F32 and F16 weights one chain of fused multiply-adds over k;
-/// with BF16 ones `x` is rounded to bf16 and the chain takes each pair's odd element first; with quantized ones `x` is quantized to int8 per row and group of 32, and per group an exact integer sum is scaled and added.
+/// with BF16 ones `x` is rounded to bf16 and the chain takes each pair's odd element first, or, by
+/// [`Device::bf16_products`], there are a chain of even and one of odd elements per 32 in features; with quantized ones `x`
+/// is quantized to int8 per row and group of 32, and per group an exact integer sum is scaled and added.
 pub fn matmul(device: &Device, x: &Tensor, w: &Weight, bias: Option<&Tensor>, out: &mut Tensor) -> Result<()> {
     expect("matmul", "input columns", w.cols(), x.cols())?;
     expect("matmul", "output columns", w.rows(), out.cols())?;
@@ -181,7 +183,7 @@ pub struct Attention<'a> {
 /// Causal grouped-query attention through block tables: q from the fused rows `qkv`, K and V from `kv`;
 /// `out [T, heads * head_dim]`. Softmax in F32 over splits of positions, merged as in FlashAttention (arXiv:2205.14135) and
 /// split over tasks as in FlashDecoding; the order of reduction depends on positions alone. With a BF16 cache q and the
-/// softmax's weights are rounded to bf16 for the products.
+/// softmax's weights are rounded to bf16 for the products, which have the order of [`Device::bf16_products`].
 pub fn attention(device: &Device, args: &Attention<'_>, qkv: &Tensor, kv: &KvCache, out: &mut Tensor) -> Result<()> {
     const OP: &str = "attention";
     check_heads(OP, args.heads, args.layer, qkv, kv)?;

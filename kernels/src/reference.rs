@@ -54,6 +54,24 @@ pub fn dot_bf16(x: &[f32], w: &[f32]) -> f32 {
     })
 }
 
+/// As [`dot_bf16`] in the order of the tile registers of AMX (`tdpbf16ps`), in blocks of `block` values: in each one chain
+/// of fused multiply-adds over the even elements and one over the odd ones, from zero; the two are added, and then added to
+/// the sum of the blocks before. Subnormal numbers, given or resulting, count as zero, and the result is never -0.
+#[must_use]
+pub fn dot_bf16_tiles(x: &[f32], w: &[f32], block: usize) -> f32 {
+    let flushed = |value: f32| if value.is_subnormal() { 0.0 } else { value };
+    let round = |value: f32| flushed(half::bf16::from_f32(flushed(value)).to_f32());
+    let chain = |x: &[f32], w: &[f32], first: usize| {
+        let pairs = x.iter().zip(w).skip(first).step_by(2);
+        pairs.fold(0.0, |sum, (x, w)| flushed(round(*w).mul_add(round(*x), sum)))
+    };
+    let sum = x
+        .chunks(block)
+        .zip(w.chunks(block))
+        .fold(0.0, |sum, (x, w)| flushed(sum + flushed(chain(x, w, 0) + chain(x, w, 1))));
+    sum + 0.0
+}
+
 /// Int8 codes, scale and half sums of a group of activations.
 ///
 /// The scale is `max |x| / 127`, codes are `x * (127 / max |x|)` rounded half to even. A group below 1e-30 is zero; one

@@ -37,7 +37,7 @@ fn check_matmul(device: &Device, format: Format, precision: Precision, [rows, co
             let x = &x[row * cols..][..cols];
             let dot = match quantized {
                 true => reference::dot_quantized(x, format, &bytes[col * row_bytes..][..row_bytes]),
-                false if rounded => reference::dot_bf16(x, &values[col * cols..][..cols]),
+                false if rounded => device.bf16_products().unwrap().dot(x, &values[col * cols..][..cols]),
                 false => reference::dot(x, &values[col * cols..][..cols]),
             };
             dot + bias[col]
@@ -139,7 +139,7 @@ fn matmul_of_extreme_activations() {
             for (i, (&found, row)) in out.host().iter().zip((0..scales.len()).flat_map(|r| [r; 20])).enumerate() {
                 let (x, col) = (&x[row * cols..][..cols], i % out_cols);
                 let expected = match format {
-                    Format::BF16 => reference::dot_bf16(x, &values[col * cols..][..cols]),
+                    Format::BF16 => device.bf16_products().unwrap().dot(x, &values[col * cols..][..cols]),
                     _ => reference::dot_quantized(x, format, &bytes[col * row_bytes..][..row_bytes]),
                 };
                 assert_bits(&[found], &[expected], &format!("{} {format:?} scale {}", device.describe(), scales[row]));
@@ -211,10 +211,10 @@ fn exp_exp2_and_silu_are_accurate() {
 }
 
 /// How attention multiplies with such a cache.
-fn products(dtype: KvDType) -> Products {
+fn products(device: &Device, dtype: KvDType) -> Products {
     match dtype {
         KvDType::F32 => Products::F32,
-        KvDType::BF16 => Products::Bf16Pairs,
+        KvDType::BF16 => device.bf16_products().unwrap(),
     }
 }
 
@@ -303,7 +303,7 @@ fn check_attention(device: &Device, case: &Case) {
                 let q = &wanted[position * row_len + q_start + head * head_dim..][..head_dim];
                 let kv_head = head / (q_heads / kv_heads);
                 let (k, v) = (&k[kv_head], &v[kv_head]);
-                let attend = Attend { q, k, v, scale: 0.3, position, window, products: products(dtype) };
+                let attend = Attend { q, k, v, scale: 0.3, position, window, products: products(device, dtype) };
                 expected.extend(reference::attention(&attend));
             }
         }
@@ -357,7 +357,10 @@ fn rope_store_and_attention() {
 fn attention_reference_is_softmax() {
     let mut random = Random(3);
     let cases = [(64, 0, None), (80, 31, None), (64, 700, None), (128, 600, Some(37)), (33, 257, Some(2))];
-    for (products, bound) in [(Products::F32, 2e-5), (Products::Bf16Pairs, 0.5f64.powi(9) * 1.01)] {
+    let bf16_bound = 0.5f64.powi(9) * 1.01;
+    for (products, bound) in
+        [(Products::F32, 2e-5), (Products::Bf16Pairs, bf16_bound), (Products::Bf16Tiles, bf16_bound)]
+    {
         let round = |x: f32| if products == Products::F32 { x } else { bf16::from_f32(x).to_f32() };
         for (head_dim, position, window) in cases {
             let mut floats = |len: usize| -> Vec<f32> { random.floats(len).iter().map(|&x| round(x)).collect() };

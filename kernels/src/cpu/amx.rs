@@ -9,12 +9,17 @@
 //! C [rows][16]         i32, exact; for bf16 f32, see `dot_bf16`
 //! ```
 //!
-//! `B` is the layout of panels and of K and V pages as they are. Encodings are those of Intel's manual (volume 2, AMX).
+//! `B` is the layout of panels and of K and V pages as they are. Products of bytes are exact, so that each call chooses
+//! between registers and vectors by speed; those of bf16 are rounded, and a device either has their order or not
+//! ([`TileUnits`]). Encodings are those of Intel's manual (volume 2, AMX).
 
 #[cfg(test)]
 pub(super) mod emulated;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod hardware;
+mod probe;
+
+use super::simd::Isa;
 
 /// Rows of a tile register.
 pub(super) const TILE_ROWS: usize = 16;
@@ -39,14 +44,27 @@ impl TileShapes {
     /// For products over `k_bytes` (at most 64) of `rows` (at most 16) rows: registers 0 to 3 are results, 4 and 5 `A`, 6 and
     /// 7 `B`.
     pub(super) const fn product(rows: usize, k_bytes: usize) -> Self {
-        assert!(0 < rows && rows <= TILE_ROWS, "rows of a register");
-        assert!(
-            0 < k_bytes && k_bytes <= TILE_ROW_BYTES && k_bytes.is_multiple_of(4),
-            "whole words of a register's row"
-        );
-        let c = (rows as u8, TILE_ROW_BYTES as u8);
-        let (a, b) = ((rows as u8, k_bytes as u8), ((k_bytes / 4) as u8, TILE_ROW_BYTES as u8));
-        TileShapes([c, c, c, c, a, a, b, b])
+        Self::products([rows; 4], [(rows, k_bytes); 2])
+    }
+
+    /// With a number of rows of its own for each register of results, and rows and bytes of the sum for `A0` and `A1`. `B0`
+    /// is read with `A0`'s bytes, `B1` with those of `A1`.
+    pub(super) const fn products(c: [usize; 4], a: [(usize, usize); 2]) -> Self {
+        const fn shape(rows: usize, bytes: usize) -> (u8, u8) {
+            assert!(0 < rows && rows <= TILE_ROWS, "rows of a register");
+            assert!(0 < bytes && bytes <= TILE_ROW_BYTES && bytes.is_multiple_of(4), "whole words of a register's row");
+            (rows as u8, bytes as u8)
+        }
+        TileShapes([
+            shape(c[0], TILE_ROW_BYTES),
+            shape(c[1], TILE_ROW_BYTES),
+            shape(c[2], TILE_ROW_BYTES),
+            shape(c[3], TILE_ROW_BYTES),
+            shape(a[0].0, a[0].1),
+            shape(a[1].0, a[1].1),
+            shape(a[0].1 / 4, TILE_ROW_BYTES),
+            shape(a[1].1 / 4, TILE_ROW_BYTES),
+        ])
     }
 }
 
@@ -78,7 +96,36 @@ pub(super) trait Tiles: Sized {
     fn dot_bf16<const C: usize, const A: usize, const B: usize>(&mut self);
 }
 
-/// Which tile registers a device's products use.
+/// The tile registers of a device's products, chosen when it is made.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct TileUnits {
+    /// For quantized weights: vectors give the same bits.
+    pub(super) int8: TileUnit,
+    /// For bf16. With any, bf16 products of all numbers of rows have the order of [`blocked`](super::blocked), else that of
+    /// `vdpbf16ps`.
+    pub(super) bf16: TileUnit,
+}
+
+impl TileUnits {
+    /// What a unit can do whose device runs at this level.
+    pub(super) fn of(unit: TileUnit, isa: Isa) -> Self {
+        let agrees = match unit {
+            TileUnit::None => false,
+            #[cfg(target_arch = "x86_64")]
+            TileUnit::Hardware => probe::agrees::<hardware::Hardware>(isa),
+            #[cfg(test)]
+            TileUnit::Emulated => probe::agrees::<emulated::Emulated>(isa),
+        };
+        Self::proven(unit, agrees)
+    }
+
+    /// A unit whose products of bf16 have, or do not have, the bits of vectors.
+    pub(super) fn proven(unit: TileUnit, agrees: bool) -> Self {
+        TileUnits { int8: unit, bf16: if agrees { unit } else { TileUnit::None } }
+    }
+}
+
+/// Which tile registers products use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum TileUnit {
     None,

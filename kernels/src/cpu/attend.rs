@@ -13,11 +13,16 @@
 //!
 //! A cell is an f32, or with a BF16 cache a pair of bf16 (see [`Cell`]). q is multiplied by `scale * log2(e)` and rounded to
 //! cells, once per task.
+//!
+//! Products are summed up in one of two orders ([`Order`]): cell by cell, or, on a device whose tile registers take bf16, in
+//! the blocks of those.
 
+mod blocked;
 mod positions;
 mod state;
 mod tile;
 
+use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
@@ -25,6 +30,7 @@ use self::positions::{Copied, Positions};
 use self::state::{State, View};
 use self::tile::Tile;
 use super::CpuDevice;
+use super::amx::TileUnit;
 use super::element::Cell;
 use super::pair::Pair;
 use super::round::round_row;
@@ -92,18 +98,27 @@ pub(crate) fn attention(cpu: &CpuDevice, args: &Attention<'_>, qkv: &[f32], kv: 
     let mut partials = scratch.partials.lock().unwrap_or_else(PoisonError::into_inner);
     let partials = &SharedSlice::new(&mut partials[..]);
     match &kv.data {
-        KvData::F32(kv) => run(cpu, &Job { args, qkv, kv, shape, out, partials }, &scratch.f32),
-        KvData::BF16(kv) => run(cpu, &Job { args, qkv, kv, shape, out, partials }, &scratch.bf16),
+        KvData::F32(kv) => {
+            let job = Job { args, qkv, kv, shape, out, partials, unit: TileUnit::None };
+            run::<_, ByCells>(cpu, &job, &scratch.f32);
+        }
+        KvData::BF16(kv) => {
+            let job = Job { args, qkv, kv, shape, out, partials, unit: cpu.tiles.bf16 };
+            match job.unit {
+                TileUnit::None => run::<_, ByCells>(cpu, &job, &scratch.bf16),
+                _ => run::<_, InBlocks>(cpu, &job, &scratch.bf16),
+            }
+        }
     }
 }
 
-fn run<C: Cell>(cpu: &CpuDevice, job: &Job<'_, C>, workers: &[Mutex<Worker<C>>]) {
+fn run<C: Cell, O: Order<C>>(cpu: &CpuDevice, job: &Job<'_, C>, workers: &[Mutex<Worker<C>>]) {
     let run = |tasks: &[Task], merge: bool| {
         cpu.pool.run(tasks.len(), &|worker, index| {
             let mut worker = workers[worker].lock().unwrap_or_else(PoisonError::into_inner);
             let (worker, task) = (&mut *worker, &tasks[index]);
             match merge {
-                false => dispatch(cpu.isa, Compute { job, task, worker }),
+                false => dispatch(cpu.isa, Compute::<C, O> { job, task, worker, order: PhantomData }),
                 true => dispatch(cpu.isa, Merge { job, task, worker }),
             }
         });
@@ -120,6 +135,8 @@ struct Job<'a, C: Cell> {
     shape: KvShape,
     out: &'a SharedSlice<'a, f32>,
     partials: &'a SharedSlice<'a, f32>,
+    /// The tile registers of products in blocks.
+    unit: TileUnit,
 }
 
 impl<'a, C: Cell> Job<'a, C> {
@@ -128,6 +145,22 @@ impl<'a, C: Cell> Job<'a, C> {
     fn visible(&self, position: usize) -> Range<usize> {
         let window = self.args.window.map_or(usize::MAX, |window| window as usize);
         (position + 1).saturating_sub(window)..position + 1
+    }
+
+    /// Positions that query vector `query` of a task sees in a split, counted from its start.
+    #[inline(always)]
+    fn seen(&self, task: &Task, split: usize, query: usize) -> Range<usize> {
+        let seen = within(split, self.visible(task.position + query / self.args.heads.group()));
+        seen.start - split * SPLIT..seen.end - split * SPLIT
+    }
+
+    /// K and V of all positions that a task's queries see in a split.
+    #[inline(always)]
+    fn positions(&self, task: &Task, split: usize, copied: &'a mut Copied<C>) -> Positions<'a, C> {
+        // The first row looks back furthest, the last one sees most.
+        let seen = self.visible(task.position).start..task.position + task.rows;
+        let end = seen.end.min(task.splits.end * SPLIT);
+        Positions::new(self, task, within(split, seen), end, copied)
     }
 
     /// Values of q, or of the output, of one query vector of a task: its row and where its head begins.
@@ -172,17 +205,31 @@ impl<'a, C: Cell> Job<'a, C> {
     }
 }
 
+/// The part of a range of positions that lies in a split.
+#[inline(always)]
+fn within(split: usize, positions: Range<usize>) -> Range<usize> {
+    let (start, end) = (split * SPLIT, (split + 1) * SPLIT);
+    positions.start.clamp(start, end)..positions.end.clamp(start, end)
+}
+
+/// An order in which products are summed up.
+trait Order<C: Cell> {
+    /// All queries of a task over one split, into the worker's state of it.
+    fn split<S: Simd>(s: S, job: &Job<'_, C>, task: &Task, split: usize, worker: &mut Worker<C>);
+}
+
 /// A task over its splits, finished or left as partial results.
-struct Compute<'a, C: Cell> {
+struct Compute<'a, C: Cell, O> {
     job: &'a Job<'a, C>,
     task: &'a Task,
     worker: &'a mut Worker<C>,
+    order: PhantomData<O>,
 }
 
-impl<C: Cell> Kernel for Compute<'_, C> {
+impl<C: Cell, O: Order<C>> Kernel for Compute<'_, C, O> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Compute { job, task, worker } = self;
+        let Compute { job, task, worker, .. } = self;
         let queries = task.rows * job.args.heads.group();
         let row_len = job.args.heads.row_len();
         let factor = s.splat(job.args.scale * std::f32::consts::LOG2_E);
@@ -193,7 +240,7 @@ impl<C: Cell> Kernel for Compute<'_, C> {
         }
         worker.total.clear(queries);
         for (number, split) in task.splits.clone().enumerate() {
-            self::split(s, job, task, split, worker);
+            O::split(s, job, task, split, worker);
             for query in 0..queries {
                 match task.partials {
                     // SAFETY: splits and queries of a task are its own.
@@ -210,51 +257,58 @@ impl<C: Cell> Kernel for Compute<'_, C> {
     }
 }
 
-/// All queries of a task over one split, into the worker's state of it.
-#[inline(always)]
-fn split<S: Simd, C: Cell>(s: S, job: &Job<'_, C>, task: &Task, split: usize, worker: &mut Worker<C>) {
-    let group = job.args.heads.group();
-    let (queries, head_cells) = (task.rows * group, job.shape.head_dim.div_ceil(C::VALUES));
-    let Worker { q, copied, tile, split: state, .. } = worker;
-    state.clear(queries);
-    // The first row looks back furthest, the last one sees most.
-    let seen = job.visible(task.position).start..task.position + task.rows;
-    let within = |split: usize, seen: Range<usize>| {
-        let (start, end) = (split * SPLIT, (split + 1) * SPLIT);
-        seen.start.clamp(start, end)..seen.end.clamp(start, end)
-    };
-    let end = seen.end.min(task.splits.end * SPLIT);
-    let positions = Positions::new(job, task, within(split, seen), end, copied);
-    let mut first = 0;
-    while first < queries {
-        // Tiles of about one size rather than whole ones and a small rest; of 6, 4, 3, 2 or 1.
-        let left = queries - first;
-        let count = match left.div_ceil(left.div_ceil(S::ATTEND_TILE.0)) {
-            5 => 3,
-            count => count,
-        };
-        macro_rules! tile {
-            ($count:literal) => {
-                Tile::<C, $count> {
-                    q: std::array::from_fn(|r| &q[(first + r) * head_cells..][..head_cells]),
-                    seen: std::array::from_fn(|r| {
-                        let seen = within(split, job.visible(task.position + (first + r) / group));
-                        seen.start - split * SPLIT..seen.end - split * SPLIT
-                    }),
-                    positions: &positions,
-                    fetch: first == 0,
-                }
-                .run(s, tile, first, state)
+/// One chain over the cells of each sum.
+struct ByCells;
+
+impl<C: Cell> Order<C> for ByCells {
+    #[inline(always)]
+    fn split<S: Simd>(s: S, job: &Job<'_, C>, task: &Task, split: usize, worker: &mut Worker<C>) {
+        let (queries, head_cells) = (task.rows * job.args.heads.group(), job.shape.head_dim.div_ceil(C::VALUES));
+        let Worker { q, copied, tile, split: state, .. } = worker;
+        state.clear(queries);
+        let positions = job.positions(task, split, copied);
+        let mut first = 0;
+        while first < queries {
+            // Tiles of about one size rather than whole ones and a small rest; of 6, 4, 3, 2 or 1.
+            let left = queries - first;
+            let count = match left.div_ceil(left.div_ceil(S::ATTEND_TILE.0)) {
+                5 => 3,
+                count => count,
             };
+            macro_rules! tile {
+                ($count:literal) => {
+                    Tile::<C, $count> {
+                        q: std::array::from_fn(|r| &q[(first + r) * head_cells..][..head_cells]),
+                        seen: std::array::from_fn(|r| job.seen(task, split, first + r)),
+                        positions: &positions,
+                        fetch: first == 0,
+                    }
+                    .run(s, tile, first, state)
+                };
+            }
+            match count {
+                6 if S::ATTEND_TILE.0 >= 6 => tile!(6),
+                4 if S::ATTEND_TILE.0 >= 4 => tile!(4),
+                3 if S::ATTEND_TILE.0 >= 3 => tile!(3),
+                2 if S::ATTEND_TILE.0 >= 2 => tile!(2),
+                _ => tile!(1),
+            }
+            first += count;
         }
-        match count {
-            6 if S::ATTEND_TILE.0 >= 6 => tile!(6),
-            4 if S::ATTEND_TILE.0 >= 4 => tile!(4),
-            3 if S::ATTEND_TILE.0 >= 3 => tile!(3),
-            2 if S::ATTEND_TILE.0 >= 2 => tile!(2),
-            _ => tile!(1),
+    }
+}
+
+/// Chains over the blocks of tile registers.
+struct InBlocks;
+
+impl Order<Pair> for InBlocks {
+    #[inline(always)]
+    fn split<S: Simd>(s: S, job: &Job<'_, Pair>, task: &Task, split: usize, worker: &mut Worker<Pair>) {
+        if S::BF16_TILES {
+            blocked::split(s, job, task, split, worker);
+        } else {
+            unreachable!("tile registers at a level without");
         }
-        first += count;
     }
 }
 

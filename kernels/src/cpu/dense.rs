@@ -1,5 +1,5 @@
 //! Tiles of matrix products with float panels: one chain of fused multiply-adds per output, in the order of the in features,
-//! or, where the weights are bf16, of their pairs.
+//! or, where the weights are bf16, of their pairs (in the order of tile registers: `pair_task.rs`).
 
 use super::element::{Cell, Element};
 use super::simd::{LANES, Simd};

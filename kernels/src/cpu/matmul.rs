@@ -6,11 +6,12 @@
 use std::ops::Range;
 
 use super::CpuDevice;
-use super::amx::TileUnit;
+use super::amx::{TileUnit, TileUnits};
 use super::dense;
 use super::element::{Element, as_f16};
 use super::open::Group;
 use super::pair::Pair;
+use super::pair_task::PairTask;
 use super::panel::{Panels, Part};
 use super::quant_task;
 use super::quantize::QuantTile;
@@ -49,7 +50,7 @@ pub(crate) fn matmul(cpu: &CpuDevice, x: &[f32], weight: &Weight, bias: Option<&
             if task < panels.div_ceil(step) {
                 let panels = task * step..panels.min((task + 1) * step);
                 let scratch = &mut cpu.opened_records(worker)[..];
-                return dispatch(cpu.isa, Task { part, panels, rows, out, unit: cpu.tile_unit, scratch });
+                return dispatch(cpu.isa, Task { part, panels, rows, out, units: cpu.tiles, scratch });
             }
             task -= panels.div_ceil(step);
         }
@@ -139,7 +140,7 @@ pub(super) struct Task<'a> {
     pub(super) panels: Range<usize>,
     pub(super) rows: Rows<'a>,
     pub(super) out: Out<'a>,
-    pub(super) unit: TileUnit,
+    pub(super) units: TileUnits,
     /// This worker's, for opened records.
     pub(super) scratch: &'a mut [Group],
 }
@@ -150,7 +151,8 @@ impl Kernel for Task<'_> {
         match &self.part.panels {
             Panels::F32(data) => self.dense::<S, f32>(s, data, self.rows.x),
             Panels::F16(data) => self.dense(s, as_f16(data), self.rows.x),
-            Panels::BF16(data) => self.dense::<S, Pair>(s, data, self.rows.pairs),
+            Panels::BF16(data) if self.units.bf16 == TileUnit::None => self.dense::<S, Pair>(s, data, self.rows.pairs),
+            Panels::BF16(data) => s.outlined(PairTask { data, task: &self }),
             Panels::Quant(layout, data) => quant_task::run(s, *layout, data, self),
         }
     }

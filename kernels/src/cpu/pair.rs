@@ -33,6 +33,13 @@ impl Pair {
         self.0
     }
 
+    /// Whether neither value is infinite or a NaN.
+    #[inline(always)]
+    pub(crate) fn is_finite(self) -> bool {
+        // An exponent of ones carries into the place of the sign.
+        ((self.0 & 0x7f80_7f80) + 0x0080_0080) & 0x8000_8000 == 0
+    }
+
     /// With the even (0) or the odd (1) value replaced by a rounded one.
     #[inline(always)]
     pub(crate) fn with(self, at: usize, value: f32) -> Self {
@@ -81,6 +88,11 @@ mod tests {
     fn halves_are_replaced_and_dropped() {
         let pair = Pair::new(1.5, -2.0);
         assert_eq!((pair.even(), pair.odd()), (1.5, -2.0));
+        for odd in [1.0, f32::MAX, f32::INFINITY, f32::NEG_INFINITY, f32::NAN] {
+            let finite = Pair::new(odd, 0.0).odd().is_finite() && Pair::new(odd, 0.0).even().is_finite();
+            let pairs = [Pair::new(odd, -1.0), Pair::new(-3e38, odd), Pair::new(odd, odd)];
+            assert!(pairs.iter().all(|pair| pair.is_finite() == finite), "{odd}");
+        }
         assert_eq!((pair.with(0, 3.0), pair.with(1, 3.0)), (Pair::new(3.0, -2.0), Pair::new(1.5, 3.0)));
         assert_eq!((pair.only(1), pair.only(2), pair.only(3)), (Pair::new(1.5, 0.0), Pair::new(0.0, -2.0), pair));
     }

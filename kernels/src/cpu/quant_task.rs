@@ -20,7 +20,7 @@ const TILE_PRODUCT_ROWS: usize = 5;
 /// Runs a task over the integer panels `data`.
 #[inline(always)]
 pub(super) fn run<S: Simd>(s: S, layout: Layout, data: &[u8], task: Task<'_>) {
-    let unit = if task.rows.count < TILE_PRODUCT_ROWS { TileUnit::None } else { task.unit };
+    let unit = if task.rows.count < TILE_PRODUCT_ROWS { TileUnit::None } else { task.units.int8 };
     with_kinds!(layout, |P, A| with_tiles!(
         unit,
         &quant::tile_shapes::<A>(),

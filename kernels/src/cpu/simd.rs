@@ -4,6 +4,7 @@
 //! each method means the same IEEE operation in each lane, and because the only operations across lanes ([`Simd::sum`],
 //! [`Simd::max_lane`]) go through one fixed tree. Integer products are exact. The one exception: the instructions of
 //! AVX512-BF16 take and give zero for subnormal numbers in [`Simd::dot2`] and [`Simd::round_pairs`].
+//! [`Simd::dot2_apart`] does so at every level.
 //!
 //! A value of a level's type is the proof that the machine has it: only [`dispatch`], behind the detection in
 //! [`best_isa`], makes one. That is why the methods are safe.
@@ -40,6 +41,8 @@ pub(crate) trait Simd: Copy {
     const PANEL_PAIRS: bool;
     /// Query vectors, and vectors of positions or of output values, that a tile of attention keeps in registers.
     const ATTEND_TILE: (usize, usize);
+    /// Whether a device may have tile registers for bf16 beside these vectors; kernels for them are compiled at no other level.
+    const BF16_TILES: bool;
     /// What [`dot4_bytes`](Self::dot4_bytes) subtracts from each code.
     const BYTE_BIAS: i32;
 
@@ -77,6 +80,8 @@ pub(crate) trait Simd: Copy {
     fn splat_pair(self, pair: Pair) -> Self::P;
     /// Per lane `fma(a.odd, b.odd, acc)`, then `fma(a.even, b.even, that)`: the order of `vdpbf16ps`.
     fn dot2(self, acc: Self::F, a: Self::P, b: Self::P) -> Self::F;
+    /// The even values and the odd ones.
+    fn halves(self, pairs: Self::P) -> (Self::F, Self::F);
     /// Neighbouring lanes rounded to bf16, ties to even, as pairs.
     fn round_pairs(self, value: Self::F, to: &mut [Pair; LANES / 2]);
 
@@ -97,6 +102,20 @@ pub(crate) trait Simd: Copy {
     fn dot4_small(self, acc: Self::I, codes: Self::B, x: [i8; 4]) -> Self::I;
     /// Per lane `acc + sum of (code[j] - BYTE_BIAS) * x[j]` over its four codes; `x` is in -127..=127.
     fn dot4_bytes(self, acc: Self::I, codes: Self::B, x: [i8; 4]) -> Self::I;
+
+    /// Zero in place of subnormal numbers, of either sign.
+    #[inline(always)]
+    fn flushed(self, value: Self::F) -> Self::F {
+        let small = self.select_less(self.splat(-f32::MIN_POSITIVE), value, self.splat(0.0), value);
+        self.select_less(value, self.splat(f32::MIN_POSITIVE), small, value)
+    }
+
+    /// Per lane `fma(a.even, b.even, sums.0)` and `fma(a.odd, b.odd, sums.1)`, the two chains of `tdpbf16ps`: subnormal
+    /// numbers are taken and given as zero. The signs of zeros are not specified.
+    #[inline(always)]
+    fn dot2_apart(self, sums: (Self::F, Self::F), a: Self::P, b: Self::P) -> (Self::F, Self::F) {
+        apart_by_halves(self, sums, a, b)
+    }
 
     /// The first lanes from a slice of at most 16, zeros after.
     #[inline(always)]
@@ -119,6 +138,15 @@ pub(crate) trait Simd: Copy {
         self.store(&mut lanes, value);
         to.copy_from_slice(&lanes[..to.len()]);
     }
+}
+
+/// [`Simd::dot2_apart`] where no instruction flushes subnormal numbers by itself.
+#[inline(always)]
+fn apart_by_halves<S: Simd>(s: S, sums: (S::F, S::F), a: S::P, b: S::P) -> (S::F, S::F) {
+    let ((a_even, a_odd), (b_even, b_odd)) = (s.halves(a), s.halves(b));
+    let even = s.fma(s.flushed(a_even), s.flushed(b_even), sums.0);
+    let odd = s.fma(s.flushed(a_odd), s.flushed(b_odd), sums.1);
+    (s.flushed(even), s.flushed(odd))
 }
 
 /// Work that is compiled once per level. `run` must be `#[inline(always)]`, so that it takes on the features of its caller.

@@ -10,6 +10,8 @@ pub enum Products {
     F32,
     /// Of values rounded to bf16: as [`dot_bf16`](super::dot_bf16).
     Bf16Pairs,
+    /// Likewise, as [`dot_bf16_tiles`](super::dot_bf16_tiles): in blocks of 32 values, and of 16 positions.
+    Bf16Tiles,
 }
 
 impl Products {
@@ -17,15 +19,25 @@ impl Products {
     fn round(self, value: f32) -> f32 {
         match self {
             Products::F32 => value,
-            Products::Bf16Pairs => half::bf16::from_f32(value).to_f32(),
+            Products::Bf16Pairs | Products::Bf16Tiles => half::bf16::from_f32(value).to_f32(),
         }
     }
 
-    /// The sum of `a[i] * b[i]`, factors rounded.
-    fn dot(self, a: &[f32], b: &[f32]) -> f32 {
+    /// The sum of `x[i] * w[i]` over the in features of a matrix or the values of a head, factors rounded.
+    #[must_use]
+    pub fn dot(self, x: &[f32], w: &[f32]) -> f32 {
         match self {
-            Products::F32 => super::dot(b, a),
-            Products::Bf16Pairs => super::dot_bf16(a, b),
+            Products::F32 => super::dot(x, w),
+            Products::Bf16Pairs => super::dot_bf16(x, w),
+            Products::Bf16Tiles => super::dot_bf16_tiles(x, w, 32),
+        }
+    }
+
+    /// Likewise over the positions of a split.
+    fn dot_positions(self, weights: &[f32], values: &[f32]) -> f32 {
+        match self {
+            Products::Bf16Tiles => super::dot_bf16_tiles(weights, values, 16),
+            _ => self.dot(weights, values),
         }
     }
 }
@@ -86,7 +98,7 @@ fn attend_split(attend: &Attend<'_>, q: &[f32], first: usize, seen: std::ops::Ra
     let value = |at: usize, i: usize| if seen.contains(&at) { v[at * head_dim + i] } else { 0.0 };
     let out = (0..head_dim).map(|i| {
         let values: Vec<f32> = (first..first + SPLIT).map(|at| value(at, i)).collect();
-        products.dot(&weights, &values)
+        products.dot_positions(&weights, &values)
     });
     Softmax { max, sum: fold(lanes, |a, b| a + b), out: out.collect() }
 }

@@ -85,6 +85,13 @@ impl<C: Cell> Copied<C> {
         Ok(Copied { k, v, head_cells, padded })
     }
 
+    /// NaN in place of what a former split left; the padding stays zero.
+    #[cfg(test)]
+    pub(super) fn poison(&mut self, head_dim: usize) {
+        self.k.fill(C::of(&[f32::NAN; 2][..C::VALUES]));
+        self.v.chunks_mut(self.padded).for_each(|row| row[..head_dim].fill(C::of(&[f32::NAN; 2][..C::VALUES])));
+    }
+
     fn positions(&self) -> Positions<'_, C> {
         let (k_len, v_len) = (LANES * self.head_cells, LANES / C::VALUES * self.padded);
         Positions {

@@ -14,17 +14,17 @@ use crate::Result;
 use crate::attention_plan::SPLIT;
 use crate::buffer::Buffer;
 
-/// Query vectors of a tile at most, at any level.
-pub(super) const QUERIES_MAX: usize = 6;
+/// Query vectors of a tile at most, at any level and in any order.
+pub(super) const QUERIES_MAX: usize = 16;
 
 /// Memory for one tile.
 pub(super) struct Scratch<C: Cell> {
     /// `[queries][SPLIT]`.
-    scores: Buffer<f32>,
+    pub(super) scores: Buffer<f32>,
     /// `[queries][SPLIT / VALUES]`: rounded weights.
-    weights: Buffer<C>,
-    /// One row of V with only one of its positions.
-    row: Buffer<C>,
+    pub(super) weights: Buffer<C>,
+    /// One row of V with only one of its positions, or the rows of 16 positions with only some.
+    pub(super) rows: Buffer<C>,
 }
 
 impl<C: Cell> Scratch<C> {
@@ -32,7 +32,7 @@ impl<C: Cell> Scratch<C> {
         Ok(Scratch {
             scores: Buffer::zeros(QUERIES_MAX * SPLIT)?,
             weights: Buffer::zeros(QUERIES_MAX * SPLIT / C::VALUES)?,
-            row: Buffer::zeros(head_dim.next_multiple_of(LANES))?,
+            rows: Buffer::zeros(LANES / C::VALUES * head_dim.next_multiple_of(LANES))?,
         })
     }
 }
@@ -98,7 +98,8 @@ impl<C: Cell, const R: usize> Tile<'_, C, R> {
     /// Adds weight times value over what each query sees: together where all see all of a cell, one by one around that.
     #[inline(always)]
     fn accumulate<S: Simd>(&self, s: S, scratch: &mut Scratch<C>, first: usize, state: &mut State) {
-        let Scratch { weights, row, .. } = scratch;
+        let Scratch { weights, rows, .. } = scratch;
+        let row = &mut rows[..state.padded()];
         let weights: [&[C]; R] = std::array::from_fn(|r| &weights[r * SPLIT / C::VALUES..][..SPLIT / C::VALUES]);
         let whole = |seen: &Range<usize>| seen.start.div_ceil(C::VALUES)..seen.end / C::VALUES;
         let start = self.seen.iter().map(|seen| whole(seen).start).max().unwrap_or(0);
@@ -247,7 +248,12 @@ impl<C: Cell, const R: usize, const O: usize> Kernel for Outputs<'_, C, R, O> {
 /// Turns the scores of the positions that a query sees into rounded weights; returns the maximum score and the sum of the
 /// weights before rounding, taken in 16 lanes. In the vectors at both ends, positions that are not seen get the weight 0.
 #[inline(always)]
-fn weigh<S: Simd, C: Cell>(s: S, scores: &mut [f32; SPLIT], seen: Range<usize>, weights: &mut [C]) -> (f32, f32) {
+pub(super) fn weigh<S: Simd, C: Cell>(
+    s: S,
+    scores: &mut [f32; SPLIT],
+    seen: Range<usize>,
+    weights: &mut [C],
+) -> (f32, f32) {
     let vectors = seen.start / LANES..seen.end.div_ceil(LANES);
     let hidden = s.splat(f32::NEG_INFINITY);
     let scores = &mut scores.as_chunks_mut::<LANES>().0[vectors.clone()];

@@ -105,6 +105,7 @@ impl Simd for Avx2 {
     const TILE_ROWS: usize = 4;
     const PANEL_PAIRS: bool = false;
     const ATTEND_TILE: (usize, usize) = (4, 1);
+    const BF16_TILES: bool = cfg!(test);
     // Two products of full bytes overflow the 16 bits of `vpmaddubsw`; centred codes fit.
     const BYTE_BIAS: i32 = 128;
 
@@ -224,6 +225,16 @@ impl Simd for Avx2 {
     fn dot2(self, acc: Pair, a: IntPair, b: IntPair) -> Pair {
         // SAFETY: `self` proves the features.
         unsafe { Pair(dot2(acc.0, a.0, b.0), dot2(acc.1, a.1, b.1)) }
+    }
+    #[inline(always)]
+    fn halves(self, pairs: IntPair) -> (Pair, Pair) {
+        // SAFETY: `self` proves the features.
+        unsafe {
+            let upper = _mm256_set1_epi32(!0xffff);
+            let even = |pairs| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(pairs));
+            let odd = |pairs| _mm256_castsi256_ps(_mm256_and_si256(pairs, upper));
+            (Pair(even(pairs.0), even(pairs.1)), Pair(odd(pairs.0), odd(pairs.1)))
+        }
     }
     #[inline(always)]
     fn round_pairs(self, value: Pair, to: &mut [Bf16Pair; LANES / 2]) {

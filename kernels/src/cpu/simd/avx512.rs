@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 use std::{mem, ptr};
 
 use super::super::pair::Pair;
-use super::{Kernel, LANES, Simd};
+use super::{Kernel, LANES, Simd, apart_by_halves};
 
 /// Proof of AVX-512 F, BW, DQ, VL and VNNI, and of BF16 where it says so.
 #[derive(Clone, Copy)]
@@ -49,6 +49,7 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     const TILE_ROWS: usize = 8;
     const PANEL_PAIRS: bool = true;
     const ATTEND_TILE: (usize, usize) = (6, 4);
+    const BF16_TILES: bool = true;
     const BYTE_BIAS: i32 = 0;
 
     #[inline(always)]
@@ -162,6 +163,28 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
             let odd = _mm512_fmadd_ps(_mm512_castsi512_ps(odd_a), _mm512_castsi512_ps(odd_b), acc);
             _mm512_fmadd_ps(_mm512_castsi512_ps(even_a), _mm512_castsi512_ps(even_b), odd)
         }
+    }
+    #[inline(always)]
+    fn halves(self, pairs: __m512i) -> (__m512, __m512) {
+        // SAFETY: `self` proves the features.
+        unsafe {
+            let odd = _mm512_and_si512(pairs, _mm512_set1_epi32(!0xffff));
+            (_mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs)), _mm512_castsi512_ps(odd))
+        }
+    }
+    #[inline(always)]
+    fn dot2_apart(self, sums: (__m512, __m512), a: __m512i, b: __m512i) -> (__m512, __m512) {
+        if !BF16 {
+            return apart_by_halves(self, sums, a, b);
+        }
+        // SAFETY: `self` proves the features.
+        let [even_a, odd_a, even_b, odd_b] = unsafe {
+            let lower = _mm512_set1_epi32(0xffff);
+            let (even_a, even_b) = (_mm512_and_si512(a, lower), _mm512_and_si512(b, lower));
+            [even_a, _mm512_srli_epi32::<16>(a), even_b, _mm512_srli_epi32::<16>(b)]
+        };
+        // The instruction of `dot2` flushes as wanted; the other half of each pair adds 0 * 0.
+        (self.dot2(sums.0, even_a, even_b), self.dot2(sums.1, odd_a, odd_b))
     }
     #[inline(always)]
     fn round_pairs(self, value: __m512, to: &mut [Pair; LANES / 2]) {

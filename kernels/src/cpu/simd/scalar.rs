@@ -42,6 +42,7 @@ impl Simd for Scalar {
     const TILE_ROWS: usize = 1;
     const PANEL_PAIRS: bool = false;
     const ATTEND_TILE: (usize, usize) = (1, 1);
+    const BF16_TILES: bool = cfg!(test);
     const BYTE_BIAS: i32 = 0;
 
     #[inline(always)]
@@ -119,6 +120,10 @@ impl Simd for Scalar {
     #[inline(always)]
     fn dot2(self, acc: F, a: [Pair; LANES], b: [Pair; LANES]) -> F {
         std::array::from_fn(|i| a[i].even().mul_add(b[i].even(), a[i].odd().mul_add(b[i].odd(), acc[i])))
+    }
+    #[inline(always)]
+    fn halves(self, pairs: [Pair; LANES]) -> (F, F) {
+        (pairs.map(Pair::even), pairs.map(Pair::odd))
     }
     #[inline(always)]
     fn round_pairs(self, value: F, to: &mut [Pair; LANES / 2]) {
