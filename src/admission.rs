@@ -12,6 +12,7 @@ mod unsupported;
 
 pub(crate) use messages::ChatInput;
 pub(crate) use prompt::{check_tokens, encode_chat, encode_text, off_runtime};
+pub(crate) use sampling::REPETITION_PENALTY_MAX;
 pub(crate) use terms::header_timeout;
 pub(crate) use unsupported::{Endpoint, refuse_unsupported};
 

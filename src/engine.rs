@@ -21,7 +21,7 @@ use crate::telemetry::Telemetry;
 use crate::worker::{StepCommand, StepResult, Transfer};
 use handle::{Message, Shared};
 use kvern_core::{
-    CancelReason, Effect, Engine as Core, Input, Micros, RequestId, StepPlan, TenantId, Timed, TransferId, WorkerId,
+    CancelReason, Effect, Engine as Core, Input, Micros, StepPlan, TenantId, Timed, TransferId, WorkerId,
 };
 use links::{Links, Parts};
 use outlook::Observer;
@@ -56,7 +56,8 @@ pub struct EngineLoop {
     tenant_names: HashMap<TenantId, Arc<str>>,
     started: Instant,
     effects: Vec<Effect>,
-    cancels: Vec<(RequestId, CancelReason)>,
+    /// What follows from the effects that were dispatched; empty between turns.
+    following: Vec<Input>,
 }
 
 /// What an engine is made of.
@@ -93,7 +94,7 @@ impl EngineLoop {
             tenant_names: HashMap::new(),
             started: Instant::now(),
             effects: Vec::new(),
-            cancels: Vec::new(),
+            following: Vec::new(),
         }
     }
 
@@ -102,6 +103,10 @@ impl EngineLoop {
         while self.take_messages() {
             self.withdraw_closed();
             self.start_steps();
+            let now = self.now();
+            if let Some(recorder) = &mut self.recorder {
+                recorder.turn(now);
+            }
             self.publish();
             if self.shared.is_draining() && self.core.is_idle() {
                 break;
@@ -117,11 +122,16 @@ impl EngineLoop {
             Err(RecvTimeoutError::Timeout) => None,
             Err(RecvTimeoutError::Disconnected) => return false,
         };
-        for _ in 0..MESSAGES_PER_TURN_MAX {
-            let Some(message) = next else { break };
+        let mut left = MESSAGES_PER_TURN_MAX;
+        while let Some(message) = next {
             self.take(message);
             if self.links.are_all_lost() {
                 return false;
+            }
+            left -= 1;
+            // The rest stays in the inbox.
+            if left == 0 {
+                break;
             }
             next = match self.inbox.try_recv() {
                 Ok(message) => Some(message),
@@ -159,8 +169,9 @@ impl EngineLoop {
             Message::Transferred(transfer, outcome) => self.transferred(transfer, outcome),
             Message::Wake => {}
             Message::Shutdown => {
-                self.cancels.extend(self.streams.ids().map(|id| (id, CancelReason::Shutdown)));
-                self.apply_cancels();
+                let cancel = |request| Input::Cancel { request, reason: CancelReason::Shutdown };
+                self.following.extend(self.streams.ids().map(cancel));
+                self.apply_following();
             }
             Message::WorkerLost(worker) => self.worker_lost(worker),
         }
@@ -170,7 +181,20 @@ impl EngineLoop {
         Micros(self.started.elapsed().as_micros() as u64)
     }
 
+    /// Applies an input, and all that follow from it.
     fn apply(&mut self, input: Input) {
+        self.apply_one(input);
+        self.apply_following();
+    }
+
+    /// Not without end: a cancel finishes its request, and a failed transfer is computed again.
+    fn apply_following(&mut self) {
+        while let Some(input) = self.following.pop() {
+            self.apply_one(input);
+        }
+    }
+
+    fn apply_one(&mut self, input: Input) {
         let input = Timed { at: self.now(), input };
         if let Some(recorder) = &mut self.recorder {
             recorder.input(&input);
@@ -240,14 +264,9 @@ impl EngineLoop {
     /// Cancels requests whose receiver was dropped. Streams that produce tokens would show it at the next send; those
     /// that wait or prefill would not.
     fn withdraw_closed(&mut self) {
-        self.cancels.extend(self.streams.closed().map(|id| (id, CancelReason::ClientGone)));
-        self.apply_cancels();
-    }
-
-    fn apply_cancels(&mut self) {
-        while let Some((request, reason)) = self.cancels.pop() {
-            self.apply(Input::Cancel { request, reason });
-        }
+        let cancel = |request| Input::Cancel { request, reason: CancelReason::ClientGone };
+        self.following.extend(self.streams.closed().map(cancel));
+        self.apply_following();
     }
 
     fn start_steps(&mut self) {
@@ -264,13 +283,14 @@ impl EngineLoop {
             recorder.planned(worker, &plan, planned);
         }
         self.dispatch();
+        self.apply_following();
         if planned { self.links.start(worker, plan) } else { self.links.keep(worker, plan) }
     }
 
-    /// Tells streams, workers and the mover; streams that cannot take a token are cancelled.
+    /// Tells streams, workers and the mover. What follows from it is left in `following`: streams that cannot take a token are
+    /// cancelled, and a transfer that nobody takes has failed.
     fn dispatch(&mut self) {
         let now = self.now();
-        let mut failed = Vec::new();
         if let Some(recorder) = &mut self.recorder {
             recorder.effects(&self.effects);
         }
@@ -280,18 +300,13 @@ impl EngineLoop {
                 match self.mover.as_ref().map(|mover| mover.try_send(job)) {
                     Some(Ok(())) => self.moving.push((transfer, from, to)),
                     // It is computed again, which always works.
-                    _ => failed.push(transfer),
+                    _ => self.following.push(Input::TransferFailed { transfer }),
                 }
             } else if let Some(slow) = self.streams.take(effect, now) {
-                self.cancels.push((slow, CancelReason::SlowReader));
+                self.following.push(Input::Cancel { request: slow, reason: CancelReason::SlowReader });
             }
         }
         self.streams.drain_changes(|change| self.links.tell(change));
-        for transfer in failed {
-            self.apply(Input::TransferFailed { transfer });
-        }
-        // Not recursive without end: a cancel finishes its request, so each one shrinks the table.
-        self.apply_cancels();
     }
 
     fn publish(&mut self) {
@@ -312,3 +327,6 @@ impl Drop for EngineLoop {
         self.shared.stop();
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,6 +1,6 @@
 //! From a model's name to a running engine with its text side, as `serve` and `generate` both need it.
 
-use crate::admission::GenerationDefaults;
+use crate::admission::{GenerationDefaults, REPETITION_PENALTY_MAX};
 use crate::config::{Action, Config, SchedulingConfig};
 use crate::hub::{self, HubError};
 use crate::runtime::{self, Runtime, RuntimeOptions, StartError};
@@ -75,7 +75,7 @@ pub fn generation_defaults(config: &ModelConfig) -> GenerationDefaults {
         top_p: within(given.top_p, f32::MIN_POSITIVE, 1.0).unwrap_or(none.top_p),
         top_k: given.top_k.unwrap_or(none.top_k),
         min_p: within(given.min_p, 0.0, 1.0).unwrap_or(none.min_p),
-        repetition_penalty: within(given.repetition_penalty, f32::MIN_POSITIVE, f32::MAX)
+        repetition_penalty: within(given.repetition_penalty, f32::MIN_POSITIVE, REPETITION_PENALTY_MAX)
             .unwrap_or(none.repetition_penalty),
     }
 }

@@ -113,8 +113,16 @@ impl Recorder {
             return;
         }
         self.start = self.buffer.len();
-        let age_us = self.now.0.saturating_sub(self.flushed_at.0);
-        if self.buffer.len() >= BUFFER_BYTES || age_us >= FLUSH_US {
+        if self.buffer.len() >= BUFFER_BYTES {
+            self.flush();
+        }
+        self.turn(self.now);
+    }
+
+    /// The time of a turn of the engine: what was taken a second ago is written, although nothing follows.
+    pub fn turn(&mut self, now: Micros) {
+        self.now = self.now.max(now);
+        if self.full.is_some() && !self.buffer.is_empty() && self.now.0 - self.flushed_at.0 >= FLUSH_US {
             self.flush();
         }
     }

@@ -190,7 +190,14 @@ pub(crate) fn available_memory() -> Option<u64> {
     let line = meminfo.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
     let machine = line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)?;
     let read = |name: &str| std::fs::read_to_string(format!("/sys/fs/cgroup/{name}")).ok()?.trim().parse::<u64>().ok();
-    let group = read("memory.max").zip(read("memory.current")).map(|(max, used)| max.saturating_sub(used));
+    // What the group has read of files counts as used and is given up when needed.
+    let stat = std::fs::read_to_string("/sys/fs/cgroup/memory.stat").unwrap_or_default();
+    let files: u64 = ["inactive_file ", "active_file "]
+        .iter()
+        .filter_map(|name| stat.lines().find_map(|line| line.strip_prefix(name))?.trim().parse::<u64>().ok())
+        .sum();
+    let left = |(max, used): (u64, u64)| max.saturating_sub(used.saturating_sub(files));
+    let group = read("memory.max").zip(read("memory.current")).map(left);
     Some(group.map_or(machine, |group| group.min(machine)))
 }
 

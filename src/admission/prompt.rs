@@ -106,8 +106,11 @@ pub(super) fn encode_prompts(
     }
 }
 
-/// Every token id is in the vocabulary.
+/// No more tokens than the context has, so that their text is bounded, and every id is in the vocabulary.
 pub(crate) fn check_tokens(model: &ServedModel, param: &'static str, tokens: &[TokenId]) -> Result<(), ServeError> {
+    if tokens.len() > model.context_tokens_max as usize {
+        return Err(too_long(param, model.context_tokens_max, tokens.len(), ""));
+    }
     match tokens.iter().find(|&&token| token >= model.vocab_size) {
         None => Ok(()),
         Some(token) => Err(ServeError::invalid(

@@ -48,6 +48,9 @@ impl Common {
     }
 }
 
+/// The largest repetition penalty.
+pub(crate) const REPETITION_PENALTY_MAX: f32 = 10.0;
+
 /// Checks everything that both generating endpoints share.
 pub(super) fn admit(
     mut fields: GenerationFields,
@@ -75,7 +78,7 @@ pub(super) fn admit(
             "repetition_penalty",
             fields.repetition_penalty,
             repetition_penalty,
-            Range::above(0.0, 10.0),
+            Range::above(0.0, REPETITION_PENALTY_MAX.into()),
         )?,
         seed: seed(fields.seed),
         stop_tokens: stop_tokens.clone(),

@@ -121,14 +121,19 @@ impl Engine {
     /// made lately, each a step like the last, and at least twice what the decodes take alone, so that there is room for the
     /// prompts of those who come later.
     fn decode_us(&self, max_new_tokens: u32) -> u64 {
-        let usual = if self.output_tokens > 0 { self.output_tokens / 128 } else { u64::MAX };
-        let tokens = u64::from(max_new_tokens).min(usual).saturating_sub(1);
+        let tokens = self.decodes_of(max_new_tokens);
         let step_us = |worker: &Worker| {
             let decodes = StepWork { prefill_tokens: 0, prefill_context: 0, ..worker.work };
             worker.predicted_us.max(2 * self.estimator.predict_us(&decodes))
         };
         let busy = self.workers.iter().filter(|worker| worker.is_alive && worker.num_running() > 0);
         tokens.saturating_mul(busy.map(step_us).max().unwrap_or(0))
+    }
+
+    /// Tokens after the first that count in predictions.
+    fn decodes_of(&self, max_new_tokens: u32) -> u64 {
+        let usual = if self.output_tokens > 0 { self.output_tokens / 128 } else { u64::MAX };
+        u64::from(max_new_tokens).min(usual).saturating_sub(1)
     }
 
     /// Time between tokens with which a running request ends before its deadline, if it makes as many as it may, but not more
@@ -150,7 +155,8 @@ impl Engine {
                 average => average - average / 16 + interval / 16,
             };
         }
-        self.last_finish = Some(self.now);
+        // Only the time between two ends that somebody waited for says how fast places become free.
+        self.last_finish = (!self.waiting.is_empty()).then_some(self.now);
     }
 
     /// Refuses a request that would wait too long or crowd the queue.
@@ -181,6 +187,8 @@ impl Engine {
         let wish = Wish { class, tenant, own, max_new_tokens, timeout_us };
         match self.late_us(&wish) {
             None => Ok(()),
+            // When it comes is not what keeps it from being in time.
+            Some(late_us) if self.is_hopeless(&wish) => Err(Refusal::Deadline(self.backoff(late_us))),
             Some(late_us) => {
                 let retry_us = self.retries.tell(wish, self.now, late_us);
                 Err(Refusal::Deadline(self.backoff(retry_us)))
@@ -208,6 +216,16 @@ impl Engine {
         // those that decode end.
         let is_crowded = self.prefill_us(own).saturating_add(decode_us) > timeout_us;
         Some(if is_crowded { excess.max(predicted.saturating_add(decode_us / 2)) } else { excess })
+    }
+
+    /// Whether a request takes longer than it has even alone.
+    fn is_hopeless(&self, wish: &Wish) -> bool {
+        let (prefill_tokens, prefill_context) = (wish.own.tokens, wish.own.context);
+        let prompt = StepWork { prefill_tokens, prefill_context, ..StepWork::default() };
+        let mut decode = StepWork::default();
+        decode.add_decode(1);
+        let decodes_us = self.decodes_of(wish.max_new_tokens).saturating_mul(self.estimator.predict_us(&decode));
+        self.estimator.predict_us(&prompt).saturating_add(decodes_us) >= wish.timeout_us
     }
 
     /// Asks for the shadows of refused requests again, if it is time.

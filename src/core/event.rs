@@ -187,6 +187,8 @@ pub struct Usage {
     pub prompt_tokens: u32,
     /// Prompt tokens found in the prefix cache when the request was first scheduled.
     pub cached_tokens: u32,
+    /// Prompt tokens that were neither found nor computed before the request ended.
+    pub uncomputed_tokens: u32,
     pub completion_tokens: u32,
     pub preemptions: u32,
 }

@@ -24,7 +24,7 @@ impl Engine {
         match outcome {
             Ok(request) => self.enqueue(request),
             Err(refusal) => {
-                let usage = Usage { prompt_tokens, ..Usage::default() };
+                let usage = Usage { prompt_tokens, uncomputed_tokens: prompt_tokens, ..Usage::default() };
                 effects.push(Effect::Finish { request, reason: FinishReason::Refused(refusal), usage });
             }
         }

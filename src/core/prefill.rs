@@ -12,6 +12,7 @@ use crate::request::{Arrival, RequestIndex};
 use crate::scheduler::StepFiller;
 use crate::start::Start;
 use crate::tenants::{Demand, TenantSlot};
+use crate::visitors::WAYS_MAX;
 use crate::{ClassId, Engine, policy};
 
 /// A running prefill and its place in the order of a step.
@@ -35,6 +36,7 @@ impl StepFiller<'_> {
         let mut prefills = std::mem::take(&mut self.engine.prefills);
         self.order(&mut prefills);
         self.look_at(&prefills);
+        self.is_overdue = self.worker().ways_given >= WAYS_MAX || planted!(self.engine, IgnoreVisitors);
         let Engine { requests, config, .. } = &*self.engine;
         let oldest = prefills.iter().min_by_key(|prefill| prefill.arrival).map(|prefill| prefill.index);
         self.reserve = oldest
@@ -80,9 +82,12 @@ impl StepFiller<'_> {
                 may_admit = false;
             }
         }
+        let mut gave_way = false;
         if let Some((index, _)) = self.reserve {
+            gave_way = self.gives_way(self.engine.requests[index].tenant);
             self.push_prefill(index);
         }
+        self.worker().ways_given = if gave_way { self.worker().ways_given + 1 } else { 0 };
         let left = prefills.iter().map(|prefill| &self.engine.requests[prefill.index]).filter(|left| !left.in_flight);
         self.backlog += left.map(|left| u64::from(left.remaining())).sum::<u64>();
         prefills.clear();
@@ -108,7 +113,7 @@ impl StepFiller<'_> {
     fn keep_little(&mut self, tenant: TenantSlot) {
         let Some((oldest, tokens)) = self.reserve else { return };
         let is_visit = !self.is_busy(tenant) && self.is_busy(self.engine.requests[oldest].tenant);
-        if is_visit && !planted!(self.engine, IgnoreVisitors) {
+        if is_visit && !self.is_overdue {
             self.reserve = Some((oldest, tokens.min(1)));
         }
     }
@@ -152,7 +157,7 @@ impl StepFiller<'_> {
         let (tenant, start, remaining) = (request.tenant, request.num_computed, request.remaining());
         if self.is_busy(tenant) {
             self.is_visited |= chunk < remaining;
-            self.visit_us = self.visit_us(tenant);
+            self.visit_us = if self.is_overdue { None } else { self.visit_us(tenant) };
         } else {
             self.is_visited = true;
             if self.engine.requests[index].cached_tokens == Some(start) {
@@ -171,8 +176,7 @@ impl StepFiller<'_> {
         if candidate.class != running.class || candidate.tenant == running.tenant {
             return (candidate.class, candidate.counter) < (running.class, running.counter);
         }
-        let is_visit =
-            !self.is_busy(candidate.tenant) && self.is_busy(running.tenant) && !planted!(self.engine, IgnoreVisitors);
+        let is_visit = !self.is_busy(candidate.tenant) && self.is_busy(running.tenant) && !self.is_overdue;
         let step = price(self.engine.tenants[candidate.tenant].weight(), u64::from(self.engine.config.step_tokens_max));
         candidate.counter <= running.counter.saturating_add(if is_visit { step } else { 0 })
     }
@@ -209,7 +213,7 @@ impl StepFiller<'_> {
 
     /// Whether a tenant's prefill comes later for visitors' sake.
     fn gives_way(&self, tenant: TenantSlot) -> bool {
-        self.is_visited && self.is_busy(tenant) && !planted!(self.engine, IgnoreVisitors)
+        self.is_visited && self.is_busy(tenant) && !self.is_overdue
     }
 
     /// A tenant has all that the step takes of it. If it is busy, no other busy one gets more.
@@ -231,8 +235,7 @@ impl StepFiller<'_> {
     /// How many of a tenant's `remaining` tokens from position `start` the step takes.
     pub(crate) fn chunk(&self, tenant: TenantSlot, start: u32, remaining: u32) -> u32 {
         let chunk = policy::chunk(remaining, self.budget_left());
-        let ignores_visitors = planted!(self.engine, IgnoreVisitors);
-        let visit_us = if self.is_busy(tenant) && !ignores_visitors { self.visit_us(tenant) } else { None };
+        let visit_us = if self.is_busy(tenant) && !self.is_overdue { self.visit_us(tenant) } else { None };
         let Some(limit_us) = [self.itl_us, visit_us].into_iter().flatten().min() else { return chunk };
         let work = self.work_with_reserve();
         let within = self.engine.estimator.prefill_within(&work, start, chunk, limit_us);

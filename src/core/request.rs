@@ -193,6 +193,7 @@ impl Request {
         Usage {
             prompt_tokens: self.prompt_len,
             cached_tokens: self.cached_tokens.unwrap_or(0),
+            uncomputed_tokens: if self.cached_tokens.is_some() { self.num_uncharged() } else { self.prompt_len },
             completion_tokens: self.num_new(),
             preemptions: self.preemptions,
         }

@@ -38,6 +38,8 @@ pub(crate) struct StepFiller<'a> {
     pub(crate) reserve: Option<(RequestIndex, u32)>,
     /// Busy tenants' prefill comes later: the step has a visitor's, or all that visitors leave.
     pub(crate) is_visited: bool,
+    /// Nobody gives way in this step: the oldest prefill has done so too often.
+    pub(crate) is_overdue: bool,
     /// What kept busy tenants' prefill small.
     pub(crate) visit_us: Option<u64>,
     /// Prefill tokens that the step leaves.
@@ -66,6 +68,7 @@ impl<'a> StepFiller<'a> {
             itl_us: None,
             reserve: None,
             is_visited: false,
+            is_overdue: false,
             visit_us: None,
             backlog: 0,
             claimed: None,

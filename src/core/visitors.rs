@@ -9,6 +9,9 @@
 //! - while a visitor is away that was here lately, a step with a busy tenant's prefill is short compared with the visitor's
 //!   own prompt, yet long enough that most of it is prefill.
 //!
+//! Many visitors, one after the other, would leave a busy tenant a token a step. So after [`WAYS_MAX`] steps in a row in which the
+//! oldest prefill gave way, it has what a step holds, once.
+//!
 //! When all tenants are busy, or there is one, steps are as long as ever. Owner: the engine. Complexity: O(visitors
 //! remembered), a constant.
 
@@ -23,6 +26,9 @@ const AWAY: Micros = Micros(10_000_000);
 const PART: (u64, u64) = (2, 5);
 /// .. but may take this many times as long as its decodes alone.
 const STRETCH: u64 = 4;
+
+/// Steps in a row in which the oldest prefill of a worker gives way.
+pub(crate) const WAYS_MAX: u32 = 4;
 
 /// When a visitor last started a prompt, and what that took by itself.
 #[derive(Clone, Copy, Debug)]

@@ -33,6 +33,8 @@ pub(crate) struct Worker {
     /// What kept the last step's prefill small: the strictest objective or pace of its decodes, or a visitor's absence.
     pub(crate) limit_us: Option<u64>,
     pub(crate) planned_at: Micros,
+    /// Last steps in a row in which the oldest prefill gave way to visitors.
+    pub(crate) ways_given: u32,
     /// Prompt tokens of running requests that the last planned step did not take.
     pub(crate) backlog: u64,
     /// Parts of a failed step, each to be repeated alone, the next one last. While there are any, nothing else runs.
@@ -58,6 +60,7 @@ impl Worker {
             predicted_us: 0,
             limit_us: None,
             planned_at: Micros(0),
+            ways_given: 0,
             backlog: 0,
             suspects: Vec::new(),
             is_stalled: false,

@@ -49,6 +49,8 @@ pub(crate) struct Choice {
     pub(crate) prompt_tokens: u32,
     pub(crate) completion_tokens: u32,
     cached_tokens: u32,
+    /// Prompt tokens that the engine never came to.
+    uncomputed_tokens: u32,
     /// The stop token that ended it, if the client named it.
     stop_token: Option<TokenId>,
     id: RequestId,
@@ -132,6 +134,7 @@ impl Generation {
                     prompt_tokens,
                     completion_tokens: 0,
                     cached_tokens: 0,
+                    uncomputed_tokens: 0,
                     stop_token: None,
                     id,
                     detokenizer: IncrementalDetokenizer::new(
@@ -302,7 +305,9 @@ impl Drop for Generation {
         if let Some(charge) = self.charge.take() {
             let usage = self.usage();
             let cached = usage.prompt_tokens_details.map_or(0, |details| details.cached_tokens);
-            charge.settle(u64::from(usage.total_tokens.saturating_sub(cached)));
+            let lacking = |choices: &[Choice]| choices.iter().map(|choice| choice.uncomputed_tokens).min().unwrap_or(0);
+            let uncomputed: u32 = self.choices.chunks(self.choices_per_prompt as usize).map(lacking).sum();
+            charge.settle(u64::from(usage.total_tokens.saturating_sub(cached).saturating_sub(uncomputed)));
         }
     }
 }
@@ -354,6 +359,7 @@ impl Choice {
 
     fn end(&mut self, usage: EngineUsage) {
         self.cached_tokens = usage.cached_tokens;
+        self.uncomputed_tokens = usage.uncomputed_tokens;
         self.phase = Phase::Ended;
     }
 }

@@ -143,7 +143,8 @@ impl Account {
         if let Some(budget) = &mut state.day {
             budget.used = budget.used.saturating_add(tokens);
         }
-        Ok(Charge { account: Arc::clone(self), reserved: tokens, used: 0, day: day_of(now) })
+        let (from_minute, day) = (state.tokens.is_some(), state.day.is_some().then(|| day_of(now)));
+        Ok(Charge { account: Arc::clone(self), reserved: tokens, used: 0, from_minute, day })
     }
 
     #[must_use]
@@ -222,7 +223,9 @@ pub struct Charge {
     account: Arc<Account>,
     reserved: u64,
     used: u64,
-    day: u64,
+    /// Whether there was a limit per minute, and the day of the budget if there was one: what a later one holds is not ours.
+    from_minute: bool,
+    day: Option<u64>,
 }
 
 impl Charge {
@@ -236,11 +239,11 @@ impl Drop for Charge {
     fn drop(&mut self) {
         let unused = self.reserved.saturating_sub(self.used);
         let mut state = self.account.lock();
-        if let Some(bucket) = &mut state.tokens {
+        if let Some(bucket) = state.tokens.as_mut().filter(|_| self.from_minute) {
             bucket.give_back(unused);
         }
         // What was reserved yesterday is not part of today's budget.
-        if let Some(budget) = state.day.as_mut().filter(|budget| budget.day == self.day) {
+        if let Some(budget) = state.day.as_mut().filter(|budget| Some(budget.day) == self.day) {
             budget.used = budget.used.saturating_sub(unused);
         }
     }

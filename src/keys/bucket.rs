@@ -47,10 +47,12 @@ impl Bucket {
         self.limit
     }
 
-    /// What is missing stays missing, but no more than a new bucket of this size holds.
+    /// What is missing stays missing, but no more than a new bucket of this size holds, or what was owed before takes to refill.
     pub(super) fn set_limit(&mut self, limit: u64) {
-        self.limit = limit.max(1);
-        self.missing = self.missing.min(self.capacity());
+        let limit = limit.max(1);
+        let refilled_in = self.missing.div_ceil(self.limit.into());
+        self.limit = limit;
+        self.missing = self.missing.min(self.capacity().max(refilled_in * u128::from(limit)));
     }
 
     /// Until `amount` can be taken; zero if it can be now.
@@ -148,6 +150,19 @@ mod tests {
         assert_eq!(bucket.window(MS(0)).remaining, 910);
         bucket.set_limit(10);
         assert_eq!(bucket.window(MS(0)), Window { limit: 10, remaining: 0, reset: MS(60_000) });
+    }
+
+    #[test]
+    fn a_new_limit_forgives_no_debt() {
+        let mut bucket = Bucket::new(100);
+        bucket.take(6_000, MS(0));
+        bucket.set_limit(100);
+        assert_eq!(bucket.window(MS(0)).reset, MS(3_600_000));
+        bucket.set_limit(1_000);
+        assert_eq!(bucket.window(MS(0)).reset, MS(360_000));
+        // No longer than before: a lower limit does not make what was taken under the higher one dearer.
+        bucket.set_limit(10);
+        assert_eq!(bucket.window(MS(0)).reset, MS(360_000));
     }
 
     proptest! {

@@ -6,6 +6,7 @@
 use super::account::Limits;
 use super::classes::ClassNames;
 use super::secret::HashedSecret;
+use crate::telemetry;
 use kvern_core::ClassId;
 use serde::Deserialize;
 use std::collections::HashSet;
@@ -17,6 +18,8 @@ pub(super) const ENTRIES_MAX: usize = 10_000;
 /// Most `[[shared_prefix]]` entries: a prompt is compared with each.
 const SHARED_MAX: usize = 256;
 const NAME_BYTES_MAX: usize = 64;
+/// Names of series that are no tenant of the file.
+const RESERVED_NAMES: [&str; 2] = [telemetry::OTHERS, telemetry::ANONYMOUS];
 /// As the core has it: more would count as this.
 const WEIGHT_MAX: i64 = 1 << 16;
 const RATE_MAX: i64 = 1_000_000_000_000;
@@ -291,6 +294,9 @@ impl Reader<'_> {
 /// A name that logs, metrics and a file can carry as it is.
 pub(super) fn check_name(field: &str, name: &str) -> Result<(), String> {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-:@/".contains(&byte);
+    if RESERVED_NAMES.contains(&name) {
+        return Err(format!("`{field}`: expected another name than {name:?}, which metrics use"));
+    }
     if (1..=NAME_BYTES_MAX).contains(&name.len()) && name.bytes().all(plain) {
         return Ok(());
     }

@@ -72,7 +72,7 @@ impl Figures {
             *refused += 1;
             return;
         }
-        let computed = u64::from(usage.prompt_tokens - usage.cached_tokens);
+        let computed = u64::from(usage.prompt_tokens - usage.cached_tokens - usage.uncomputed_tokens);
         self.computed_tokens += computed;
         self.output_tokens += u64::from(usage.completion_tokens);
         self.tenants[tenant].1 += computed + u64::from(usage.completion_tokens);

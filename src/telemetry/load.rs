@@ -12,9 +12,9 @@ use std::sync::Arc;
 
 /// Tenants with series of their own.
 const TENANTS_MAX: usize = 100;
-const OTHERS: &str = "_other";
+pub(crate) const OTHERS: &str = "_other";
 /// Of tenant 0, which has no key of a file.
-const ANONYMOUS: &str = "_anonymous";
+pub(crate) const ANONYMOUS: &str = "_anonymous";
 
 pub(super) struct LoadGauges {
     queued_tokens: Gauge,

@@ -12,6 +12,7 @@ mod log;
 mod registry;
 mod request;
 
+pub(crate) use load::{ANONYMOUS, OTHERS};
 pub use log::init_log;
 pub use request::{RequestInfo, RequestTimeline};
 
@@ -62,7 +63,8 @@ pub struct Telemetry {
     finished_length: IntCounter,
     finished_abort: IntCounter,
     finished_error: IntCounter,
-    rejected_queue_full: IntCounter,
+    rejected_requests: IntCounter,
+    rejected_tokens: IntCounter,
     iteration_tokens: Histogram,
     ttft: Histogram,
     inter_token: Histogram,
@@ -101,6 +103,7 @@ impl Telemetry {
             "finished_reason",
             ["stop", "length", "abort", "error"],
         );
+        let [rejected_requests, rejected_tokens] = maker.rejections(["max_num_queued_reqs", "max_num_queued_tokens"]);
         let tokens = buckets::tokens(info.max_model_len);
         Telemetry {
             running: maker.gauge("num_requests_running", "Requests in execution batches."),
@@ -117,7 +120,8 @@ impl Telemetry {
             finished_length,
             finished_abort,
             finished_error,
-            rejected_queue_full: maker.rejections("max_num_queued_reqs"),
+            rejected_requests,
+            rejected_tokens,
             iteration_tokens: maker.histogram("iteration_tokens_total", "Tokens per engine step.", &buckets::ITERATION),
             ttft: maker.histogram("time_to_first_token_seconds", "Arrival to first token.", &buckets::FIRST_TOKEN),
             inter_token: maker.histogram("inter_token_latency_seconds", "Gap between tokens.", &buckets::INTER_TOKEN),
@@ -193,7 +197,8 @@ impl Telemetry {
     /// A request was refused at the door, before it was one.
     pub fn on_rejected(&self, refusal: Refusal) {
         match refusal {
-            Refusal::QueueFull(_) | Refusal::QueueTokens(_) => self.rejected_queue_full.inc(),
+            Refusal::QueueFull(_) => self.rejected_requests.inc(),
+            Refusal::QueueTokens(_) => self.rejected_tokens.inc(),
             // Bad requests, not a lack of room: HTTP answers 400.
             Refusal::TooLong | Refusal::Empty | Refusal::UnknownTenant => {}
             // No lack of room either: it came too late, or it broke a step before.

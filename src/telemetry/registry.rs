@@ -123,11 +123,11 @@ impl<'a> Maker<'a> {
     }
 
     /// Refusals carry no `engine`: they happen before one is chosen.
-    pub(super) fn rejections(&self, reason: &str) -> IntCounter {
+    pub(super) fn rejections<const N: usize>(&self, reasons: [&str; N]) -> [IntCounter; N] {
         let opts = total("admission_rejections", "Requests refused at the door.");
         let family = IntCounterVec::new(opts, &["model_name", "reason"]).expect(VALID);
         self.add(&family);
-        family.with_label_values(&[self.model_name, reason])
+        reasons.map(|reason| family.with_label_values(&[self.model_name, reason]))
     }
 
     pub(super) fn histogram(&self, name: &str, help: &str, buckets: &[f64]) -> Histogram {

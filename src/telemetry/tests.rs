@@ -241,7 +241,8 @@ fn a_request_is_observed_once_in_each_phase() {
     // A preemption and what follows from it: neither the queue time nor the cached tokens change.
     request.on_scheduled(&telemetry, Micros(2_200_000), 32);
     request.on_token(&telemetry, Micros(2_400_000));
-    let usage = Usage { prompt_tokens: 40, cached_tokens: 16, completion_tokens: 3, preemptions: 1 };
+    let usage =
+        Usage { prompt_tokens: 40, cached_tokens: 16, completion_tokens: 3, preemptions: 1, ..Usage::default() };
     request.on_finish(&telemetry, Micros(2_500_000), FinishReason::Stop, usage);
     telemetry.on_step(56);
     let parsed = parse(&telemetry.render());
@@ -377,7 +378,7 @@ fn a_request_writes_one_line() {
         request.on_scheduled(&telemetry, Micros(1_000), 16);
         request.on_token(&telemetry, Micros(3_000));
         request.on_token(&telemetry, Micros(4_500));
-        let usage = Usage { prompt_tokens: 40, cached_tokens: 16, completion_tokens: 2, preemptions: 0 };
+        let usage = Usage { prompt_tokens: 40, cached_tokens: 16, completion_tokens: 2, ..Usage::default() };
         request.on_finish(&telemetry, Micros(5_000), FinishReason::Length, usage);
     });
     let text = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();

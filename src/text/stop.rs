@@ -11,6 +11,7 @@
 //! text was cut into pieces.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 const ROOT: u32 = 0;
 
@@ -45,11 +46,11 @@ pub struct StopStep<'a> {
 
 /// Finds the first stop string in text that arrives in pieces.
 ///
-/// The first one to be complete wins; of several that end on the same byte, the longest.
+/// The first one to be complete wins; of several that end on the same byte, the longest. Clones share the automaton.
 #[derive(Clone, Debug)]
 pub struct StopMatcher {
-    nodes: Vec<Node>,
-    lengths: Vec<usize>,
+    nodes: Arc<[Node]>,
+    lengths: Arc<[usize]>,
     include: bool,
     state: u32,
     /// Text not yet emitted starts at `start`; what precedes it was emitted and goes with the next call.
@@ -65,7 +66,7 @@ impl StopMatcher {
             return Err(EmptyStopString { index });
         }
         Ok(Self {
-            nodes: automaton(stops),
+            nodes: automaton(stops).into(),
             lengths: stops.iter().map(|stop| stop.as_ref().len()).collect(),
             include: include_stop_str_in_output,
             state: ROOT,

@@ -193,7 +193,8 @@ impl Worker {
             return Ok(());
         }
         sample_rows(&self.device, &self.lanes, &self.sequences, plan, logits);
-        let mut lanes: Vec<_> = self.lanes.iter_mut().map(|l| l.get_mut().expect("no lane panicked")).collect();
+        let mut lanes: Vec<_> =
+            self.lanes.iter_mut().map(|l| l.get_mut().unwrap_or_else(PoisonError::into_inner)).collect();
         let num_lanes = lanes.len();
         // Rows were dealt out lane by lane; taking them back from the end keeps each lane's order.
         lanes.iter_mut().for_each(|lane| lane.draws.reverse());
@@ -217,7 +218,7 @@ fn sample_rows(
     let vocab = logits.cols();
     let values = logits.host();
     device.parallel_for(lanes.len(), &|index| {
-        let mut lane = lanes[index].lock().expect("no lane panicked");
+        let mut lane = lanes[index].lock().unwrap_or_else(PoisonError::into_inner);
         let SamplerLane { scratch, draws } = &mut *lane;
         draws.clear();
         let sampling = plan.slices.iter().filter(|s| s.sample).enumerate();

@@ -109,7 +109,7 @@ pub(crate) fn token(token: TokenId) -> TokenEvent {
 
 /// The last event of an answer of so many tokens.
 pub(crate) fn finished(reason: FinishReason, completion_tokens: u32) -> TokenEvent {
-    let usage = Usage { prompt_tokens: 0, cached_tokens: 5, completion_tokens, preemptions: 0 };
+    let usage = Usage { cached_tokens: 5, completion_tokens, ..Usage::default() };
     TokenEvent::Finished { reason, usage }
 }
 

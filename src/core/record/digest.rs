@@ -76,6 +76,7 @@ impl Digest {
                 self.reason(*reason);
                 let tokens = u64::from(usage.prompt_tokens) << 32 | u64::from(usage.completion_tokens);
                 self.words([tokens, u64::from(usage.cached_tokens) << 32 | u64::from(usage.preemptions)]);
+                self.word(usage.uncomputed_tokens.into());
             }
         }
     }
@@ -149,6 +150,7 @@ mod tests {
             Effect::Finish { request, reason: FinishReason::Stop, usage: Usage { prompt_tokens: 1, ..usage } },
             Effect::Finish { request, reason: FinishReason::Stop, usage: Usage { completion_tokens: 1, ..usage } },
             Effect::Finish { request, reason: FinishReason::Stop, usage: Usage { preemptions: 1, ..usage } },
+            Effect::Finish { request, reason: FinishReason::Stop, usage: Usage { uncomputed_tokens: 1, ..usage } },
             Effect::Scheduled { request, worker: WorkerId(0), cached_tokens: 0 },
             Effect::Scheduled { request, worker: WorkerId(1), cached_tokens: 0 },
             Effect::Scheduled { request, worker: WorkerId(0), cached_tokens: 16 },

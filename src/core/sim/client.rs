@@ -189,7 +189,8 @@ impl Client {
                 check(is_due || reason == self.expected_reason(), "finish reason")?;
                 let is_whole = self.known() as usize == self.tokens.len();
                 check(is_due || is_whole || reason != self.alone || self.ending.is_some(), "output")?;
-                check(usage == self.expected_usage(), "usage")?;
+                let expected = Usage { uncomputed_tokens: usage.uncomputed_tokens, ..self.expected_usage() };
+                check(usage == expected && self.may_lack(usage.uncomputed_tokens), "usage")?;
                 self.is_finished = true;
                 self.is_waiting = false;
             }
@@ -205,10 +206,21 @@ impl Client {
         }
     }
 
+    /// Whether so much of the prompt may never have been computed: none of one that has said a token, all of one that never
+    /// started.
+    fn may_lack(&self, uncomputed_tokens: u32) -> bool {
+        match self.cached_tokens {
+            None => uncomputed_tokens == self.prompt_len(),
+            Some(_) if self.emitted > 0 => uncomputed_tokens == 0,
+            Some(cached) => uncomputed_tokens <= self.prompt_len() - cached,
+        }
+    }
+
     fn expected_usage(&self) -> Usage {
         Usage {
             prompt_tokens: self.prompt_len(),
             cached_tokens: self.cached_tokens.unwrap_or(0),
+            uncomputed_tokens: 0,
             completion_tokens: self.emitted,
             preemptions: self.preemptions,
         }
