@@ -35,9 +35,9 @@ fn greedy() -> SamplingParams {
     }
 }
 
-fn request(prompt: Vec<u32>) -> Request {
+fn request(id: RequestId, prompt: Vec<u32>) -> Request {
     Request {
-        id: RequestId(0),
+        id,
         external_id: "test".into(),
         prompt,
         sampling: greedy(),
@@ -69,7 +69,7 @@ fn stuck() -> (EngineLoop, EngineHandle, Receiver<StepCommand>) {
 #[test]
 fn no_message_is_lost_however_many_come_at_once() {
     let (mut engine, handle, _commands) = stuck();
-    let submitted: Vec<_> = (0..700).map(|at| handle.submit(request(vec![at, at + 1]))).collect();
+    let submitted: Vec<_> = (0..700).map(|at| handle.submit(request(handle.next_id(), vec![at, at + 1]))).collect();
     while engine.core.stats().waiting < 700 {
         let before = engine.core.stats().waiting;
         assert!(engine.take_messages());
@@ -83,7 +83,8 @@ fn thousands_that_leave_at_once_are_cancelled_one_after_the_other() {
     // Each level of a recursion would take some hundred bytes of this thread's stack.
     let run = || {
         let (mut engine, handle, _commands) = stuck();
-        let submitted: Vec<_> = (0..1_000).map(|at| handle.submit(request(vec![at, at + 1]))).collect();
+        let submitted: Vec<_> =
+            (0..1_000).map(|at| handle.submit(request(handle.next_id(), vec![at, at + 1]))).collect();
         while engine.core.stats().waiting < 1_000 {
             assert!(engine.take_messages());
         }
