@@ -161,7 +161,6 @@ impl Engine {
         }
         self.expire(effects);
         self.hand_off(effects);
-        self.ask_again();
     }
 
     /// Fills `plan` with the next step of an idle worker; `false`, with an empty plan, when the worker is busy, lost, or has
