@@ -11,7 +11,6 @@ use crate::fault::planted;
 use crate::kv::hash::prompt_hash;
 use crate::queue::Load;
 use crate::request::Request;
-use crate::retry::Wish;
 use crate::tenants::TenantSlot;
 use crate::worker::Worker;
 use crate::{Backoff, ClassId, Engine, Micros, Refusal, Role, TenantId, policy};
@@ -118,22 +117,17 @@ impl Engine {
     }
 
     /// What a request's tokens after the first will take: as many as it may make, but not more than twice as many as others
-    /// made lately, each a step like the last, and at least twice what the decodes take alone, so that there is room for the
-    /// prompts of those who come later.
+    /// made lately, each a step as they are on average, and at least twice what the decodes take alone, so that there is room for
+    /// the prompts of those who come later.
     fn decode_us(&self, max_new_tokens: u32) -> u64 {
-        let tokens = self.decodes_of(max_new_tokens);
+        let usual = if self.output_tokens > 0 { self.output_tokens / 128 } else { u64::MAX };
+        let tokens = u64::from(max_new_tokens).min(usual).saturating_sub(1);
         let step_us = |worker: &Worker| {
             let decodes = StepWork { prefill_tokens: 0, prefill_context: 0, ..worker.work };
-            worker.predicted_us.max(2 * self.estimator.predict_us(&decodes))
+            worker.mean_us.max(2 * self.estimator.predict_us(&decodes))
         };
         let busy = self.workers.iter().filter(|worker| worker.is_alive && worker.num_running() > 0);
         tokens.saturating_mul(busy.map(step_us).max().unwrap_or(0))
-    }
-
-    /// Tokens after the first that count in predictions.
-    fn decodes_of(&self, max_new_tokens: u32) -> u64 {
-        let usual = if self.output_tokens > 0 { self.output_tokens / 128 } else { u64::MAX };
-        u64::from(max_new_tokens).min(usual).saturating_sub(1)
     }
 
     /// Time between tokens with which a running request ends before its deadline, if it makes as many as it may, but not more
@@ -160,7 +154,7 @@ impl Engine {
     }
 
     /// Refuses a request that would wait too long or crowd the queue.
-    pub(crate) fn check_wait(&mut self, request: &Request) -> Result<(), Refusal> {
+    pub(crate) fn check_wait(&self, request: &Request) -> Result<(), Refusal> {
         if !self.quarantine.is_empty() {
             let hash = prompt_hash(request.audience.salt, &request.tokens);
             if let Some(until) = self.quarantine.until(hash, self.now) {
@@ -182,60 +176,25 @@ impl Engine {
         if request.deadline.is_none() && promised.is_none() {
             return Ok(());
         }
-        let timeout_us = request.deadline.map_or(u64::MAX, |deadline| deadline.0.saturating_sub(self.now.0));
-        let Request { class, tenant, max_new_tokens, .. } = *request;
-        let wish = Wish { class, tenant, own, max_new_tokens, timeout_us };
-        match self.late_us(&wish) {
-            None => Ok(()),
-            // When it comes is not what keeps it from being in time.
-            Some(late_us) if self.is_hopeless(&wish) => Err(Refusal::Deadline(self.backoff(late_us))),
-            Some(late_us) => {
-                let retry_us = self.retries.tell(wish, self.now, late_us);
-                Err(Refusal::Deadline(self.backoff(retry_us)))
-            }
-        }
-    }
-
-    /// How long it takes, by the model, until a request would not be too late any more; nothing if it is not.
-    fn late_us(&self, wish: &Wish) -> Option<u64> {
-        let Wish { class, tenant, own, max_new_tokens, timeout_us } = *wish;
-        let predicted = self.predict(class, tenant, own).0;
+        let predicted = self.predict(request.class, request.tenant, own).0;
+        let until_deadline = request.deadline.map_or(u64::MAX, |deadline| deadline.0.saturating_sub(self.now.0));
         // What nobody is ahead of is as fast as it will ever be.
-        let is_behind = !self.waiting.is_empty() || self.backlog() > 0;
-        let promised = self.config.classes[usize::from(class.0)].ttft.filter(|_| is_behind);
-        let beyond_promise = promised.map_or(0, |promised| predicted.saturating_sub(promised.0));
+        let is_behind = queued.requests > 0 || self.backlog() > 0;
+        let promised = promised.filter(|_| is_behind).map_or(u64::MAX, |promised| promised.0);
+        let beyond_promise = predicted.saturating_sub(promised);
         // A little early: who is stopped at its deadline has cost more than who is refused.
-        let decode_us = self.decode_us(max_new_tokens);
+        let decode_us = self.decode_us(request.max_new_tokens);
         let end = predicted.saturating_add(decode_us);
         let end = end.saturating_add(end / 16);
-        let excess = beyond_promise.max(end.saturating_sub(timeout_us));
-        if excess == 0 && timeout_us > 0 {
-            return None;
+        let excess = beyond_promise.max(end.saturating_sub(until_deadline));
+        if excess == 0 && until_deadline > 0 {
+            return Ok(());
         }
         // Where an empty queue would not be enough, steps must get shorter: the prompts before it are computed first, and half of
         // those that decode end.
-        let is_crowded = self.prefill_us(own).saturating_add(decode_us) > timeout_us;
-        Some(if is_crowded { excess.max(predicted.saturating_add(decode_us / 2)) } else { excess })
-    }
-
-    /// Whether a request takes longer than it has even alone.
-    fn is_hopeless(&self, wish: &Wish) -> bool {
-        let (prefill_tokens, prefill_context) = (wish.own.tokens, wish.own.context);
-        let prompt = StepWork { prefill_tokens, prefill_context, ..StepWork::default() };
-        let mut decode = StepWork::default();
-        decode.add_decode(1);
-        let decodes_us = self.decodes_of(wish.max_new_tokens).saturating_mul(self.estimator.predict_us(&decode));
-        self.estimator.predict_us(&prompt).saturating_add(decodes_us) >= wish.timeout_us
-    }
-
-    /// Asks for the shadows of refused requests again, if it is time.
-    pub(crate) fn ask_again(&mut self) {
-        let mut from = 0;
-        while let Some((seat, wish)) = self.retries.due(from, self.now) {
-            let is_taken = self.late_us(&wish).is_none();
-            self.retries.note(seat, self.now, is_taken);
-            from = seat + 1;
-        }
+        let is_crowded = self.prefill_us(own).saturating_add(decode_us) > until_deadline;
+        let retry_us = if is_crowded { excess.max(predicted.saturating_add(decode_us / 2)) } else { excess };
+        Err(Refusal::Deadline(self.backoff(retry_us)))
     }
 
     fn backoff(&self, retry_in_us: u64) -> Backoff {

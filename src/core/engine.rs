@@ -12,7 +12,6 @@ use crate::kv::KvPool;
 use crate::prefill::Prefill;
 use crate::queue::Waiting;
 use crate::request::{Arrival, RequestIndex, Requests};
-use crate::retry::Retries;
 use crate::scheduler::StepFiller;
 use crate::suspects::Quarantine;
 use crate::tenants::Tenants;
@@ -40,7 +39,6 @@ pub struct Engine {
     pub(crate) quarantine: Quarantine,
     pub(crate) estimator: Estimator,
     pub(crate) visitors: Visitors,
-    pub(crate) retries: Retries,
     /// The latest time of an input.
     pub(crate) now: Micros,
     /// Counts what may let a waiting request start that could not before.
@@ -113,7 +111,6 @@ impl Engine {
             quarantine: Quarantine::default(),
             estimator: Estimator::new(config.cost),
             visitors: Visitors::default(),
-            retries: Retries::default(),
             now: Micros(0),
             changes: 0,
             claim_waits: false,

@@ -16,7 +16,6 @@ impl Engine {
         let request = submission.request;
         let is_new = self.requests.find(request).is_none();
         assert!(is_new, "{}: {request:?} is submitted twice", InvariantId::Sch2);
-        self.ask_again();
         let prompt_tokens = u32::try_from(submission.prompt.len()).unwrap_or(u32::MAX);
         let outcome = self.check_limits(&submission).and_then(|tenant| {
             let request = self.admitted(submission, tenant);

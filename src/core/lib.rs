@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!   Timed<Input> --> Engine::apply --+--> Effects     engine.rs: dispatch only
-//!     Submit, Cancel    intake.rs    |                admission.rs: would it wait too long? retry.rs: until when
+//!     Submit, Cancel    intake.rs    |                admission.rs: would it wait too long?
 //!     StepDone          completion.rs|
 //!     StepFailed        suspects.rs  |
 //!     Transfer, Worker  handoff.rs   |
@@ -40,7 +40,6 @@ mod queue;
 pub mod record;
 pub mod replay;
 mod request;
-mod retry;
 mod scheduler;
 mod signals;
 #[cfg(test)]

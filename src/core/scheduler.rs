@@ -95,6 +95,8 @@ impl<'a> StepFiller<'a> {
         worker.limit_us = limit_us;
         if !worker.planned.is_empty() {
             (worker.work, worker.predicted_us, worker.planned_at) = (work, predicted_us, planned_at);
+            worker.mean_us =
+                if worker.mean_us == 0 { predicted_us } else { worker.mean_us - worker.mean_us / 8 + predicted_us / 8 };
         }
         worker.backlog = backlog;
     }

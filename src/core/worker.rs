@@ -30,6 +30,8 @@ pub(crate) struct Worker {
     /// The work of the step in flight or, when idle, of the last one; its prediction, and when it was planned.
     pub(crate) work: StepWork,
     pub(crate) predicted_us: u64,
+    /// The moving average of the last steps' predictions.
+    pub(crate) mean_us: u64,
     /// What kept the last step's prefill small: the strictest objective or pace of its decodes, or a visitor's absence.
     pub(crate) limit_us: Option<u64>,
     pub(crate) planned_at: Micros,
@@ -58,6 +60,7 @@ impl Worker {
             planned: Vec::new(),
             work: StepWork::default(),
             predicted_us: 0,
+            mean_us: 0,
             limit_us: None,
             planned_at: Micros(0),
             ways_given: 0,
