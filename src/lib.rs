@@ -27,5 +27,4 @@ pub mod serve;
 pub mod simulate;
 pub mod telemetry;
 pub mod text;
-pub mod wakeup;
 pub mod worker;

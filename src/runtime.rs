@@ -258,7 +258,6 @@ fn spawn(
         target_saturation: options.scheduling.target_saturation,
     });
     threads.push(thread("kvern-engine", move || {
-        crate::wakeup::at_once();
         engine.run();
         // Whoever waits for it is told by the drop as well, should the loop panic.
         let _ = ended.send(());

@@ -36,7 +36,6 @@ pub fn run(config: &Config, server: &ServerConfig) -> Result<(), ServeFailure> {
     let threads = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(HTTP_THREADS)
         .thread_name("kvern-http")
-        .on_thread_start(crate::wakeup::at_once)
         .enable_all()
         .build()
         .map_err(ServeFailure::FrontEnd)?;

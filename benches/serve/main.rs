@@ -117,8 +117,6 @@ fn main() -> ExitCode {
 }
 
 fn measured(setup: &Setup) -> Outcome<String> {
-    // Clients are elsewhere as a rule: what they wait for is not a core of the server's machine.
-    kvern::wakeup::at_once();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let mut report = tokio::task::LocalSet::new().block_on(&runtime, run(setup))?;
     report.add_generator(setup.epoch.elapsed());

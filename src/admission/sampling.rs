@@ -78,7 +78,7 @@ pub(super) fn admit(
             "repetition_penalty",
             fields.repetition_penalty,
             repetition_penalty,
-            Range::above(0.0, REPETITION_PENALTY_MAX.into()),
+            Range::above(0.0, REPETITION_PENALTY_MAX),
         )?,
         seed: seed(fields.seed),
         stop_tokens: stop_tokens.clone(),
