@@ -4,6 +4,7 @@
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::path::Path;
+use std::sync::Barrier;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use kvern_kernels::{CpuOptions, Device, KvCache, KvDType, Precision};
@@ -38,6 +39,11 @@ fn forward_allocates_nothing() {
         [("llama.gguf", Precision::F32), ("llama.gguf", Precision::BF16), ("qwen3.gguf", Precision::AsStored)]
     {
         let device = Device::cpu(CpuOptions::default()).unwrap();
+        // A thread's start allocates, and on a busy machine it may come late: all have to be there first.
+        let all = Barrier::new(device.threads());
+        device.parallel_for(device.threads(), &|_| {
+            all.wait();
+        });
         let limits = StepLimits { tokens_max: 32, sequences_max: 4, context_max: 64 };
         let files = ModelFiles::open(&golden.join(file)).unwrap();
         let mut loaded = load(&device, &files, &LoadOptions { precision, limits }, &mut |_| {}).unwrap();
