@@ -4,7 +4,7 @@
 //! fails in its halves, until the request that fails alone ends with an error. All others have then repeated their part of the
 //! step once, and as a slice depends on nothing but its own request they have what they would have had. A step of n
 //! requests of which k are guilty is repeated in at most 2 k (1 + log2 n) parts. A failure that does not come back blames
-//! nobody.
+//! nobody, unless the request was alone in the step: then it ends at once.
 
 use crate::fault::planted;
 use crate::kv::hash::prompt_hash;

@@ -1,4 +1,5 @@
 //! What the tests of kernels share: element types, data, launches in both orders of threads, comparison.
+// Each test program uses a part of it.
 #![allow(dead_code)]
 
 pub(crate) mod paged;
