@@ -13,6 +13,15 @@ pub enum KernelError {
     /// CUDA was asked of a binary without it.
     #[error("this binary was built without CUDA")]
     BuiltWithoutCuda,
+    /// Memory of a GPU that is not there.
+    #[error("expected {asked} bytes of device memory for {what}, found {free} free")]
+    OutOfMemory { what: String, asked: usize, free: usize },
+    /// A call of the driver, or the launch of a kernel, failed; the device goes on.
+    #[error("{call}: {status}")]
+    Driver { call: String, status: String },
+    /// The device is of no use to this process any more: no later call can succeed.
+    #[error("the GPU is lost: {call}: {status}")]
+    DeviceLost { call: String, status: String },
     /// The machine cannot do what was asked.
     #[error("{0}")]
     Unsupported(String),

@@ -16,9 +16,12 @@ pub const NONE: u32 = u32::MAX;
 ///
 /// # Safety
 /// The type is `#[repr(C)]`, plain data without padding, and laid out as its namesake in `params.h`.
-pub unsafe trait KernelParams: Copy {}
+pub unsafe trait KernelParams: Copy {
+    const LAYOUT: Layout;
+}
 
 /// A struct of `params.h`: name, size, and name, offset and size of its fields.
+#[derive(Debug)]
 pub struct Layout {
     pub name: &'static str,
     pub bytes: usize,
@@ -35,15 +38,17 @@ macro_rules! params {
             pub struct $name { $(pub $field: $type),* }
 
             // SAFETY: `#[repr(C)]`, of numbers alone; the shim's test compares sizes and offsets, and padding would show as a gap.
-            unsafe impl KernelParams for $name {}
+            unsafe impl KernelParams for $name {
+                const LAYOUT: Layout = Layout {
+                    name: stringify!($name),
+                    bytes: size_of::<$name>(),
+                    fields: &[$((stringify!($field), std::mem::offset_of!($name, $field), size_of::<$type>())),*],
+                };
+            }
         )*
 
         /// Every struct, in the order of `params.h`.
-        pub const LAYOUTS: &[Layout] = &[$(Layout {
-            name: stringify!($name),
-            bytes: size_of::<$name>(),
-            fields: &[$((stringify!($field), std::mem::offset_of!($name, $field), size_of::<$type>())),*],
-        }),*];
+        pub const LAYOUTS: &[Layout] = &[$($name::LAYOUT),*];
     };
 }
 

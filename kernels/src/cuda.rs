@@ -1,5 +1,7 @@
 //! The CUDA backend's signatures in a build without it: there is no CUDA device, and so nothing to run on one.
 
+pub mod driver;
+
 use std::convert::Infallible;
 
 use crate::ops::{Attention, RopeAndStore};

@@ -1,0 +1,221 @@
+//! What the backend asks of a GPU and its driver: the boundary behind which the real driver lies, and the shim that runs
+//! kernels on the host and rejects wrong orders of work.
+//!
+//! Work of one stream runs in its order; between streams, and between a stream and the host, events order it. Nothing here
+//! waits for the device but [`Driver::synchronize`], and nothing allocates after start.
+
+use std::fmt;
+use std::num::NonZeroU32;
+use std::ptr::NonNull;
+
+pub use kvern_cuda_abi::{Layout, Ptr};
+
+use crate::Result;
+
+/// A handle that the driver gave out; its number says nothing to others.
+macro_rules! handles {
+    ($($(#[$attribute:meta])* $name:ident)*) => {$(
+        $(#[$attribute])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        pub struct $name(pub u32);
+    )*};
+}
+
+handles! {
+    /// A queue of work.
+    Stream
+    /// A place in a stream's work that others can wait for.
+    Event
+    /// A kernel, ready to be launched.
+    Kernel
+    /// Captured work, to be launched as one.
+    Graph
+}
+
+/// Which of two streams' work goes first where both have some.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StreamPriority {
+    Normal,
+    High,
+}
+
+/// What a device is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceProperties {
+    /// As its maker calls it.
+    pub name: String,
+    /// Major and minor.
+    pub compute_capability: (u32, u32),
+    /// CUDA version of the driver, major and minor.
+    pub driver_version: (u32, u32),
+    pub multiprocessors: usize,
+    /// Shared memory of a multiprocessor, and the most that one block may ask for.
+    pub shared_bytes: usize,
+    pub block_shared_bytes: usize,
+    /// Memory of the device, in use or not.
+    pub memory_bytes: usize,
+}
+
+/// Types of elements on a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Element {
+    F32,
+    F16,
+    BF16,
+}
+
+impl Element {
+    /// Bytes of one.
+    #[must_use]
+    pub const fn bytes(self) -> usize {
+        match self {
+            Element::F32 => 4,
+            Element::F16 | Element::BF16 => 2,
+        }
+    }
+
+    /// As kernels' names end.
+    #[must_use]
+    pub const fn suffix(self) -> &'static str {
+        match self {
+            Element::F32 => "f32",
+            Element::F16 => "f16",
+            Element::BF16 => "bf16",
+        }
+    }
+}
+
+impl fmt::Display for Element {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.suffix())
+    }
+}
+
+/// Blocks, threads per block, and bytes of dynamic shared memory of a launch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LaunchShape {
+    pub grid: [u32; 2],
+    pub threads: u32,
+    pub shared_bytes: u32,
+}
+
+/// A product of matrices: `out[m][n] = sum over k of x[m][k] w[n][k] (+ bias[n])`, accumulated in f32. All row-major; `x` and
+/// `w` are dense, and rows of `out` lie `out_stride` elements apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Gemm {
+    /// Of x, w and bias.
+    pub element: Element,
+    /// Of out: `element`, or F32 for logits.
+    pub out_element: Element,
+    pub x: Ptr,
+    pub w: Ptr,
+    /// `[n]`, or null.
+    pub bias: Ptr,
+    pub out: Ptr,
+    pub m: usize,
+    pub n: usize,
+    pub k: usize,
+    pub out_stride: usize,
+    /// Scratch that this product alone uses while it runs.
+    pub workspace: Ptr,
+    pub workspace_bytes: usize,
+}
+
+/// A GPU. All calls may come from any thread; those on one stream come from one thread at a time.
+///
+/// Every call checks the driver's status. An error that leaves the device unusable is [`DeviceLost`](crate::KernelError::DeviceLost); errors of
+/// work that runs later show at a later call, by the latest at [`synchronize`](Self::synchronize).
+pub trait Driver: Send + Sync {
+    fn properties(&self) -> &DeviceProperties;
+
+    /// Bytes of device memory that are free now, of all processes.
+    fn free_bytes(&self) -> Result<usize>;
+
+    /// Device memory, at least 16-byte aligned, with any content. No more than is there is [`OutOfMemory`](crate::KernelError::OutOfMemory).
+    fn allocate(&self, bytes: usize) -> Result<Ptr>;
+
+    /// # Safety
+    /// The memory came from [`allocate`](Self::allocate), and no work that uses it is still to come or under way.
+    unsafe fn free(&self, memory: Ptr);
+
+    /// Host memory that copies can run from and to, page-locked, zeroed.
+    fn allocate_pinned(&self, bytes: usize) -> Result<NonNull<u8>>;
+
+    /// # Safety
+    /// As [`free`](Self::free).
+    unsafe fn free_pinned(&self, memory: NonNull<u8>, bytes: usize);
+
+    fn stream(&self, priority: StreamPriority) -> Result<Stream>;
+
+    fn event(&self) -> Result<Event>;
+
+    /// A kernel by its name, for launches with up to `shared_bytes` of dynamic shared memory.
+    fn kernel(&self, name: &str, shared_bytes: u32) -> Result<Kernel>;
+
+    /// Blocks of this kernel that a multiprocessor holds at once, for a launch of such blocks.
+    fn blocks_per_multiprocessor(&self, kernel: Kernel, threads: u32, shared_bytes: u32) -> Result<NonZeroU32>;
+
+    /// Marks what has been put on `stream` so far.
+    fn record(&self, event: Event, stream: Stream) -> Result<()>;
+
+    /// Work put on `stream` from now on begins after what `event` marked last.
+    fn wait(&self, stream: Stream, event: Event) -> Result<()>;
+
+    /// Waits, without spinning, until what `event` marked last is done.
+    fn synchronize(&self, event: Event) -> Result<()>;
+
+    /// # Safety
+    /// Both stretches are as long as said; `from` is pinned, and nobody writes it until the copy is done.
+    unsafe fn copy_to_device(&self, stream: Stream, to: Ptr, from: NonNull<u8>, bytes: usize) -> Result<()>;
+
+    /// # Safety
+    /// Both stretches are as long as said; `to` is pinned, and nobody uses it until the copy is done.
+    unsafe fn copy_to_host(&self, stream: Stream, to: NonNull<u8>, from: Ptr, bytes: usize) -> Result<()>;
+
+    /// # Safety
+    /// The stretch is as long as said.
+    unsafe fn zero(&self, stream: Stream, memory: Ptr, bytes: usize) -> Result<()>;
+
+    /// `params` are the bytes of the kernel's parameter struct; they are copied. `layout` describes it.
+    ///
+    /// # Safety
+    /// Shape and parameters are what the kernel takes, and the memory they name is as large as it takes it to be.
+    unsafe fn launch(
+        &self,
+        stream: Stream,
+        kernel: Kernel,
+        shape: LaunchShape,
+        params: &[u8],
+        layout: &'static Layout,
+    ) -> Result<()>;
+
+    /// # Safety
+    /// The memory named is as large as the sizes say.
+    unsafe fn gemm(&self, stream: Stream, gemm: &Gemm) -> Result<()>;
+
+    /// From now on what is put on `stream` is recorded and does not run. Nothing may be allocated or waited for by the host.
+    fn begin_capture(&self, stream: Stream) -> Result<()>;
+
+    /// Ends the capture also where it fails.
+    fn end_capture(&self, stream: Stream) -> Result<Graph>;
+
+    /// # Safety
+    /// As of the launches in it; the memory that they use is still there.
+    unsafe fn launch_graph(&self, graph: Graph, stream: Stream) -> Result<()>;
+
+    /// Called before the host reads or writes pinned memory; a driver that checks refuses what a copy under way still uses.
+    ///
+    /// # Errors
+    /// None of the real driver, which does not know.
+    fn host_access(&self, memory: NonNull<u8>, bytes: usize, access: HostAccess) -> Result<()> {
+        let _ = (memory, bytes, access);
+        Ok(())
+    }
+}
+
+/// What the host does to pinned memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HostAccess {
+    Read,
+    Write,
+}
