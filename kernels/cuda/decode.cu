@@ -206,9 +206,12 @@ template <class T, int HEAD_DIM> __device__ __forceinline__ void decode(const De
     }
 }
 
-// Pieces of one row and head, merged in order of position. A thread per value.
+// Pieces of one row and head, merged in order of position. A thread per value. Launches of captured graphs have entries to spare.
 template <class T, int HEAD_DIM> __device__ __forceinline__ void merge(const DecodeParams &p) {
     const DecodeMerge own = p.merges[blockIdx.x];
+    if (own.count == 0) {
+        return;
+    }
     const size_t head = blockIdx.y;
     const float *sums = p.sums + (static_cast<size_t>(own.first) * p.heads + head) * 2;
     const float *values = p.values + (static_cast<size_t>(own.first) * p.heads + head) * HEAD_DIM;

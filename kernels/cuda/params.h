@@ -114,7 +114,7 @@ struct DecodeItem {
     uint32_t partial;
 };
 
-// Pieces first..first + count of one row, in order of position.
+// Pieces first..first + count of one row, in order of position. An entry with count 0 is spare: nothing is written for it.
 struct DecodeMerge {
     uint32_t row;
     uint32_t first;

@@ -154,18 +154,16 @@ pub(crate) fn caught(result: Result<(), String>, message: &str) {
     }
 }
 
-/// Runs two kernels with the same parameters, one after the other, in both orders of threads; the second only if there is work
-/// for it.
+/// Runs two kernels with the same parameters, one after the other, in both orders of threads.
 pub(crate) fn run_pair<M, P: KernelParams, R: PartialEq>(
     first: (&str, Launch),
     second: (&str, Launch),
-    skip_second: bool,
     make: impl Fn() -> (M, P),
     read: impl Fn(&M) -> R,
 ) -> Result<R, String> {
     let run = |reverse: bool| {
         let (memory, params) = make();
-        for (kernel, shape) in [Some(first), (!skip_second).then_some(second)].into_iter().flatten() {
+        for (kernel, shape) in [first, second] {
             let shape = if reverse { shape.reverse() } else { shape };
             // SAFETY: as in `run_once`.
             unsafe { launch(kernel, &shape, &params) }?;
