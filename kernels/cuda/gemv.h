@@ -98,7 +98,7 @@ template <class T, int ROWS, class Weights> __device__ __forceinline__ void gemv
             for (uint32_t from = 0; from < GEMV_WARPS; ++from) {
                 sum += sums[from * GEMV_OUTPUTS * ROWS + threadIdx.x];
             }
-            const size_t at = static_cast<size_t>(row) * p.outputs + output;
+            const size_t at = static_cast<size_t>(row) * p.out_stride + output;
             if (p.out_f32 != 0) {
                 static_cast<float *>(p.out)[at] = sum;
             } else {

@@ -207,7 +207,8 @@ struct PrefillParams {
 };
 
 // out[r][n] = sum over k of x[r][k] w[n][k] (+ bias[n]); x T [rows][inner], rows 1 to 8. w is T or GGUF blocks as stored.
-// out is T, or f32 where out_f32 is not 0: logits. Grid = ceil(outputs / 4). inner is a multiple of 8, or of the format's block.
+// out is T, or f32 where out_f32 is not 0: logits. Its rows lie out_stride elements apart, so that weights of different formats write
+// parts of one wide row. Grid = ceil(outputs / 4). inner is a multiple of 8, or of the format's block.
 struct GemvParams {
     const void *x;
     const void *w;
@@ -216,7 +217,9 @@ struct GemvParams {
     uint32_t rows;
     uint32_t inner;
     uint32_t outputs;
+    uint32_t out_stride;
     uint32_t out_f32;
+    uint32_t pad;
 };
 
 // out[i] = value of element i of GGUF blocks as stored; `elements` is a multiple of 256; any grid.

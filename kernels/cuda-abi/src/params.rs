@@ -228,7 +228,9 @@ params! {
         rows: u32,
         inner: u32,
         outputs: u32,
+        out_stride: u32,
         out_f32: u32,
+        pad: u32,
     }
     /// GGUF blocks to values.
     DequantizeParams {
