@@ -9,8 +9,8 @@ use divan::counter::{BytesCount, ItemsCount};
 use divan::{Bencher, black_box};
 use kvern_kernels::ops::{self, Attention};
 use kvern_kernels::{
-    AttentionPlan, CpuOptions, Device, Format, HeadLayout, KvCache, KvDType, KvShape, MatrixView, Precision, RowOrder,
-    SequenceBatch, Tensor, Weight,
+    AttentionLimits, AttentionPlan, CpuOptions, Device, Format, HeadLayout, KvCache, KvDType, KvShape, MatrixView,
+    Precision, RowOrder, SequenceBatch, Tensor, Weight,
 };
 
 fn main() {
@@ -82,14 +82,14 @@ fn attention(bencher: Bencher<'_, '_>, (context, rows): (usize, usize)) {
     let shape = KvShape { layers: 1, blocks, block_size: 16, kv_heads: 3, head_dim: 64, dtype: KvDType::BF16 };
     let kv = KvCache::new(&device, shape).unwrap();
     let tables: Vec<u32> = (0..blocks as u32).collect();
-    let mut plan = AttentionPlan::new(&device, heads, rows, 1, context).unwrap();
+    let mut plan = AttentionPlan::new(&device, heads, &AttentionLimits::new(rows, 1, context)).unwrap();
     let batch = SequenceBatch {
         cu_seqlens_q: &[0, rows as u32],
         context_lens: &[context as u32],
         block_tables: &tables,
         block_table_stride: blocks,
     };
-    plan.update(&device, &batch, &kv).unwrap();
+    plan.update(&device, &batch, &kv, None).unwrap();
     let qkv = Tensor::from_f32(&device, 15 * 64, &vec![0.5; rows * 15 * 64]).unwrap();
     let mut out = Tensor::zeros(&device, rows, 9 * 64).unwrap();
     bencher.counter(BytesCount::new(shape.block_bytes() * blocks)).bench_local(|| {

@@ -9,8 +9,9 @@
 use std::ops::Range;
 
 use crate::cpu::attend::Scratch;
+use crate::cuda::attention::DevicePlan;
 use crate::device::Backend;
-use crate::{Device, KernelError, KvCache, Result};
+use crate::{Device, KernelError, KvCache, KvShape, Result};
 
 /// Positions per partial result.
 pub(crate) const SPLIT: usize = 256;
@@ -18,6 +19,8 @@ pub(crate) const SPLIT: usize = 256;
 const TASK_QUERIES: usize = 48;
 /// Tasks per thread to aim for.
 const TASKS_PER_THREAD: usize = 6;
+/// Block tables are reserved for blocks of this size; smaller blocks make the CPU's grow at first use.
+pub(crate) const RESERVED_BLOCK_SIZE: usize = 16;
 
 /// Sizes of attention heads within a fused q, k, v row: `[q: heads * head_dim | k: kv_heads * head_dim | v: same]`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,10 +89,32 @@ impl Task {
     }
 }
 
+/// What a plan has room for.
+#[derive(Clone, Copy, Debug)]
+pub struct AttentionLimits<'a> {
+    /// Query rows, and sequences, of a step.
+    pub tokens_max: usize,
+    pub sequences_max: usize,
+    /// Tokens of the longest sequence.
+    pub context_max: usize,
+    /// The windows that layers have, each once; `None` is all positions. The CPU takes any.
+    pub windows: &'a [Option<u32>],
+}
+
+impl AttentionLimits<'_> {
+    /// For layers that see all positions.
+    #[must_use]
+    pub fn new(tokens_max: usize, sequences_max: usize, context_max: usize) -> Self {
+        AttentionLimits { tokens_max, sequences_max, context_max, windows: &[None] }
+    }
+}
+
 /// Work of paged attention, divided once per step and run once per layer. Reused, so that planning allocates nothing.
 pub struct AttentionPlan {
     heads: HeadLayout,
     tokens_max: usize,
+    /// The division on a GPU; then what is of the CPU stays empty.
+    device: Option<DevicePlan>,
     partials_max: usize,
     /// Query rows planned, and the cache's blocks they were checked against.
     rows: usize,
@@ -104,51 +129,69 @@ pub struct AttentionPlan {
 }
 
 impl AttentionPlan {
-    /// Room for `tokens_max` query rows of `sequences_max` sequences of `context_max` tokens.
-    pub fn new(
-        device: &Device,
-        heads: HeadLayout,
-        tokens_max: usize,
-        sequences_max: usize,
-        context_max: usize,
-    ) -> Result<Self> {
+    /// Room for every step within `limits`.
+    pub fn new(device: &Device, heads: HeadLayout, limits: &AttentionLimits<'_>) -> Result<Self> {
         const OP: &str = "attention plan";
-        /// Block tables are reserved for blocks of this size; smaller blocks make them grow at first use.
-        const BLOCK_SIZE: usize = 16;
-        let Backend::Cpu(cpu) = &device.backend else { return Err(KernelError::BuiltWithoutCuda) };
+        let AttentionLimits { tokens_max, sequences_max, context_max, .. } = *limits;
         heads.check(OP)?;
+        let cpu = match &device.backend {
+            Backend::Cpu(cpu) => cpu,
+            Backend::Cuda(gpu) => {
+                let plan = DevicePlan::new(gpu, heads, limits)?;
+                return Ok(AttentionPlan::with(heads, tokens_max, Some(plan), Scratch::new(0, 0, 0, 0)?));
+            }
+        };
         let threads = cpu.pool.threads();
         let queries = rows_per_task(heads) * heads.group();
         // One sequence of full length in splits, and beside it what all threads may have under way.
         let partials_max = context_max.div_ceil(SPLIT).saturating_add(16 * threads).saturating_mul(heads.heads);
-        let tables = sequences_max.checked_mul(context_max.div_ceil(BLOCK_SIZE));
+        let tables = sequences_max.checked_mul(context_max.div_ceil(RESERVED_BLOCK_SIZE));
         let tasks = tokens_max.checked_add(TASKS_PER_THREAD * threads * 4).and_then(|n| n.checked_mul(heads.kv_heads));
         let (Some(tables), Some(tasks)) = (tables, tasks) else {
             let found = format!("{tokens_max} tokens, {sequences_max} sequences of {context_max}");
             return Err(KernelError::shape(OP, "sizes in range", found));
         };
+        let scratch = Scratch::new(threads, queries, heads.head_dim, partials_max)?;
         Ok(AttentionPlan {
-            heads,
-            tokens_max,
             partials_max,
-            rows: 0,
-            blocks: 0,
-            block_size: 1,
             tables: reserve(tables)?,
             tasks: reserve(tasks)?,
             merges: reserve(tasks)?,
-            scratch: Scratch::new(threads, queries, heads.head_dim, partials_max)?,
+            ..AttentionPlan::with(heads, tokens_max, None, scratch)
         })
     }
 
-    /// Checks the batch against `kv` (block ids in range, tables long enough) and plans it.
-    pub fn update(&mut self, device: &Device, batch: &SequenceBatch<'_>, kv: &KvCache) -> Result<()> {
-        let Backend::Cpu(cpu) = &device.backend else { return Err(KernelError::BuiltWithoutCuda) };
+    fn with(heads: HeadLayout, tokens_max: usize, device: Option<DevicePlan>, scratch: Scratch) -> Self {
+        let (tables, tasks, merges) = (Vec::new(), Vec::new(), Vec::new());
+        let (partials_max, rows, blocks, block_size) = (0, 0, 0, 1);
+        AttentionPlan { heads, tokens_max, device, partials_max, rows, blocks, block_size, tables, tasks, merges, scratch }
+    }
+
+    /// Checks the batch against `kv` (block ids in range, tables long enough) and plans it. With `padded` rows, as
+    /// [`StepGraphs::padded_rows`](crate::StepGraphs::padded_rows) said, the plan is for as many: those beyond the batch's see
+    /// nothing.
+    pub fn update(
+        &mut self,
+        device: &Device,
+        batch: &SequenceBatch<'_>,
+        kv: &KvCache,
+        padded: Option<usize>,
+    ) -> Result<()> {
         self.rows = 0;
+        if let (Some(plan), Backend::Cuda(gpu)) = (&mut self.device, &device.backend) {
+            let KvShape { blocks, block_size, .. } = kv.shape();
+            let rows = check_batch(self.tokens_max, batch, kv)?;
+            plan.update(gpu, batch, block_size, padded)?;
+            (self.rows, self.blocks, self.block_size) = (padded.unwrap_or(rows), blocks, block_size);
+            return Ok(());
+        }
+        let Backend::Cpu(cpu) = &device.backend else {
+            return Err(KernelError::shape("attention plan", "a plan of the GPU", "one of the CPU"));
+        };
         self.tables.clear();
         self.tasks.clear();
         self.merges.clear();
-        let rows = self.check_batch(batch, kv)?;
+        let rows = check_batch(self.tokens_max, batch, kv)?;
         (self.rows, self.blocks, self.block_size) = (rows, kv.shape().blocks, kv.shape().block_size);
         let cost: usize = sequences(batch).map(|sequence| sequence.queries * sequence.context).sum();
         let task_cost = (cost * self.heads.kv_heads).div_ceil(TASKS_PER_THREAD * cpu.pool.threads());
@@ -189,37 +232,16 @@ impl AttentionPlan {
         self.merges.push(task);
     }
 
-    /// The batch's query rows, if it is consistent and fits the plan and the cache.
-    fn check_batch(&self, batch: &SequenceBatch<'_>, kv: &KvCache) -> Result<usize> {
-        const OP: &str = "attention plan";
-        let refuse = |expected: String, found: String| Err(KernelError::shape(OP, expected, found));
-        let (sums, contexts, stride) = (batch.cu_seqlens_q, batch.context_lens, batch.block_table_stride);
-        if sums.len() != contexts.len() + 1 || sums[0] != 0 || !sums.is_sorted() {
-            return refuse(format!("{} rising sums of query rows from 0", contexts.len() + 1), format!("{sums:?}"));
-        }
-        let rows = sums[contexts.len()] as usize;
-        if rows > self.tokens_max {
-            return refuse(format!("at most {} query rows", self.tokens_max), format!("{rows}"));
-        }
-        if contexts.len().checked_mul(stride) != Some(batch.block_tables.len()) {
-            let expected = format!("{} block tables of {stride}", contexts.len());
-            return refuse(expected, format!("{} entries", batch.block_tables.len()));
-        }
-        let shape = kv.shape();
-        for sequence in sequences(batch) {
-            let Sequence { index, queries, context, .. } = sequence;
-            let blocks = context.div_ceil(shape.block_size);
-            if context < queries || blocks > stride {
-                let expected =
-                    format!("a context of {queries} to {} tokens for sequence {index}", stride * shape.block_size);
-                return refuse(expected, format!("{context}"));
-            }
-            let table = &batch.block_tables[index * stride..][..blocks];
-            if let Some(block) = table.iter().find(|&&block| block as usize >= shape.blocks) {
-                return refuse(format!("blocks below {} for sequence {index}", shape.blocks), format!("{block}"));
-            }
-        }
-        Ok(rows)
+    /// The division on a GPU.
+    pub(crate) fn on_device(&self) -> Result<&DevicePlan> {
+        let missing = || KernelError::shape("attention", "a plan of the GPU", "one of the CPU");
+        self.device.as_ref().ok_or_else(missing)
+    }
+
+    /// Bytes held on a GPU.
+    #[must_use]
+    pub fn device_bytes(&self) -> usize {
+        self.device.as_ref().map_or(0, DevicePlan::bytes)
     }
 
     /// Whether the plan was made for these heads, rows and such a cache.
@@ -236,6 +258,39 @@ impl AttentionPlan {
     }
 }
 
+/// The batch's query rows, if it is consistent and fits the plan and the cache.
+fn check_batch(tokens_max: usize, batch: &SequenceBatch<'_>, kv: &KvCache) -> Result<usize> {
+    const OP: &str = "attention plan";
+    let refuse = |expected: String, found: String| Err(KernelError::shape(OP, expected, found));
+    let (sums, contexts, stride) = (batch.cu_seqlens_q, batch.context_lens, batch.block_table_stride);
+    if sums.len() != contexts.len() + 1 || sums[0] != 0 || !sums.is_sorted() {
+        return refuse(format!("{} rising sums of query rows from 0", contexts.len() + 1), format!("{sums:?}"));
+    }
+    let rows = sums[contexts.len()] as usize;
+    if rows > tokens_max {
+        return refuse(format!("at most {} query rows", tokens_max), format!("{rows}"));
+    }
+    if contexts.len().checked_mul(stride) != Some(batch.block_tables.len()) {
+        let expected = format!("{} block tables of {stride}", contexts.len());
+        return refuse(expected, format!("{} entries", batch.block_tables.len()));
+    }
+    let shape = kv.shape();
+    for sequence in sequences(batch) {
+        let Sequence { index, queries, context, .. } = sequence;
+        let blocks = context.div_ceil(shape.block_size);
+        if context < queries || blocks > stride {
+            let expected =
+                format!("a context of {queries} to {} tokens for sequence {index}", stride * shape.block_size);
+            return refuse(expected, format!("{context}"));
+        }
+        let table = &batch.block_tables[index * stride..][..blocks];
+        if let Some(block) = table.iter().find(|&&block| block as usize >= shape.blocks) {
+            return refuse(format!("blocks below {} for sequence {index}", shape.blocks), format!("{block}"));
+        }
+    }
+    Ok(rows)
+}
+
 /// Query rows of one task.
 fn rows_per_task(heads: HeadLayout) -> usize {
     (TASK_QUERIES / heads.group()).max(1)
@@ -249,15 +304,15 @@ fn reserve<T>(capacity: usize) -> Result<Vec<T>> {
     Ok(vec)
 }
 
-struct Sequence {
-    index: usize,
-    first_row: usize,
-    queries: usize,
-    context: usize,
+pub(crate) struct Sequence {
+    pub(crate) index: usize,
+    pub(crate) first_row: usize,
+    pub(crate) queries: usize,
+    pub(crate) context: usize,
 }
 
 /// The sequences of a batch that have query rows.
-fn sequences<'a>(batch: &SequenceBatch<'a>) -> impl Iterator<Item = Sequence> + 'a {
+pub(crate) fn sequences<'a>(batch: &SequenceBatch<'a>) -> impl Iterator<Item = Sequence> + 'a {
     let bounds = batch.cu_seqlens_q.array_windows::<2>().zip(batch.context_lens).enumerate();
     bounds
         .map(|(index, (&[first, end], &context))| Sequence {

@@ -1,86 +1,157 @@
-//! The CUDA backend's signatures in a build without it: there is no CUDA device, and so nothing to run on one.
+//! The CUDA backend: the same ops, put on a stream of a GPU.
+//!
+//! An op returns when its launch is on the device's stream. Nothing waits for the device but [`Tensor::read`], the sampler's
+//! results, and a write to pinned memory that is still being copied. All memory is allocated when tensors, plans and
+//! devices are made; ops allocate nothing.
+//!
+//! ```text
+//! account.rs    a GPU that only counts what is allocated on it
+//! driver.rs     what is asked of a GPU: the trait that the real driver and the tests' one implement
+//! memory.rs     device memory, pinned memory, arrays that are filled for each step
+//! kernels.rs    the kernels by their names
+//! ops.rs        one launch, or a few, per op
+//! products.rs   products of matrices: which kernel for how many rows
+//! weights.rs    stored matrices to the device, through pinned memory
+//! inputs.rs     a step's ids, positions, slots and sampled rows
+//! attention.rs  the division of a step's attention, and its launches
+//! graphs.rs     launches of decode steps, captured once per batch size
+//! sampling.rs   logits to tokens
+//! ```
 
 pub mod driver;
 
-use std::convert::Infallible;
+pub(crate) mod account;
 
-use crate::ops::{Attention, RopeAndStore};
-use crate::{KernelError, KvCache, Result, Tensor, Weight};
+pub(crate) mod attention;
+pub(crate) mod graphs;
+pub(crate) mod inputs;
+mod kernels;
+pub(crate) mod memory;
+mod ops;
+mod products;
+pub(crate) mod sampling;
+pub(crate) mod weights;
 
-/// A CUDA device; without CUDA there is none.
+use std::sync::{Arc, Mutex, PoisonError};
+
+use account::{Allocations, CountingDriver};
+use driver::{Driver, Element, Kernel, LaunchShape, Stream, StreamPriority};
+use kernels::Kernels;
+use kvern_cuda_abi::KernelParams;
+use memory::{DeviceMemory, Milestone};
+pub(crate) use ops::{add_rms_norm, attention, embed, gather_rows, rms_norm, rope_and_store, silu_mul};
+pub(crate) use products::matmul;
+use weights::Loader;
+
+use crate::Result;
+
+/// Scratch of cuBLASLt's products: what NVIDIA asks for on Hopper.
+const WORKSPACE_BYTES: usize = 32 << 20;
+/// Room for quantized weights that are widened before a product of many rows: a stretch that stays in the second-level cache of
+/// an H100 (50 MB) beside what the product reads.
+const WIDENED_BYTES: usize = 24 << 20;
+
+/// One stream of a GPU, and what its launches need; cloning shares it.
 #[derive(Clone)]
-pub(crate) struct CudaDevice {
-    never: Infallible,
+pub(crate) struct CudaDevice(Arc<Gpu>);
+
+pub(crate) struct Gpu {
+    pub(crate) driver: Arc<dyn Driver>,
+    pub(crate) stream: Stream,
+    /// Of activations, of weights that are not quantized, and of K and V.
+    pub(crate) element: Element,
+    pub(crate) kernels: Kernels,
+    /// Of products.
+    workspace: DeviceMemory,
+    widened: DeviceMemory,
+    idle: Mutex<Milestone>,
+    loader: Arc<Mutex<Loader>>,
+    /// The driver, where it only counts.
+    counter: Option<Arc<CountingDriver>>,
 }
 
-pub(crate) fn open(_ordinal: usize) -> Result<CudaDevice> {
-    Err(KernelError::BuiltWithoutCuda)
+impl std::ops::Deref for CudaDevice {
+    type Target = Gpu;
+    fn deref(&self) -> &Gpu {
+        &self.0
+    }
 }
 
-pub(crate) fn describe(gpu: &CudaDevice) -> String {
-    match gpu.never {}
+impl CudaDevice {
+    /// A device on which activations are of type `element`.
+    pub(crate) fn new(driver: Arc<dyn Driver>, element: Element) -> Result<Self> {
+        let kernels = Kernels::new(driver.as_ref(), element)?;
+        let loader = Arc::new(Mutex::new(Loader::new(&driver)?));
+        CudaDevice::on_stream(driver, element, kernels, loader, StreamPriority::Normal)
+    }
+
+    /// A device whose driver only counts, and tells what.
+    pub(crate) fn counting(driver: Arc<CountingDriver>, element: Element) -> Result<Self> {
+        let mut device = CudaDevice::new(Arc::clone(&driver) as Arc<dyn Driver>, element)?;
+        let gpu = Arc::get_mut(&mut device.0).expect("a new device has one owner");
+        gpu.counter = Some(driver);
+        Ok(device)
+    }
+
+    /// What was allocated where it is only counted.
+    pub(crate) fn allocations(&self) -> Option<Allocations> {
+        self.counter.as_ref().map(|counter| counter.allocations())
+    }
+
+    /// The same GPU with a stream of its own, for a second worker.
+    pub(crate) fn second(&self, priority: StreamPriority) -> Result<Self> {
+        let Gpu { driver, element, kernels, loader, .. } = &*self.0;
+        CudaDevice::on_stream(Arc::clone(driver), *element, kernels.clone(), Arc::clone(loader), priority)
+    }
+
+    fn on_stream(
+        driver: Arc<dyn Driver>,
+        element: Element,
+        kernels: Kernels,
+        loader: Arc<Mutex<Loader>>,
+        priority: StreamPriority,
+    ) -> Result<Self> {
+        let workspace = DeviceMemory::new(&driver, "workspace of products", WORKSPACE_BYTES)?;
+        let widened = DeviceMemory::new(&driver, "workspace of products", WIDENED_BYTES)?;
+        let (stream, idle) = (driver.stream(priority)?, Mutex::new(Milestone::new(&driver)?));
+        Ok(CudaDevice(Arc::new(Gpu { driver, stream, element, kernels, workspace, widened, idle, loader, counter: None })))
+    }
+
+    /// For the start-up banner.
+    pub(crate) fn describe(&self) -> String {
+        let properties = self.driver.properties();
+        let (major, minor) = properties.compute_capability;
+        format!("{} (sm_{major}{minor}, {})", properties.name, self.element)
+    }
 }
 
-pub(crate) fn threads(gpu: &CudaDevice) -> usize {
-    match gpu.never {}
+impl Gpu {
+    /// Puts a launch on the stream.
+    ///
+    /// # Safety
+    /// Shape and parameters are what the kernel takes, and memory that they name lives until the launch has run.
+    pub(crate) unsafe fn launch<P: KernelParams>(&self, kernel: Kernel, shape: LaunchShape, params: &P) -> Result<()> {
+        // SAFETY: parameter structs are plain data without padding.
+        let bytes = unsafe { std::slice::from_raw_parts(std::ptr::from_ref(params).cast(), size_of::<P>()) };
+        // SAFETY: the caller's promise.
+        unsafe { self.driver.launch(self.stream, kernel, shape, bytes, &P::LAYOUT) }
+    }
+
+    /// Waits until all that is on the stream is done.
+    pub(crate) fn synchronize(&self) -> Result<()> {
+        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        idle.set(self.stream)?;
+        idle.wait()
+    }
+
+    /// What loads weights; one at a time.
+    fn loader(&self) -> std::sync::MutexGuard<'_, Loader> {
+        self.loader.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
-pub(crate) fn parallel_for(gpu: &CudaDevice, _tasks: usize, _work: &(dyn Fn(usize) + Sync)) {
-    match gpu.never {}
-}
-
-pub(crate) fn embed(_gpu: &CudaDevice, _table: &Weight, _ids: &[u32], _out: &mut Tensor) -> Result<()> {
-    Err(KernelError::BuiltWithoutCuda)
-}
-
-pub(crate) fn rms_norm(_gpu: &CudaDevice, _x: &Tensor, _weight: &Tensor, _eps: f32, _out: &mut Tensor) -> Result<()> {
-    Err(KernelError::BuiltWithoutCuda)
-}
-
-pub(crate) fn add_rms_norm(
-    _gpu: &CudaDevice,
-    _residual: &mut Tensor,
-    _delta: &Tensor,
-    _weight: &Tensor,
-    _eps: f32,
-    _out: &mut Tensor,
-) -> Result<()> {
-    Err(KernelError::BuiltWithoutCuda)
-}
-
-pub(crate) fn matmul(
-    _gpu: &CudaDevice,
-    _x: &Tensor,
-    _w: &Weight,
-    _bias: Option<&Tensor>,
-    _out: &mut Tensor,
-) -> Result<()> {
-    Err(KernelError::BuiltWithoutCuda)
-}
-
-pub(crate) fn silu_mul(_gpu: &CudaDevice, _x: &Tensor, _out: &mut Tensor) -> Result<()> {
-    Err(KernelError::BuiltWithoutCuda)
-}
-
-pub(crate) fn rope_and_store(
-    _gpu: &CudaDevice,
-    _args: &RopeAndStore<'_>,
-    _qkv: &mut Tensor,
-    _kv: &mut KvCache,
-) -> Result<()> {
-    Err(KernelError::BuiltWithoutCuda)
-}
-
-pub(crate) fn attention(
-    _gpu: &CudaDevice,
-    _args: &Attention<'_>,
-    _qkv: &Tensor,
-    _kv: &KvCache,
-    _out: &mut Tensor,
-) -> Result<()> {
-    Err(KernelError::BuiltWithoutCuda)
-}
-
-pub(crate) fn gather_rows(_gpu: &CudaDevice, _x: &Tensor, _rows: &[u32], _out: &mut Tensor) -> Result<()> {
-    Err(KernelError::BuiltWithoutCuda)
+/// A launch of `grid` blocks of `threads` threads.
+pub(crate) fn shape(grid: [usize; 2], threads: usize) -> LaunchShape {
+    let narrow = |size: usize| u32::try_from(size).expect("sizes of a launch are below 2^32, as ids and slots are");
+    LaunchShape { grid: grid.map(narrow), threads: narrow(threads), shared_bytes: 0 }
 }

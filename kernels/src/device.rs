@@ -3,8 +3,10 @@
 use std::sync::Arc;
 
 use crate::cpu::CpuDevice;
+use crate::cuda::account::{Allocations, CountingDriver};
+use crate::cuda::driver::{Driver, Element, StreamPriority};
 use crate::reference::Products;
-use crate::{Result, cuda};
+use crate::{Result, cuda, cuda_driver};
 
 /// Instruction-set level of the CPU backend, lowest first. All levels give the same bits, with two exceptions in products of
 /// bf16 (BF16 weights, attention with a BF16 cache). Where the machine has AVX512-BF16, subnormal numbers count as zero. And at
@@ -58,9 +60,71 @@ impl Device {
         Ok(Device { backend: Backend::Cpu(Arc::new(CpuDevice::new(options, false)?)) })
     }
 
-    /// GPU number `ordinal`.
-    pub fn cuda(ordinal: usize) -> Result<Device> {
-        Ok(Device { backend: Backend::Cuda(cuda::open(ordinal)?) })
+    /// GPU number `ordinal` of this machine, with activations of type `element`. A machine or a binary without is an error
+    /// that says what is missing.
+    pub fn cuda(ordinal: usize, element: Element) -> Result<Device> {
+        Device::gpu(cuda_driver::open(ordinal)?, element)
+    }
+
+    /// GPUs of this machine; an error says why there can be none.
+    pub fn cuda_count() -> Result<usize> {
+        cuda_driver::device_count()
+    }
+
+    /// A device like this GPU that only counts what is allocated on it; `None` for a CPU.
+    pub fn counting(&self) -> Result<Option<Device>> {
+        let Backend::Cuda(gpu) = &self.backend else { return Ok(None) };
+        let driver = Arc::new(CountingDriver::new(gpu.driver.properties().clone()));
+        let device = cuda::CudaDevice::counting(driver, gpu.element)?;
+        Ok(Some(Device { backend: Backend::Cuda(device) }))
+    }
+
+    /// What was allocated on a device that only counts; `None` for others.
+    #[must_use]
+    pub fn allocations(&self) -> Option<Allocations> {
+        match &self.backend {
+            Backend::Cpu(_) => None,
+            Backend::Cuda(gpu) => gpu.allocations(),
+        }
+    }
+
+    /// The GPU behind `driver`, with activations of type `element`.
+    pub fn gpu(driver: Arc<dyn Driver>, element: Element) -> Result<Device> {
+        Ok(Device { backend: Backend::Cuda(cuda::CudaDevice::new(driver, element)?) })
+    }
+
+    /// A device for a second worker beside this one: on a GPU, a stream of its own over the same memory; on the CPU, `threads`
+    /// threads of its own at the same level.
+    pub fn beside(&self, threads: usize, first: bool) -> Result<Device> {
+        match &self.backend {
+            Backend::Cpu(cpu) => Device::cpu(CpuOptions { threads: Some(threads), isa: Some(cpu.isa.level) }),
+            Backend::Cuda(gpu) => {
+                let priority = if first { StreamPriority::High } else { StreamPriority::Normal };
+                Ok(Device { backend: Backend::Cuda(gpu.second(priority)?) })
+            }
+        }
+    }
+
+    /// Whether it is a GPU.
+    #[must_use]
+    pub fn is_gpu(&self) -> bool {
+        matches!(self.backend, Backend::Cuda(_))
+    }
+
+    /// Bytes of the GPU's memory that are free; `None` on the CPU.
+    pub fn free_bytes(&self) -> Result<Option<usize>> {
+        match &self.backend {
+            Backend::Cpu(_) => Ok(None),
+            Backend::Cuda(gpu) => gpu.driver.free_bytes().map(Some),
+        }
+    }
+
+    /// Waits until all that was put on the device is done; nothing to wait for on the CPU.
+    pub fn synchronize(&self) -> Result<()> {
+        match &self.backend {
+            Backend::Cpu(_) => Ok(()),
+            Backend::Cuda(gpu) => gpu.synchronize(),
+        }
     }
 
     /// For the start-up banner: `cpu (avx512, 2 threads)`; at the level of AMX `amx`, or `amx without bf16 tiles` where these
@@ -69,7 +133,7 @@ impl Device {
     pub fn describe(&self) -> String {
         match &self.backend {
             Backend::Cpu(cpu) => cpu.describe(),
-            Backend::Cuda(gpu) => cuda::describe(gpu),
+            Backend::Cuda(gpu) => gpu.describe(),
         }
     }
 
@@ -92,12 +156,12 @@ impl Device {
         }
     }
 
-    /// Host threads of [`Device::parallel_for`], the caller's included.
+    /// Host threads of [`Device::parallel_for`], the caller's included; on a GPU the caller's alone.
     #[must_use]
     pub fn threads(&self) -> usize {
         match &self.backend {
             Backend::Cpu(cpu) => cpu.pool.threads(),
-            Backend::Cuda(gpu) => cuda::threads(gpu),
+            Backend::Cuda(_) => 1,
         }
     }
 
@@ -106,7 +170,7 @@ impl Device {
     pub fn parallel_for(&self, tasks: usize, work: &(dyn Fn(usize) + Sync)) {
         match &self.backend {
             Backend::Cpu(cpu) => cpu.pool.run(tasks, &|_, task| work(task)),
-            Backend::Cuda(gpu) => cuda::parallel_for(gpu, tasks, work),
+            Backend::Cuda(_) => (0..tasks).for_each(work),
         }
     }
 }

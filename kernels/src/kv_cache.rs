@@ -1,9 +1,15 @@
 //! K and V of every layer, in blocks.
 
 use std::ops::Range;
+use std::sync::Arc;
+
+use kvern_cuda_abi::Ptr;
 
 use crate::buffer::{Buffer, Plain};
 use crate::cpu::pair::Pair;
+use crate::cuda::CudaDevice;
+use crate::cuda::driver::Element;
+use crate::cuda::memory::DeviceMemory;
 use crate::device::Backend;
 use crate::{Device, KernelError, Result};
 
@@ -79,15 +85,53 @@ impl KvShape {
 /// F32  [layer][block][kv_head] -> K [head_dim][block_size]        | V [block_size][head_dim]
 /// BF16 [layer][block][kv_head] -> K [head_dim / 2][block_size][2] | V [block_size / 2][head_dim][2]
 /// ```
+///
+/// On a GPU it is `[layer][K, then V][block][kv_head][block_size][head_dim]`, with a block more, to which the rows of a step that
+/// nobody asked for are written.
 pub struct KvCache {
     pub(crate) data: KvData,
     shape: KvShape,
 }
 
-/// The cells, by dtype: an f32, or a pair of bf16.
+/// The cells, by dtype: an f32, or a pair of bf16; or what is on a GPU.
 pub(crate) enum KvData {
     F32(Cells<f32>),
     BF16(Cells<Pair>),
+    Device(DeviceKv),
+}
+
+/// K and V on a GPU.
+#[derive(Clone)]
+pub(crate) struct DeviceKv {
+    memory: Arc<DeviceMemory>,
+    /// Bytes of K, or of V, of one layer.
+    plane_bytes: usize,
+}
+
+impl DeviceKv {
+    fn new(gpu: &CudaDevice, shape: KvShape) -> Result<Self> {
+        let dtype = match gpu.element {
+            Element::F32 => KvDType::F32,
+            Element::BF16 | Element::F16 => KvDType::BF16,
+        };
+        if shape.dtype != dtype {
+            let expected = format!("{dtype:?}, as activations on the GPU ({})", gpu.element);
+            return Err(KernelError::shape("kv cache", expected, format!("{:?}", shape.dtype)));
+        }
+        let rows = (shape.blocks + 1) * shape.kv_heads * shape.block_size;
+        if u32::try_from(rows).is_err() {
+            return Err(KernelError::shape("kv cache", "blocks x KV heads x block size below 2^32", format!("{shape:?}")));
+        }
+        // Each plane begins at whole vectors.
+        let plane_bytes = (rows * shape.head_dim * gpu.element.bytes()).next_multiple_of(256);
+        let memory = DeviceMemory::new(&gpu.driver, "the KV cache", 2 * shape.layers * plane_bytes)?;
+        Ok(DeviceKv { memory: Arc::new(memory), plane_bytes })
+    }
+
+    /// Where K and V of a layer are.
+    pub(crate) fn layer(&self, layer: usize) -> (Ptr, Ptr) {
+        (self.memory.at(2 * layer * self.plane_bytes), self.memory.at((2 * layer + 1) * self.plane_bytes))
+    }
 }
 
 /// Memory that several handles may share. Nobody makes a reference to more than a head's pages in one block, so that handles
@@ -123,15 +167,15 @@ impl<C: Plain> Cells<C> {
 }
 
 impl KvCache {
-    /// Zeros. Memory is touched lazily by the operating system on the CPU. A shape with a zero, or too large to address, is
-    /// [`Shape`](KernelError::Shape).
+    /// Zeros on the CPU, where memory is touched lazily by the operating system; anything on a GPU. A shape with a zero, or too
+    /// large to address, is [`Shape`](KernelError::Shape).
     pub fn new(device: &Device, shape: KvShape) -> Result<KvCache> {
-        let Backend::Cpu(_) = &device.backend else { return Err(KernelError::BuiltWithoutCuda) };
         let even = |size: usize| size.checked_next_multiple_of(shape.dtype.cell_values());
         let sizes = [shape.layers, shape.blocks, shape.kv_heads, 2].map(Some);
         let sizes = sizes.into_iter().chain([even(shape.block_size), even(shape.head_dim)]);
         let elements = sizes.reduce(|product, size| product?.checked_mul(size?)).flatten();
-        let slots = shape.blocks.checked_mul(shape.block_size).filter(|&slots| u32::try_from(slots).is_ok());
+        let slots = shape.blocks.checked_add(1).and_then(|blocks| blocks.checked_mul(shape.block_size));
+        let slots = slots.filter(|&slots| u32::try_from(slots).is_ok());
         let cells = match (elements, slots) {
             (Some(elements), Some(_)) if elements > 0 => elements / shape.dtype.cell_values(),
             _ => {
@@ -142,6 +186,9 @@ impl KvCache {
                 ));
             }
         };
+        if let Backend::Cuda(gpu) = &device.backend {
+            return Ok(KvCache { data: KvData::Device(DeviceKv::new(gpu, shape)?), shape });
+        }
         let data = match shape.dtype {
             KvDType::F32 => KvData::F32(Cells(Buffer::zeros(cells)?)),
             KvDType::BF16 => KvData::BF16(Cells(Buffer::zeros(cells)?)),
@@ -161,6 +208,7 @@ impl KvCache {
             match &self.data {
                 KvData::F32(cells) => KvData::F32(cells.share()),
                 KvData::BF16(cells) => KvData::BF16(cells.share()),
+                KvData::Device(device) => KvData::Device(device.clone()),
             }
         };
         KvCache { data, shape: self.shape }
@@ -181,9 +229,27 @@ impl KvCache {
         match (&self.data, &from.data) {
             (KvData::F32(to), KvData::F32(from)) => copy(to, to_shape, from, from_shape, blocks),
             (KvData::BF16(to), KvData::BF16(from)) => copy(to, to_shape, from, from_shape, blocks),
+            (KvData::Device(_), _) | (_, KvData::Device(_)) => {
+                let expected = "caches on the CPU; workers on one GPU share a cache";
+                return Err(KernelError::shape("copy blocks", expected, "one on a GPU"));
+            }
             _ => unreachable!("equal shapes have equal dtypes"),
         }
         Ok(())
+    }
+
+    /// The cache on a GPU.
+    pub(crate) fn on_device(&self) -> Result<&DeviceKv> {
+        match &self.data {
+            KvData::Device(device) => Ok(device),
+            _ => Err(KernelError::shape("attention", "a KV cache on the GPU", "one on the CPU")),
+        }
+    }
+
+    /// The slot to which rows that nobody asked for are written; see [`StepInputs::update`](crate::StepInputs::update).
+    #[must_use]
+    pub fn scratch_slot(&self) -> u32 {
+        (self.shape.blocks * self.shape.block_size) as u32
     }
 
     /// The shape it was made with.

@@ -11,13 +11,19 @@
 //! format.rs      stored weight formats and their values
 //! cpu/           the CPU backend, one file per op
 //! limits.rs      what the machine allows: reads, products
-//! cuda_absent.rs the CUDA backend's signatures in a build without it
+//! cuda/          the CUDA backend: one launch, or a few, per op, by a driver behind a trait
 //! ```
 
 mod attention_plan;
 mod buffer;
 mod cpu;
 pub mod cuda;
+#[cfg(not(feature = "cuda"))]
+#[path = "cuda_absent.rs"]
+mod cuda_driver;
+#[cfg(feature = "cuda")]
+#[path = "cuda/real.rs"]
+mod cuda_driver;
 mod device;
 mod error;
 mod format;
@@ -26,14 +32,21 @@ pub mod limits;
 pub mod ops;
 pub mod reference;
 mod rope_table;
+mod step_graphs;
+mod step_inputs;
 mod tensor;
 mod weight;
 
-pub use attention_plan::{AttentionPlan, HeadLayout, SequenceBatch};
+pub use attention_plan::{AttentionLimits, AttentionPlan, HeadLayout, SequenceBatch};
+pub use cuda::account::Allocations;
+pub use cuda::driver::Element;
+pub use cuda::sampling::{DeviceSampler, SampleBias, SampleCount, SampleRow, SampledRow};
 pub use device::{CpuIsa, CpuOptions, Device};
 pub use error::{KernelError, Result};
 pub use format::{Format, dequantize};
 pub use kv_cache::{KvCache, KvDType, KvShape};
 pub use rope_table::RopeTable;
+pub use step_graphs::StepGraphs;
+pub use step_inputs::{Indices, StepIndices, StepInputs, StepRows};
 pub use tensor::Tensor;
 pub use weight::{MatrixView, Precision, RowOrder, Weight};

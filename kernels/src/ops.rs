@@ -4,6 +4,7 @@
 //! the output's number of rows.
 
 use crate::device::Backend;
+use crate::step_inputs::Indices;
 use crate::{AttentionPlan, Device, HeadLayout, KernelError, KvCache, Result, RopeTable, Tensor, Weight, cpu, cuda};
 
 /// `Ok` if the found number is the expected one.
@@ -11,31 +12,28 @@ fn expect(op: &'static str, what: &str, expected: usize, found: usize) -> Result
     if expected == found { Ok(()) } else { Err(KernelError::shape(op, format!("{expected} {what}"), found)) }
 }
 
-/// `Ok` if all of the indices are below `end`.
-fn expect_below(op: &'static str, what: &str, indices: &[u32], end: usize) -> Result<()> {
-    match indices.iter().find(|&&index| index as usize >= end) {
-        Some(index) => Err(KernelError::shape(op, format!("{what} below {end}"), index)),
-        None => Ok(()),
-    }
-}
-
-/// `out[t] = table[ids[t]]`, widened to F32. `out` gets `ids.len()` rows. An id out of range is an error.
-pub fn embed(device: &Device, table: &Weight, ids: &[u32], out: &mut Tensor) -> Result<()> {
+/// `out[t] = table[ids[t]]`, in the type of activations. `out` gets `ids.len()` rows. An id out of range is an error on the
+/// CPU, and zeros on a GPU.
+pub fn embed<'a>(device: &Device, table: &Weight, ids: impl Into<Indices<'a>>, out: &mut Tensor) -> Result<()> {
+    let ids = ids.into();
     expect("embed", "output columns", table.cols(), out.cols())?;
-    expect_below("embed", "ids", ids, table.rows())?;
-    out.resize("embed", ids.len())?;
     match &device.backend {
         Backend::Cpu(cpu) => {
+            let ids = ids.host_below("embed", "ids", table.rows())?;
+            out.resize("embed", ids.len())?;
             cpu::embed(cpu, table, ids, out.host_mut());
             Ok(())
         }
-        Backend::Cuda(gpu) => cuda::embed(gpu, table, ids, out),
+        Backend::Cuda(gpu) => {
+            out.resize("embed", ids.len())?;
+            cuda::embed(gpu, table, ids, out)
+        }
     }
 }
 
 /// The shapes of a norm: one weight per column, and outputs like inputs.
 fn check_norm(op: &'static str, x: &Tensor, weight: &Tensor, out: &mut Tensor) -> Result<()> {
-    expect(op, "norm weights", x.cols(), weight.host().len())?;
+    expect(op, "norm weights", x.cols(), weight.len())?;
     expect(op, "output columns", x.cols(), out.cols())?;
     out.resize(op, x.rows())
 }
@@ -83,7 +81,7 @@ pub fn matmul(device: &Device, x: &Tensor, w: &Weight, bias: Option<&Tensor>, ou
     expect("matmul", "input columns", w.cols(), x.cols())?;
     expect("matmul", "output columns", w.rows(), out.cols())?;
     if let Some(bias) = bias {
-        expect("matmul", "bias values", w.rows(), bias.host().len())?;
+        expect("matmul", "bias values", w.rows(), bias.len())?;
     }
     out.resize("matmul", x.rows())?;
     match &device.backend {
@@ -121,9 +119,9 @@ pub struct RopeAndStore<'a> {
     pub norm: Option<QkNorm<'a>>,
     pub rope: &'a RopeTable,
     /// `[T]`, each below `rope.positions()`.
-    pub positions: &'a [u32],
+    pub positions: Indices<'a>,
     /// `[T]`, each below `blocks * block_size`, no two alike.
-    pub slots: &'a [u32],
+    pub slots: Indices<'a>,
     pub layer: usize,
 }
 
@@ -147,8 +145,6 @@ pub fn rope_and_store(device: &Device, args: &RopeAndStore<'_>, qkv: &mut Tensor
     check_heads(OP, args.heads, args.layer, qkv, kv)?;
     expect(OP, "positions", qkv.rows(), args.positions.len())?;
     expect(OP, "slots", qkv.rows(), args.slots.len())?;
-    expect_below(OP, "positions", args.positions, args.rope.positions())?;
-    expect_below(OP, "slots", args.slots, shape.blocks * shape.block_size)?;
     if args.rope.rotary_dim() > shape.head_dim {
         return Err(KernelError::shape(
             OP,
@@ -157,12 +153,14 @@ pub fn rope_and_store(device: &Device, args: &RopeAndStore<'_>, qkv: &mut Tensor
         ));
     }
     if let Some(norm) = &args.norm {
-        expect(OP, "norm weights of q", shape.head_dim, norm.q.host().len())?;
-        expect(OP, "norm weights of k", shape.head_dim, norm.k.host().len())?;
+        expect(OP, "norm weights of q", shape.head_dim, norm.q.len())?;
+        expect(OP, "norm weights of k", shape.head_dim, norm.k.len())?;
     }
     match &device.backend {
         Backend::Cpu(cpu) => {
-            cpu::rope_and_store(cpu, args, qkv.host_mut(), kv);
+            let positions = args.positions.host_below(OP, "positions", args.rope.positions())?;
+            let slots = args.slots.host_below(OP, "slots", shape.blocks * shape.block_size)?;
+            cpu::rope_and_store(cpu, args, (positions, slots), qkv.host_mut(), kv);
             Ok(())
         }
         Backend::Cuda(gpu) => cuda::rope_and_store(gpu, args, qkv, kv),
@@ -203,16 +201,19 @@ pub fn attention(device: &Device, args: &Attention<'_>, qkv: &Tensor, kv: &KvCac
 }
 
 /// `out[i] = x[rows[i]]`; `out` gets `rows.len()` rows.
-pub fn gather_rows(device: &Device, x: &Tensor, rows: &[u32], out: &mut Tensor) -> Result<()> {
+pub fn gather_rows<'a>(device: &Device, x: &Tensor, rows: impl Into<Indices<'a>>, out: &mut Tensor) -> Result<()> {
+    let rows = rows.into();
     expect("gather_rows", "output columns", x.cols(), out.cols())?;
-    expect_below("gather_rows", "rows", rows, x.rows())?;
-    out.resize("gather_rows", rows.len())?;
     match &device.backend {
         Backend::Cpu(cpu) => {
-            let cols = x.cols();
+            let (rows, cols) = (rows.host_below("gather_rows", "rows", x.rows())?, x.cols());
+            out.resize("gather_rows", rows.len())?;
             cpu::gather_rows(cpu, x.host(), rows, cols, out.host_mut());
             Ok(())
         }
-        Backend::Cuda(gpu) => cuda::gather_rows(gpu, x, rows, out),
+        Backend::Cuda(gpu) => {
+            out.resize("gather_rows", rows.len())?;
+            cuda::gather_rows(gpu, x, rows, out)
+        }
     }
 }

@@ -1,6 +1,11 @@
 //! Rotary position embeddings, tabulated.
 
+use kvern_cuda_abi::Ptr;
+
 use crate::buffer::Buffer;
+use crate::cuda::driver::Element;
+use crate::cuda::memory::DeviceMemory;
+use crate::cuda::weights::upload;
 use crate::device::Backend;
 use crate::{Device, KernelError, Result};
 
@@ -8,6 +13,8 @@ use crate::{Device, KernelError, Result};
 pub struct RopeTable {
     cos: Buffer<f32>,
     sin: Buffer<f32>,
+    /// The same on a GPU.
+    device: Option<[DeviceMemory; 2]>,
     positions: usize,
     half: usize,
 }
@@ -17,7 +24,6 @@ impl RopeTable {
     /// (1 except for yarn and longrope). Angles are computed as transformers does: the f32 product of position and
     /// frequency.
     pub fn new(device: &Device, inv_freq: &[f32], scale: f32, positions: usize) -> Result<RopeTable> {
-        let Backend::Cpu(_) = &device.backend else { return Err(KernelError::BuiltWithoutCuda) };
         let half = inv_freq.len();
         let elements = positions
             .checked_mul(half)
@@ -32,7 +38,26 @@ impl RopeTable {
                 }
             }
         }
-        Ok(RopeTable { cos, sin, positions, half })
+        let Backend::Cuda(gpu) = &device.backend else {
+            return Ok(RopeTable { cos, sin, device: None, positions, half });
+        };
+        let upload = |values: &Buffer<f32>| upload(gpu, "the rope table", values, Element::F32);
+        let device = Some([upload(&cos)?, upload(&sin)?]);
+        Ok(RopeTable { cos: Buffer::zeros(0)?, sin: Buffer::zeros(0)?, device, positions, half })
+    }
+
+    /// Where cos and sin are on a GPU.
+    pub(crate) fn on_device(&self) -> Result<(Ptr, Ptr)> {
+        match &self.device {
+            Some([cos, sin]) => Ok((cos.ptr(), sin.ptr())),
+            None => Err(KernelError::shape("rope_and_store", "a rope table on the GPU", "one on the host")),
+        }
+    }
+
+    /// Bytes held on a GPU.
+    #[must_use]
+    pub fn device_bytes(&self) -> usize {
+        self.device.as_ref().map_or(0, |tables| tables.iter().map(DeviceMemory::bytes).sum())
     }
 
     /// Positions tabulated.

@@ -2,6 +2,7 @@
 
 use crate::cpu::pack;
 use crate::cpu::panel::Part;
+use crate::cuda::weights::DeviceWeight;
 use crate::device::Backend;
 use crate::{Device, Format, KernelError, Result};
 
@@ -101,7 +102,9 @@ pub enum Precision {
 /// A weight matrix in the layout that the device's kernels want. Several stored matrices of equal `cols` may be stacked
 /// along the out features (q, k, v; gate, up), each keeping its own format.
 pub struct Weight {
+    /// Of the CPU; none on a GPU.
     pub(crate) parts: Vec<Part>,
+    device: Option<DeviceWeight>,
     rows: usize,
     cols: usize,
 }
@@ -110,7 +113,31 @@ impl Weight {
     /// Packs the matrices, one under the other, with all threads of the device. Sizes that do not fit are
     /// [`Shape`](KernelError::Shape) and name the tensor. Time: about that of reading the bytes once.
     pub fn pack(device: &Device, parts: &[MatrixView<'_>], precision: Precision) -> Result<Weight> {
-        let Backend::Cpu(cpu) = &device.backend else { return Err(KernelError::BuiltWithoutCuda) };
+        Weight::pack_as(device, parts, precision, false)
+    }
+
+    /// As [`pack`](Self::pack), for a table whose rows are looked up, and perhaps a product too: a GPU widens it.
+    pub fn table(device: &Device, table: MatrixView<'_>, precision: Precision) -> Result<Weight> {
+        Weight::pack_as(device, &[table], precision, true)
+    }
+
+    /// `rows x cols` values that depend on the seed alone, uniform in `[-limit, limit)`, of the type that products on the device
+    /// take without widening: for measuring. On the CPU they are BF16.
+    pub fn random(device: &Device, rows: usize, cols: usize, seed: u64, limit: f32) -> Result<Weight> {
+        let empty = MatrixView { name: "random", format: Format::BF16, rows, cols, bytes: &[], row_order: RowOrder::Natural };
+        if rows.checked_mul(cols).and_then(|n| n.checked_mul(8)).is_none_or(|bytes| bytes > isize::MAX as usize) {
+            return Err(KernelError::shape("random weights", "a size in range", format!("{rows} x {cols}")));
+        }
+        if let Backend::Cuda(gpu) = &device.backend {
+            let device = Some(DeviceWeight::random(gpu, rows, cols, seed, limit)?);
+            return Ok(Weight { parts: Vec::new(), device, rows, cols });
+        }
+        let value = |at: usize| half::bf16::from_f32(random_unit(seed, at as u64) * limit).to_le_bytes();
+        let bytes: Vec<u8> = (0..rows * cols).flat_map(value).collect();
+        Weight::pack(device, &[MatrixView { bytes: &bytes, ..empty }], Precision::AsStored)
+    }
+
+    fn pack_as(device: &Device, parts: &[MatrixView<'_>], precision: Precision, table: bool) -> Result<Weight> {
         let Some(cols) = parts.first().map(|part| part.cols) else {
             return Err(KernelError::shape("pack", "at least one matrix", "none"));
         };
@@ -121,13 +148,26 @@ impl Weight {
                 KernelError::shape("pack", "less than 2^32 stacked rows", format!("tensor {:?} beyond them", part.name))
             })?;
         }
+        let cpu = match &device.backend {
+            Backend::Cpu(cpu) => cpu,
+            Backend::Cuda(gpu) => {
+                let device = Some(DeviceWeight::pack(gpu, parts, precision, table)?);
+                return Ok(Weight { parts: Vec::new(), device, rows, cols });
+            }
+        };
         let mut first_row = 0;
         let mut packed = Vec::with_capacity(parts.len());
         for part in parts {
             packed.push(pack::pack(cpu, part, precision, first_row)?);
             first_row += part.rows;
         }
-        Ok(Weight { parts: packed, rows, cols })
+        Ok(Weight { parts: packed, device: None, rows, cols })
+    }
+
+    /// The weight on a GPU.
+    pub(crate) fn on_device(&self) -> Result<&DeviceWeight> {
+        let missing = || KernelError::shape("matmul", "a weight on the GPU", "one on the CPU");
+        self.device.as_ref().ok_or_else(missing)
     }
 
     /// Out features.
@@ -145,6 +185,17 @@ impl Weight {
     /// Bytes held on the device.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        self.parts.iter().map(|part| part.panels.bytes()).sum()
+        let packed: usize = self.parts.iter().map(|part| part.panels.bytes()).sum();
+        packed + self.device.as_ref().map_or(0, DeviceWeight::bytes)
     }
+}
+
+/// Number `at` of a seed's, uniform in [-1, 1): 24 bits of SplitMix64's finalizer (Steele, Lea and Flood, 2014), as the kernels
+/// make them.
+fn random_unit(seed: u64, at: u64) -> f32 {
+    let mut z = seed.wrapping_add((at + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^= z >> 31;
+    (z >> 40) as f32 / (1 << 23) as f32 - 1.0
 }

@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use kvern_kernels::ops::{self, Attention, RopeAndStore};
 use kvern_kernels::{
-    AttentionPlan, CpuOptions, Device, Format, HeadLayout, KvCache, KvDType, KvShape, Precision, RopeTable,
-    SequenceBatch, Tensor, Weight,
+    AttentionLimits, AttentionPlan, CpuOptions, Device, Format, HeadLayout, KvCache, KvDType, KvShape, Precision,
+    RopeTable, SequenceBatch, Tensor, Weight,
 };
 use support::{Random, view};
 
@@ -53,7 +53,7 @@ fn a_step_allocates_nothing() {
     let shape = KvShape { layers: 1, blocks: 64, block_size: 16, kv_heads: 2, head_dim: 32, dtype: KvDType::BF16 };
     let mut kv = KvCache::new(&device, shape).unwrap();
     let rope = RopeTable::new(&device, &[1.0; 16], 1.0, 1024).unwrap();
-    let mut plan = AttentionPlan::new(&device, heads, TOKENS, 2, 512).unwrap();
+    let mut plan = AttentionPlan::new(&device, heads, &AttentionLimits::new(TOKENS, 2, 512)).unwrap();
     let tables: Vec<u32> = (0..64).collect();
     let batch = SequenceBatch {
         cu_seqlens_q: &[0, 23, 24],
@@ -68,9 +68,16 @@ fn a_step_allocates_nothing() {
         ops::embed(&device, &up_weight, &ids, &mut residual).unwrap();
         ops::rms_norm(&device, &residual, &norm, 1e-5, &mut x).unwrap();
         ops::matmul(&device, &x, &qkv_weight, None, &mut qkv).unwrap();
-        let args = RopeAndStore { heads, norm: None, rope: &rope, positions: &positions, slots: &slots, layer: 0 };
+        let args = RopeAndStore {
+            heads,
+            norm: None,
+            rope: &rope,
+            positions: (&positions).into(),
+            slots: (&slots).into(),
+            layer: 0,
+        };
         ops::rope_and_store(&device, &args, &mut qkv, &mut kv).unwrap();
-        plan.update(&device, &batch, &kv).unwrap();
+        plan.update(&device, &batch, &kv, None).unwrap();
         let args = Attention { heads, layer: 0, scale: 0.1, window: None, plan: &plan };
         ops::attention(&device, &args, &qkv, &kv, &mut attended).unwrap();
         ops::add_rms_norm(&device, &mut residual, &attended, &norm, 1e-5, &mut x).unwrap();

@@ -8,8 +8,8 @@ mod support;
 use kvern_kernels::ops::{self, Attention, RopeAndStore};
 use kvern_kernels::reference::Products;
 use kvern_kernels::{
-    AttentionPlan, Device, Format, HeadLayout, KvCache, KvDType, KvShape, Precision, RopeTable, SequenceBatch, Tensor,
-    Weight,
+    AttentionLimits, AttentionPlan, Device, Format, HeadLayout, KvCache, KvDType, KvShape, Precision, RopeTable,
+    SequenceBatch, Tensor, Weight,
 };
 use support::{Random, assert_bits, devices, poisoned, view};
 
@@ -67,8 +67,12 @@ fn in_chunks(device: &Device, rows: &[f32], ends: &[usize], neighbours: usize, w
     let rope = RopeTable::new(device, &[1.0, 0.1, 0.01], 1.0, context).unwrap();
     // The sequence comes last in the batch, after neighbours that repeat it with their own blocks.
     let tables: Vec<u32> = (0..blocks as u32).rev().collect();
-    let mut plan =
-        AttentionPlan::new(device, HEADS, rows.len() / ROW * (neighbours + 1), neighbours + 1, context).unwrap();
+    let mut plan = AttentionPlan::new(
+        device,
+        HEADS,
+        &AttentionLimits::new(rows.len() / ROW * (neighbours + 1), neighbours + 1, context),
+    )
+    .unwrap();
     let mut all = Vec::new();
     let mut begin = 0;
     for &end in ends {
@@ -83,8 +87,14 @@ fn in_chunks(device: &Device, rows: &[f32], ends: &[usize], neighbours: usize, w
                 tables[sequence * stride + position / BLOCK] * BLOCK as u32 + (position % BLOCK) as u32
             })
             .collect();
-        let args =
-            RopeAndStore { heads: HEADS, norm: None, rope: &rope, positions: &positions, slots: &slots, layer: 0 };
+        let args = RopeAndStore {
+            heads: HEADS,
+            norm: None,
+            rope: &rope,
+            positions: (&positions).into(),
+            slots: (&slots).into(),
+            layer: 0,
+        };
         ops::rope_and_store(device, &args, &mut qkv, &mut kv).unwrap();
         let sums: Vec<u32> = (0..=batch).map(|sequence| (sequence * count) as u32).collect();
         let batch = SequenceBatch {
@@ -93,7 +103,7 @@ fn in_chunks(device: &Device, rows: &[f32], ends: &[usize], neighbours: usize, w
             block_tables: &tables,
             block_table_stride: stride,
         };
-        plan.update(device, &batch, &kv).unwrap();
+        plan.update(device, &batch, &kv, None).unwrap();
         let mut out = poisoned(device, qkv.rows(), 6 * 64);
         ops::attention(
             device,

@@ -8,8 +8,8 @@ use half::bf16;
 use kvern_kernels::ops::{self, Attention, QkNorm, RopeAndStore};
 use kvern_kernels::reference::{Attend, Products};
 use kvern_kernels::{
-    AttentionPlan, Device, Format, HeadLayout, KernelError, KvCache, KvDType, KvShape, MatrixView, Precision,
-    RopeTable, RowOrder, SequenceBatch, Tensor, Weight, dequantize, reference,
+    AttentionLimits, AttentionPlan, Device, Element, Format, HeadLayout, KernelError, KvCache, KvDType, KvShape,
+    MatrixView, Precision, RopeTable, RowOrder, SequenceBatch, Tensor, Weight, dequantize, reference,
 };
 use support::{FORMATS, Random, assert_bits, devices, poisoned, view};
 
@@ -261,7 +261,8 @@ fn check_attention(device: &Device, case: &Case) {
     let norm = Some(QkNorm { q: &q_weight, k: &k_weight, eps });
     // What no sequence writes may be anything, and must not be read.
     let mut nan = poisoned(device, slots.len(), row_len);
-    let args = RopeAndStore { heads, norm, rope: &rope, positions: &vec![0; slots.len()], slots: &slots, layer: 1 };
+    let first = vec![0; slots.len()];
+    let args = RopeAndStore { heads, norm, rope: &rope, positions: (&first).into(), slots: (&slots).into(), layer: 1 };
     ops::rope_and_store(device, &args, &mut nan, &mut kv).unwrap();
 
     let mut queries = Vec::new();
@@ -273,7 +274,8 @@ fn check_attention(device: &Device, case: &Case) {
             .map(|at| tables[sequence * stride + at / block_size] * block_size as u32 + (at % block_size) as u32)
             .collect();
         let mut rows = Tensor::from_f32(device, row_len, &raw).unwrap();
-        let args = RopeAndStore { heads, norm, rope: &rope, positions: &positions, slots: &slots, layer: 1 };
+        let args =
+            RopeAndStore { heads, norm, rope: &rope, positions: (&positions).into(), slots: (&slots).into(), layer: 1 };
         ops::rope_and_store(device, &args, &mut rows, &mut kv).unwrap();
 
         let mut wanted = raw;
@@ -315,8 +317,8 @@ fn check_attention(device: &Device, case: &Case) {
         block_table_stride: stride,
     };
     let rows = queries.len() / row_len;
-    let mut plan = AttentionPlan::new(device, heads, rows, sequences.len(), 1024).unwrap();
-    plan.update(device, &batch, &kv).unwrap();
+    let mut plan = AttentionPlan::new(device, heads, &AttentionLimits::new(rows, sequences.len(), 1024)).unwrap();
+    plan.update(device, &batch, &kv, None).unwrap();
     let queries = Tensor::from_f32(device, row_len, &queries).unwrap();
     let mut out = poisoned(device, rows, q_heads * head_dim);
     let args = Attention { heads, layer: 1, scale: 0.3, window, plan: &plan };
@@ -422,7 +424,7 @@ fn hostile_shapes_are_refused() {
     assert!(KvCache::new(&device, KvShape { block_size: 0, ..shape }).is_err());
     let kv = KvCache::new(&device, shape).unwrap();
     let heads = HeadLayout { heads: 2, kv_heads: 1, head_dim: 8 };
-    let mut plan = AttentionPlan::new(&device, heads, 8, 2, 16).unwrap();
+    let mut plan = AttentionPlan::new(&device, heads, &AttentionLimits::new(8, 2, 16)).unwrap();
     let batches: [[&[u32]; 3]; 8] = [
         [&[0, 1], &[1], &[4]],
         [&[0, 2], &[1], &[0]],
@@ -435,8 +437,11 @@ fn hostile_shapes_are_refused() {
     ];
     for [cu_seqlens_q, context_lens, block_tables] in batches {
         let batch = SequenceBatch { cu_seqlens_q, context_lens, block_tables, block_table_stride: 1 };
-        assert!(plan.update(&device, &batch, &kv).is_err(), "{batch:?}");
+        assert!(plan.update(&device, &batch, &kv, None).is_err(), "{batch:?}");
     }
-    assert!(AttentionPlan::new(&device, HeadLayout { heads: 3, kv_heads: 2, head_dim: 8 }, 1, 1, 1).is_err());
-    assert!(Device::cuda(0).is_err());
+    assert!(
+        AttentionPlan::new(&device, HeadLayout { heads: 3, kv_heads: 2, head_dim: 8 }, &AttentionLimits::new(1, 1, 1))
+            .is_err()
+    );
+    assert!(Device::cuda(0, Element::BF16).is_err());
 }

@@ -15,7 +15,7 @@ mod peer;
 use std::time::Instant;
 
 use kvern_kernels::{CpuOptions, Device, KvCache, KvDType, Precision};
-use kvern_models::{LoadOptions, LoadedModel, ModelFiles, StepLimits, load};
+use kvern_models::{LoadFormat, LoadOptions, LoadedModel, ModelFiles, StepLimits, load};
 use paged::{BLOCK_SIZE, Slice, blocks_of, scattered, step};
 use peer::Peer;
 
@@ -130,7 +130,7 @@ fn main() {
 
     let device = Device::cpu(CpuOptions { threads: Some(threads), ..CpuOptions::default() }).unwrap();
     let limits = StepLimits { tokens_max: 512, sequences_max: STREAMS_MAX, context_max: 1024 };
-    let options = LoadOptions { precision: Precision::AsStored, limits };
+    let options = LoadOptions { precision: Precision::AsStored, format: LoadFormat::Files, limits };
     let loaded = load(&device, &ModelFiles::open(&path).unwrap(), &options, &mut |_| {}).unwrap();
     let kv = KvCache::new(&device, loaded.kv_shape(BLOCKS, BLOCK_SIZE, KvDType::BF16)).unwrap();
     let mut ours = Ours { loaded, kv };

@@ -19,6 +19,8 @@ pub enum ModelFiles {
     Gguf(PathBuf),
     /// A folder with config.json and safetensors.
     SafeTensors { dir: PathBuf },
+    /// A folder with config.json, for a model with random weights.
+    ConfigOnly { dir: PathBuf },
 }
 
 impl ModelFiles {
@@ -39,6 +41,17 @@ impl ModelFiles {
             path,
             "expected a .gguf file, or a folder with config.json and safetensors or with one .gguf file",
         ))
+    }
+
+    /// The configuration at a path, for a model with random weights: as [`open`](Self::open), but a folder needs no weights.
+    ///
+    /// # Errors
+    /// As of [`open`](Self::open).
+    pub fn open_config(path: &Path) -> Result<Self, LoadError> {
+        if path.join("config.json").is_file() {
+            return Ok(ModelFiles::ConfigOnly { dir: path.to_owned() });
+        }
+        ModelFiles::open(path)
     }
 
     fn in_dir(dir: &Path) -> Result<Self, LoadError> {
@@ -75,7 +88,7 @@ impl ModelFiles {
     pub fn path(&self) -> &Path {
         match self {
             ModelFiles::Gguf(path) => path,
-            ModelFiles::SafeTensors { dir } => dir,
+            ModelFiles::SafeTensors { dir } | ModelFiles::ConfigOnly { dir } => dir,
         }
     }
 }
@@ -111,6 +124,8 @@ impl<T: AsRef<str>> fmt::Display for List<'_, T> {
 pub enum Checkpoint {
     Gguf(Gguf),
     SafeTensors(SafeTensorsFiles),
+    /// The folder of a config.json; there are no tensors.
+    ConfigOnly(PathBuf),
 }
 
 impl Checkpoint {
@@ -122,6 +137,7 @@ impl Checkpoint {
         match files {
             ModelFiles::Gguf(path) => Gguf::open(path).map(Checkpoint::Gguf),
             ModelFiles::SafeTensors { dir } => SafeTensorsFiles::open(dir).map(Checkpoint::SafeTensors),
+            ModelFiles::ConfigOnly { dir } => Ok(Checkpoint::ConfigOnly(dir.clone())),
         }
     }
 
@@ -131,6 +147,7 @@ impl Checkpoint {
         match self {
             Checkpoint::Gguf(gguf) => gguf.path(),
             Checkpoint::SafeTensors(files) => files.path(),
+            Checkpoint::ConfigOnly(dir) => dir,
         }
     }
 }

@@ -63,11 +63,26 @@ pub trait Model: Send {
     /// Another model over the same weights, with a workspace of its own, that computes on `device`: of the same kind and
     /// level as the device that the weights were packed for. Costs the workspace's memory, and no time.
     fn twin(&self, device: &Device) -> Result<Box<dyn Model>, KernelError>;
+
+    /// Readies decode steps over `kv` to be put on the device as one, where that gains something: then each of a ladder of batch
+    /// sizes is run and captured, and `progress` hears how many are done of how many. What `kv` holds is lost.
+    fn capture(&mut self, kv: &mut KvCache, progress: &mut dyn FnMut(usize, usize)) -> Result<(), KernelError>;
+}
+
+/// Where weights come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum LoadFormat {
+    /// The model's files.
+    #[default]
+    Files,
+    /// Random numbers from this seed, for measuring: norms are ones and biases zeros, so that activations stay finite.
+    Dummy { seed: u64 },
 }
 
 #[derive(Clone, Copy, Debug)]
 pub struct LoadOptions {
     pub precision: Precision,
+    pub format: LoadFormat,
     pub limits: StepLimits,
 }
 

@@ -6,12 +6,12 @@ use kvern_kernels::{Device, HeadLayout, KvDType, KvShape};
 
 use crate::arch;
 use crate::blocks::Decoder;
-use crate::builder::Builder;
+use crate::builder::{Builder, Source};
 use crate::checkpoint::{Checkpoint, ModelFiles};
 use crate::config::ModelConfig;
 use crate::error::LoadError;
 use crate::weights::Weights;
-use crate::{LoadOptions, Model, Progress};
+use crate::{LoadFormat, LoadOptions, Model, Progress};
 
 /// A model and what its owner must know to feed it.
 pub struct LoadedModel {
@@ -48,10 +48,14 @@ pub fn load(
 ) -> Result<LoadedModel, LoadError> {
     let checkpoint = Checkpoint::open(files)?;
     let config = ModelConfig::read(&checkpoint)?;
-    let weights = Weights::new(&checkpoint, &config);
-    let mut builder = Builder::new(device, &config, weights, options.precision, progress);
+    let source = match options.format {
+        LoadFormat::Files => Source::Files(Weights::new(&checkpoint, &config)),
+        LoadFormat::Dummy { seed } => Source::Random { seed },
+    };
+    let mut builder = Builder::new(device, &config, source, options.precision, progress);
     let parts = arch::build(&mut builder)?;
     builder.finish()?;
+    device.synchronize()?;
     let decoder = Decoder::new(device, &config, Arc::new(parts), options.limits)?;
     Ok(LoadedModel {
         heads: config.heads,

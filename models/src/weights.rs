@@ -80,6 +80,7 @@ impl<'a> Weights<'a> {
                 files.read_ahead();
                 files.tensors().map(|(name, _)| name).collect()
             }
+            Checkpoint::ConfigOnly(_) => BTreeSet::new(),
         };
         Weights {
             checkpoint,
@@ -97,6 +98,7 @@ impl<'a> Weights<'a> {
         let bytes = |name: &&str| match self.checkpoint {
             Checkpoint::Gguf(gguf) => gguf.tensor(name).map_or(0, |info| gguf.tensor_bytes(info).len()),
             Checkpoint::SafeTensors(files) => files.tensor(name).map_or(0, |(_, info)| files.bytes(info).len()),
+            Checkpoint::ConfigOnly(_) => 0,
         };
         self.unused.iter().map(|name| bytes(name) as u64).sum()
     }
@@ -153,6 +155,7 @@ impl<'a> Weights<'a> {
                 let path = match self.checkpoint {
                     Checkpoint::Gguf(gguf) => gguf.tensor(name).map(|info| gguf.tensor_path(info)),
                     Checkpoint::SafeTensors(files) => files.tensor(name).map(|(_, info)| files.tensor_path(info)),
+                    Checkpoint::ConfigOnly(_) => None,
                 };
                 let reason = "unused: the configuration does not ask for it";
                 Err(LoadError::tensor(path.unwrap_or(self.checkpoint.path()), name, reason))
@@ -163,7 +166,7 @@ impl<'a> Weights<'a> {
     fn take(&mut self, name: &str, expected: &[usize]) -> Result<Stored<'a>, LoadError> {
         let stored = match self.checkpoint {
             Checkpoint::Gguf(_) => gguf_name(name).map(|name| self.find(&name)),
-            Checkpoint::SafeTensors(_) => Some(self.find(name)),
+            Checkpoint::SafeTensors(_) | Checkpoint::ConfigOnly(_) => Some(self.find(name)),
         };
         let missing = || LoadError::tensor(self.checkpoint.path(), name, format!("missing: expected {expected:?}"));
         let stored = stored.transpose()?.flatten().ok_or_else(missing)?;
@@ -203,6 +206,7 @@ impl<'a> Weights<'a> {
                 };
                 Ok(Some(Stored { name, path, format, shape: info.shape.clone(), bytes: files.bytes(info) }))
             }
+            Checkpoint::ConfigOnly(_) => Ok(None),
         }
     }
 

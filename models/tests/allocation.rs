@@ -8,7 +8,7 @@ use std::sync::Barrier;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use kvern_kernels::{CpuOptions, Device, KvCache, KvDType, Precision};
-use kvern_models::{ForwardBatch, LoadOptions, ModelFiles, StepLimits, load};
+use kvern_models::{ForwardBatch, LoadFormat, LoadOptions, ModelFiles, StepLimits, load};
 
 /// The system's allocator, counted.
 struct Counted;
@@ -46,7 +46,8 @@ fn forward_allocates_nothing() {
         });
         let limits = StepLimits { tokens_max: 32, sequences_max: 4, context_max: 64 };
         let files = ModelFiles::open(&golden.join(file)).unwrap();
-        let mut loaded = load(&device, &files, &LoadOptions { precision, limits }, &mut |_| {}).unwrap();
+        let mut loaded =
+            load(&device, &files, &LoadOptions { precision, format: LoadFormat::Files, limits }, &mut |_| {}).unwrap();
         let mut kv = KvCache::new(&device, loaded.kv_shape(8, 16, KvDType::BF16)).unwrap();
 
         let positions: Vec<u32> = (0..20).collect();

@@ -11,7 +11,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use kvern_kernels::{CpuOptions, Device, KvCache, KvDType, Precision};
-use kvern_models::{LoadOptions, LoadedModel, ModelFiles, StepLimits, load};
+use kvern_models::{LoadFormat, LoadOptions, LoadedModel, ModelFiles, StepLimits, load};
 use paged::{BLOCK_SIZE, Slice, blocks_of, scattered, step};
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -43,7 +43,8 @@ struct Case {
 fn load_f32(files: &ModelFiles, context_max: usize) -> LoadedModel {
     let device = Device::cpu(CpuOptions::default()).unwrap();
     let limits = StepLimits { tokens_max: 256, sequences_max: 256, context_max };
-    load(&device, files, &LoadOptions { precision: Precision::F32, limits }, &mut |_| {}).unwrap()
+    load(&device, files, &LoadOptions { precision: Precision::F32, format: LoadFormat::Files, limits }, &mut |_| {})
+        .unwrap()
 }
 
 fn cache(loaded: &LoadedModel) -> KvCache {

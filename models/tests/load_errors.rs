@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use kvern_kernels::{CpuOptions, Device, Precision};
-use kvern_models::{LoadOptions, ModelFiles, StepLimits, load};
+use kvern_models::{LoadFormat, LoadOptions, ModelFiles, StepLimits, load};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
@@ -41,7 +41,7 @@ fn error_after(case: &str, edit: Edit) -> String {
 
     let device = Device::cpu(CpuOptions::default()).unwrap();
     let limits = StepLimits { tokens_max: 16, sequences_max: 4, context_max: 64 };
-    let options = LoadOptions { precision: Precision::AsStored, limits };
+    let options = LoadOptions { precision: Precision::AsStored, format: LoadFormat::Files, limits };
     let result = ModelFiles::open(repository.path()).and_then(|files| load(&device, &files, &options, &mut |_| {}));
     match result {
         Ok(_) => String::new(),

@@ -14,7 +14,7 @@ use std::path::Path;
 
 use candle_core::quantized::GgmlDType;
 use kvern_kernels::{CpuOptions, Device, KvCache, KvDType, Precision};
-use kvern_models::{LoadOptions, LoadedModel, ModelFiles, StepLimits, load};
+use kvern_models::{LoadFormat, LoadOptions, LoadedModel, ModelFiles, StepLimits, load};
 use paged::{BLOCK_SIZE, Slice, blocks_of, scattered, step};
 use peer::{Peer, requantized};
 use serde::Deserialize;
@@ -78,7 +78,8 @@ impl Ours {
         let device = Device::cpu(CpuOptions::default()).unwrap();
         let limits = StepLimits { tokens_max: 512, sequences_max: 64, context_max: 1024 };
         let files = ModelFiles::open(path).unwrap();
-        let loaded = load(&device, &files, &LoadOptions { precision, limits }, &mut |_| {}).unwrap();
+        let loaded =
+            load(&device, &files, &LoadOptions { precision, format: LoadFormat::Files, limits }, &mut |_| {}).unwrap();
         let kv = KvCache::new(&device, loaded.kv_shape(BLOCKS, BLOCK_SIZE, cache)).unwrap();
         Ours { loaded, kv }
     }

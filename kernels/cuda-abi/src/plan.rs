@@ -60,11 +60,19 @@ pub struct DecodePlan {
     pub cascade_tiles: Vec<CascadeTile>,
     /// Partial results written.
     pub partials: u32,
+    /// Most of them; `None` is no bound.
+    partials_max: Option<u32>,
     pieces: Vec<(u32, DecodeItem)>,
     load: BinaryHeap<Reverse<(u32, u32)>>,
 }
 
 impl DecodePlan {
+    /// A plan that writes at most `partials_max` partial results: a row that would need more than are left is not cut.
+    #[must_use]
+    pub fn with_partials_max(partials_max: u32) -> DecodePlan {
+        DecodePlan { partials_max: Some(partials_max), ..DecodePlan::default() }
+    }
+
     /// Plans anew. A query at position p sees the last `window` positions up to p, or all.
     ///
     /// # Panics
@@ -155,6 +163,11 @@ impl DecodePlan {
         let len = piece_len(context);
         let (first, end) = (seen / len, context.div_ceil(len));
         let count = before + end - first;
+        let left = self.partials_max.map_or(u32::MAX, |most| most - self.partials);
+        if count > 1 && count > left {
+            assert!(before == 0, "a shared prefix has room for its partial results");
+            return self.pieces.push((0, DecodeItem { row, table, first: seen, end: context, partial: NONE }));
+        }
         if count > 1 {
             self.merges.push(DecodeMerge { row, first: self.partials, count });
         }
@@ -274,6 +287,17 @@ mod tests {
             let uneven = check(batch, *window, *workers);
             assert!(uneven <= *limit, "{batch:?} for {workers} workers: {uneven}");
         }
+    }
+
+    #[test]
+    fn rows_without_room_are_not_cut() {
+        let query = |row| DecodeQuery { row, table: row, context: 600 + row };
+        let queries: Vec<DecodeQuery> = (0..3).map(query).collect();
+        let mut plan = DecodePlan::with_partials_max(7);
+        plan.update(&queries, None, 2);
+        assert_eq!((plan.partials, plan.merges.len(), plan.items.len()), (6, 2, 7));
+        let whole: Vec<_> = plan.items.iter().filter(|item| item.partial == NONE).collect();
+        assert_eq!(whole.iter().map(|item| (item.row, item.first, item.end)).collect::<Vec<_>>(), [(2, 0, 602)]);
     }
 
     #[test]

@@ -109,6 +109,7 @@ pub(crate) fn attention(cpu: &CpuDevice, args: &Attention<'_>, qkv: &[f32], kv: 
                 _ => run::<_, InBlocks>(cpu, &job, &scratch.bf16),
             }
         }
+        KvData::Device(_) => unreachable!("caches on a GPU are for the ops of a GPU"),
     }
 }
 

@@ -10,26 +10,34 @@ use crate::ops::RopeAndStore;
 use crate::{KvCache, KvShape};
 
 /// Rotates row by row, then stores head by head: two rows with one slot are then still written one after the other.
-pub(crate) fn rope_and_store(cpu: &CpuDevice, args: &RopeAndStore<'_>, qkv: &mut [f32], kv: &mut KvCache) {
-    let (cols, rows) = (args.heads.row_len(), args.positions.len());
+/// `positions` and `slots` are those of `args`, checked.
+pub(crate) fn rope_and_store(
+    cpu: &CpuDevice,
+    args: &RopeAndStore<'_>,
+    (positions, slots): (&[u32], &[u32]),
+    qkv: &mut [f32],
+    kv: &mut KvCache,
+) {
+    let (cols, rows) = (args.heads.row_len(), positions.len());
     let shared = SharedSlice::new(qkv);
     cpu.for_row_chunks(rows, cols, &|rows| {
         for row in rows {
             // SAFETY: each row is one task's.
             let qkv = unsafe { shared.part(row * cols..(row + 1) * cols) };
-            dispatch(cpu.isa, Row { args, row, qkv });
+            dispatch(cpu.isa, Row { args, position: positions[row] as usize, qkv });
         }
     });
     let shape = kv.shape();
     match &kv.data {
-        KvData::F32(data) => store(cpu, args, qkv, data, shape),
-        KvData::BF16(data) => store(cpu, args, qkv, data, shape),
+        KvData::F32(data) => store(cpu, args, (qkv, slots), data, shape),
+        KvData::BF16(data) => store(cpu, args, (qkv, slots), data, shape),
+        KvData::Device(_) => unreachable!("caches on a GPU are for the ops of a GPU"),
     }
 }
 
 struct Row<'a> {
     args: &'a RopeAndStore<'a>,
-    row: usize,
+    position: usize,
     qkv: &'a mut [f32],
 }
 
@@ -37,7 +45,7 @@ impl Kernel for Row<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let heads = self.args.heads;
-        let (cos, sin) = self.args.rope.row(self.args.positions[self.row] as usize);
+        let (cos, sin) = self.args.rope.row(self.position);
         let rotated = (heads.heads + heads.kv_heads) * heads.head_dim;
         for (head, values) in self.qkv[..rotated].chunks_exact_mut(heads.head_dim).enumerate() {
             if let Some(norm) = &self.args.norm {
@@ -64,10 +72,16 @@ fn rotate<S: Simd>(s: S, head: &mut [f32], cos: &[f32], sin: &[f32]) {
 }
 
 /// Writes k, transposed, and v of all rows to their slots.
-fn store<C: Cell>(cpu: &CpuDevice, args: &RopeAndStore<'_>, qkv: &[f32], data: &Cells<C>, shape: KvShape) {
-    cpu.for_row_chunks(shape.kv_heads, args.slots.len() * shape.head_dim, &|heads| {
+fn store<C: Cell>(
+    cpu: &CpuDevice,
+    args: &RopeAndStore<'_>,
+    (qkv, slots): (&[f32], &[u32]),
+    data: &Cells<C>,
+    shape: KvShape,
+) {
+    cpu.for_row_chunks(shape.kv_heads, slots.len() * shape.head_dim, &|heads| {
         for head in heads {
-            dispatch(cpu.isa, StoreHead { args, qkv, data, shape, head });
+            dispatch(cpu.isa, StoreHead { args, qkv, slots, data, shape, head });
         }
     });
 }
@@ -75,6 +89,7 @@ fn store<C: Cell>(cpu: &CpuDevice, args: &RopeAndStore<'_>, qkv: &[f32], data: &
 struct StoreHead<'a, C: Cell> {
     args: &'a RopeAndStore<'a>,
     qkv: &'a [f32],
+    slots: &'a [u32],
     data: &'a Cells<C>,
     shape: KvShape,
     head: usize,
@@ -83,11 +98,11 @@ struct StoreHead<'a, C: Cell> {
 impl<C: Cell> Kernel for StoreHead<'_, C> {
     #[inline(always)]
     fn run<S: Simd>(self, _: S) {
-        let StoreHead { args, qkv, data, shape, head } = self;
+        let StoreHead { args, qkv, slots, data, shape, head } = self;
         let KvShape { block_size, head_dim, kv_heads, .. } = shape;
         let (k_stride, v_stride) = (shape.padded_block(), shape.padded_head());
         let k_start = (args.heads.heads + head) * head_dim;
-        for (qkv, &slot) in qkv.chunks_exact(args.heads.row_len()).zip(args.slots) {
+        for (qkv, &slot) in qkv.chunks_exact(args.heads.row_len()).zip(slots) {
             let (block, offset) = (slot as usize / block_size, slot as usize % block_size);
             let start = shape.page_start(args.layer, block, head);
             // SAFETY: the pages of a head are one task's, and ops of other devices are at other blocks (`KvCache::share`).

@@ -74,6 +74,16 @@ impl Element {
         }
     }
 
+    /// Elements as they lie in memory, widened.
+    pub(crate) fn widen(self, bytes: &[u8]) -> Vec<f32> {
+        let words = bytes.as_chunks::<2>().0.iter().map(|word| u16::from_le_bytes(*word));
+        match self {
+            Element::F32 => bytes.as_chunks::<4>().0.iter().map(|word| f32::from_le_bytes(*word)).collect(),
+            Element::F16 => words.map(|word| half::f16::from_bits(word).to_f32()).collect(),
+            Element::BF16 => words.map(|word| half::bf16::from_bits(word).to_f32()).collect(),
+        }
+    }
+
     /// As kernels' names end.
     #[must_use]
     pub const fn suffix(self) -> &'static str {
@@ -202,6 +212,16 @@ pub trait Driver: Send + Sync {
     /// # Safety
     /// As of the launches in it; the memory that they use is still there.
     unsafe fn launch_graph(&self, graph: Graph, stream: Stream) -> Result<()>;
+
+    /// Whether nothing is allocated and nothing runs: there is nothing to read and convert weights for then.
+    fn counts_only(&self) -> bool {
+        false
+    }
+
+    /// Called with the purpose of each allocation, for an account.
+    fn count(&self, purpose: &str, bytes: usize) {
+        let _ = (purpose, bytes);
+    }
 
     /// Called before the host reads or writes pinned memory; a driver that checks refuses what a copy under way still uses.
     ///

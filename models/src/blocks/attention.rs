@@ -1,7 +1,7 @@
 //! Causal self-attention with grouped key and value heads over the paged cache.
 
 use kvern_kernels::ops::{self, QkNorm, RopeAndStore};
-use kvern_kernels::{AttentionPlan, Device, HeadLayout, KernelError, KvCache, RopeTable, Tensor};
+use kvern_kernels::{AttentionPlan, Device, HeadLayout, KernelError, KvCache, RopeTable, StepIndices, Tensor};
 
 use super::Linear;
 use crate::builder::Builder;
@@ -44,10 +44,7 @@ pub(crate) struct Step<'a> {
     pub(crate) device: &'a Device,
     pub(crate) rope: &'a RopeTable,
     pub(crate) plan: &'a AttentionPlan,
-    /// `[T]`
-    pub(crate) positions: &'a [u32],
-    /// `[T]`
-    pub(crate) slots: &'a [u32],
+    pub(crate) inputs: StepIndices<'a>,
 }
 
 impl Attention {
@@ -91,8 +88,8 @@ impl Attention {
             heads: self.heads,
             norm: self.norm.as_ref().map(|norm| QkNorm { q: &norm.q, k: &norm.k, eps: norm.eps }),
             rope: step.rope,
-            positions: step.positions,
-            slots: step.slots,
+            positions: step.inputs.positions,
+            slots: step.inputs.slots,
             layer: self.spec.layer,
         };
         ops::rope_and_store(step.device, &store, qkv, kv)?;

@@ -5,7 +5,10 @@
 
 use std::sync::Arc;
 
-use kvern_kernels::{AttentionPlan, Device, HeadLayout, KernelError, KvCache, RopeTable, SequenceBatch, Tensor, ops};
+use kvern_kernels::{
+    AttentionLimits, AttentionPlan, Device, HeadLayout, KernelError, KvCache, RopeTable, SequenceBatch, StepGraphs,
+    StepInputs, StepRows, Tensor, ops,
+};
 
 use super::attention::Step;
 use super::workspace::{Activations, Widths, Workspace};
@@ -67,6 +70,31 @@ impl DecoderParts {
         };
         Ok(DecoderParts { embedding, layers, norm, head })
     }
+
+    /// The whole forward pass over inputs that are on the device; logits of the sampled rows to the workspace.
+    fn compute(&self, step: &Step<'_>, workspace: &mut Workspace, kv: &mut KvCache) -> Result<(), KernelError> {
+        let DecoderParts { embedding, layers, norm, head } = self;
+        let Workspace { tokens, sampled, qkv, logits } = workspace;
+        let (device, inputs) = (step.device, &step.inputs);
+        embedding.forward(device, inputs.ids, &mut tokens.residual)?;
+        layers[0].input_norm.forward(device, &tokens.residual, &mut tokens.normed)?;
+        let (last, body) = layers.split_last().expect("a decoder has layers, asserted at construction");
+        for (layer, next) in body.iter().zip(&layers[1..]) {
+            layer.attention.attend(step, &tokens.normed, qkv, kv, &mut tokens.attended)?;
+            layer.transform(device, tokens, &next.input_norm)?;
+        }
+        last.attention.attend(step, &tokens.normed, qkv, kv, &mut tokens.attended)?;
+        if inputs.sample_rows.is_empty() {
+            return Ok(());
+        }
+        ops::gather_rows(device, &tokens.attended, inputs.sample_rows, &mut sampled.attended)?;
+        ops::gather_rows(device, &tokens.residual, inputs.sample_rows, &mut sampled.residual)?;
+        last.transform(device, sampled, norm)?;
+        match head {
+            Some(head) => head.forward(device, &sampled.normed, logits),
+            None => embedding.logits(device, &sampled.normed, logits),
+        }
+    }
 }
 
 pub(crate) struct Decoder {
@@ -75,7 +103,9 @@ pub(crate) struct Decoder {
     parts: Arc<DecoderParts>,
     rope: RopeTable,
     bounds: BatchBounds,
+    inputs: StepInputs,
     plan: AttentionPlan,
+    graphs: StepGraphs,
     workspace: Workspace,
 }
 
@@ -97,13 +127,17 @@ impl Decoder {
             vocab: config.vocab_size,
         };
         let StepLimits { tokens_max, sequences_max, context_max } = limits;
+        let windows = config.distinct_windows();
+        let attention = AttentionLimits { tokens_max, sequences_max, context_max, windows: &windows };
         let RopeFrequencies { inv_freq, scale } = config.rope.frequencies(context_max);
         Ok(Decoder {
             device: device.clone(),
             config: config.clone(),
             rope: RopeTable::new(device, &inv_freq, scale, context_max)?,
             bounds: BatchBounds { limits, vocab_size: widths.vocab, layers: parts.layers.len(), heads: config.heads },
-            plan: AttentionPlan::new(device, config.heads, tokens_max, sequences_max, context_max)?,
+            inputs: StepInputs::new(device, tokens_max, sequences_max)?,
+            plan: AttentionPlan::new(device, config.heads, &attention)?,
+            graphs: StepGraphs::new(device, sequences_max.min(tokens_max)),
             workspace: Workspace::new(device, &widths, &limits)?,
             parts,
         })
@@ -116,9 +150,9 @@ impl Decoder {
         embedding.bytes() + layers + norm.bytes() + head.as_ref().map_or(0, Linear::bytes)
     }
 
-    /// Bytes of buffers that a forward pass writes, the plan of attention excluded.
+    /// Bytes of buffers that a forward pass writes; of the plan of attention and of tables, those on a GPU.
     pub(crate) fn workspace_bytes(&self) -> usize {
-        self.workspace.bytes()
+        self.workspace.bytes() + self.inputs.bytes() + self.plan.device_bytes() + self.rope.device_bytes()
     }
 }
 
@@ -129,38 +163,53 @@ impl Model for Decoder {
 
     fn forward(&mut self, batch: &ForwardBatch<'_>, kv: &mut KvCache) -> Result<&Tensor, KernelError> {
         check(batch, &self.bounds, &kv.shape())?;
-        let Decoder { device, parts, rope, plan, workspace, .. } = self;
-        let DecoderParts { embedding, layers, norm, head } = &**parts;
-        let Workspace { tokens, sampled, qkv, logits } = workspace;
-
+        let Decoder { device, parts, rope, inputs, plan, graphs, workspace, .. } = self;
         let sequences = SequenceBatch {
             cu_seqlens_q: batch.cu_seqlens_q,
             context_lens: batch.context_lens,
             block_tables: batch.block_tables,
             block_table_stride: batch.block_table_stride,
         };
-        plan.update(device, &sequences, kv)?;
-        let step = Step { device, rope, plan, positions: batch.positions, slots: batch.slot_mapping };
+        let rows = StepRows {
+            ids: batch.input_ids,
+            positions: batch.positions,
+            slots: batch.slot_mapping,
+            sample_rows: batch.sample_rows,
+        };
+        let padded = graphs.padded_rows(&sequences, kv);
+        let inputs = inputs.update(device, &rows, padded, kv.scratch_slot())?;
+        plan.update(device, &sequences, kv, padded)?;
+        let step = Step { device, rope, plan, inputs };
+        graphs.run(device, padded, kv, |kv| parts.compute(&step, workspace, kv))?;
+        workspace.logits.set_rows(batch.sample_rows.len());
+        Ok(&workspace.logits)
+    }
 
-        embedding.forward(device, batch.input_ids, &mut tokens.residual)?;
-        layers[0].input_norm.forward(device, &tokens.residual, &mut tokens.normed)?;
-        let (last, body) = layers.split_last().expect("a decoder has layers, asserted at construction");
-        for (layer, next) in body.iter().zip(&layers[1..]) {
-            layer.attention.attend(&step, &tokens.normed, qkv, kv, &mut tokens.attended)?;
-            layer.transform(device, tokens, &next.input_norm)?;
+    fn capture(&mut self, kv: &mut KvCache, progress: &mut dyn FnMut(usize, usize)) -> Result<(), KernelError> {
+        let ladder = self.graphs.ladder();
+        // The largest first: what it needs serves the others.
+        for (done, &rows) in ladder.iter().rev().enumerate() {
+            progress(done, ladder.len());
+            let (zeros, ones) = (vec![0; rows], vec![1; rows]);
+            let ends: Vec<u32> = (0..=rows as u32).collect();
+            let batch = ForwardBatch {
+                input_ids: &zeros,
+                positions: &zeros,
+                slot_mapping: &zeros,
+                cu_seqlens_q: &ends,
+                context_lens: &ones,
+                block_tables: &zeros,
+                block_table_stride: 1,
+                sample_rows: &ends[..rows],
+            };
+            // Once as it is, because what is loaded at first use cannot be loaded during a capture.
+            self.forward(&batch, kv)?;
+            self.graphs.begin_capture();
+            let captured = self.forward(&batch, kv).map(|_| ());
+            self.graphs.end_capture();
+            captured?;
         }
-        last.attention.attend(&step, &tokens.normed, qkv, kv, &mut tokens.attended)?;
-        if batch.sample_rows.is_empty() {
-            logits.set_rows(0);
-            return Ok(logits);
-        }
-        ops::gather_rows(device, &tokens.attended, batch.sample_rows, &mut sampled.attended)?;
-        ops::gather_rows(device, &tokens.residual, batch.sample_rows, &mut sampled.residual)?;
-        last.transform(device, sampled, norm)?;
-        match head {
-            Some(head) => head.forward(device, &sampled.normed, logits)?,
-            None => embedding.logits(device, &sampled.normed, logits)?,
-        }
-        Ok(logits)
+        progress(ladder.len(), ladder.len());
+        self.device.synchronize()
     }
 }

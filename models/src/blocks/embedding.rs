@@ -1,6 +1,6 @@
 //! Token embedding, and the logits where the head is tied to it.
 
-use kvern_kernels::{Device, KernelError, Tensor, Weight, ops};
+use kvern_kernels::{Device, Indices, KernelError, Tensor, Weight, ops};
 
 use crate::builder::Builder;
 use crate::error::LoadError;
@@ -13,12 +13,12 @@ pub(crate) struct Embedding {
 impl Embedding {
     pub(crate) fn load(builder: &mut Builder<'_>, name: &str) -> Result<Self, LoadError> {
         let config = builder.config();
-        let table = builder.matrix(&[(name.to_owned(), config.vocab_size)], config.hidden_size)?;
+        let table = builder.table(name, config.vocab_size, config.hidden_size)?;
         Ok(Embedding { table })
     }
 
     /// `out [T, hidden]` of `ids [T]`.
-    pub(crate) fn forward(&self, device: &Device, ids: &[u32], out: &mut Tensor) -> Result<(), KernelError> {
+    pub(crate) fn forward(&self, device: &Device, ids: Indices<'_>, out: &mut Tensor) -> Result<(), KernelError> {
         ops::embed(device, &self.table, ids, out)
     }
 

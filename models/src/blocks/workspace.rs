@@ -68,7 +68,7 @@ impl Workspace {
             tokens: Activations::new(device, widths, limits.tokens_max)?,
             sampled: Activations::new(device, widths, limits.sequences_max)?,
             qkv: Tensor::zeros(device, limits.tokens_max, widths.qkv)?,
-            logits: Tensor::zeros(device, limits.sequences_max, widths.vocab)?,
+            logits: Tensor::f32(device, limits.sequences_max, widths.vocab)?,
         })
     }
 

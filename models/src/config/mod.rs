@@ -81,7 +81,16 @@ impl ModelConfig {
         match checkpoint {
             Checkpoint::Gguf(file) => gguf::read(file),
             Checkpoint::SafeTensors(files) => hf::read(files.dir()),
+            Checkpoint::ConfigOnly(dir) => hf::read(dir),
         }
+    }
+
+    /// The windows that layers have, each once.
+    pub(crate) fn distinct_windows(&self) -> Vec<Option<u32>> {
+        let mut windows = self.windows.clone();
+        windows.sort_unstable();
+        windows.dedup();
+        windows
     }
 
     /// Positions that a query of a layer sees, its own included; `None` is all.

@@ -11,7 +11,7 @@ use crate::cpu::pair::Pair;
 use crate::ops::{self, Attention, RopeAndStore};
 use crate::reference::{self, Attend, Products};
 use crate::{
-    AttentionPlan, CpuIsa, CpuOptions, Device, HeadLayout, KvCache, KvDType, KvShape, RopeTable, SequenceBatch, Tensor,
+    AttentionLimits, AttentionPlan, CpuIsa, CpuOptions, Device, HeadLayout, KvCache, KvDType, KvShape, RopeTable, SequenceBatch, Tensor,
 };
 
 /// One sequence: its shape, and the window.
@@ -68,7 +68,7 @@ impl Case {
         let store = |rows: &[f32], slots: &[u32], kv: &mut KvCache| {
             let mut rows = Tensor::from_f32(device, row_len, rows).unwrap();
             let positions = vec![0; slots.len()];
-            let args = RopeAndStore { heads, norm: None, rope: &rope, positions: &positions, slots, layer: 0 };
+            let args = RopeAndStore { heads, norm: None, rope: &rope, positions: (&positions).into(), slots: slots.into(), layer: 0 };
             ops::rope_and_store(device, &args, &mut rows, kv).unwrap();
             rows
         };
@@ -77,7 +77,7 @@ impl Case {
         store(&vec![rest; slots * row_len], &(0..slots as u32).collect::<Vec<_>>(), &mut kv);
         let tables: Vec<u32> = (0..blocks as u32).rev().collect();
         let slot = |at: usize| tables[at / block_size] * block_size as u32 + (at % block_size) as u32;
-        let mut plan = AttentionPlan::new(device, heads, context, 1, context).unwrap();
+        let mut plan = AttentionPlan::new(device, heads, &AttentionLimits::new(context, 1, context)).unwrap();
         poison(&mut plan, heads);
         let (mut all, mut begin) = (Vec::new(), 0);
         for &end in ends {
@@ -89,7 +89,7 @@ impl Case {
                 block_tables: &tables,
                 block_table_stride: blocks,
             };
-            plan.update(device, &batch, &kv).unwrap();
+            plan.update(device, &batch, &kv, None).unwrap();
             let cols = heads.heads * head_dim;
             let mut out = Tensor::from_f32(device, cols, &vec![f32::NAN; (end - begin) * cols]).unwrap();
             let args = Attention { heads, layer: 0, scale: 0.2, window, plan: &plan };

@@ -1,0 +1,316 @@
+//! The division of a step's attention on a device, and its launches.
+//!
+//! Rows of sequences with one query go to the decode kernel, cut into pieces that are dealt out evenly; longer queries go to
+//! the prefill kernel in tiles. What differs between layers is the window alone, so there is a division for each window that
+//! the model has. The f32 kernel, the oracle, takes tiles for all.
+
+use kvern_cuda_abi::{
+    DecodeItem, DecodeMerge, DecodeParams, DecodePlan, DecodeQuery, PrefillParams, PrefillPlan, PrefillQuery,
+    PrefillTile, Ptr, launch, piece_len,
+};
+
+use super::driver::{Driver, Element, Kernel, LaunchShape};
+use super::memory::{DeviceMemory, Milestone, StepArray};
+use super::{CudaDevice, shape};
+use crate::attention_plan::{AttentionLimits, RESERVED_BLOCK_SIZE, sequences};
+use crate::ops::Attention;
+use crate::{HeadLayout, KernelError, KvCache, Result, SequenceBatch, Tensor};
+
+/// Head sizes that kernels on matrix units were compiled for, and the most of the f32 one.
+const HEAD_DIMS: [usize; 4] = [64, 96, 128, 256];
+const F32_HEAD_DIM_MAX: usize = 256;
+/// Query rows of a tile of the f32 kernel.
+const F32_TILE_ROWS: usize = 4;
+/// Partial results that there is room for, unless the longest sequence alone needs more. Rows that find no room are not cut.
+const PARTIALS_MAX: usize = 8192;
+/// Tokens of contexts for which tables have room for blocks of any size; longer ones have it for the usual one or larger.
+const SHORT_CONTEXT: usize = 4096;
+
+/// The kernels for one size of heads.
+enum AttentionKernels {
+    F32 { attention: Kernel },
+    Tiles { decode: Kernel, merge: Kernel, prefill: Kernel },
+}
+
+/// Decode's pieces under one window.
+struct WindowPlan {
+    window: Option<u32>,
+    plan: DecodePlan,
+    items: StepArray<DecodeItem>,
+    starts: StepArray<u32>,
+    merges: StepArray<DecodeMerge>,
+}
+
+/// Room for the division of any step within the limits, at fixed addresses.
+pub(crate) struct DevicePlan {
+    kernels: AttentionKernels,
+    /// Blocks of decode per KV head.
+    workers: u32,
+    tile_rows: u32,
+    windows: Vec<WindowPlan>,
+    prefill: PrefillPlan,
+    tiles: StepArray<PrefillTile>,
+    /// The sequences' block tables, end to end; what refers to one names its first entry.
+    tables: StepArray<u32>,
+    sums: DeviceMemory,
+    values: DeviceMemory,
+    copied: Milestone,
+    decode_queries: Vec<DecodeQuery>,
+    prefill_queries: Vec<PrefillQuery>,
+    table_entries: Vec<u32>,
+}
+
+impl AttentionKernels {
+    fn new(driver: &dyn Driver, element: Element, heads: HeadLayout) -> Result<(Self, u32)> {
+        let dim = heads.head_dim;
+        if element == Element::F32 {
+            if dim > F32_HEAD_DIM_MAX {
+                let expected = format!("heads of at most {F32_HEAD_DIM_MAX} values on a GPU");
+                return Err(KernelError::shape("attention plan", expected, dim));
+            }
+            return Ok((AttentionKernels::F32 { attention: driver.kernel("kvern_attention_f32", 0)? }, 1));
+        }
+        if !HEAD_DIMS.contains(&dim) || heads.group() > launch::prefill_rows(dim) {
+            let expected = format!("heads of 64, 96, 128 or 256 values, at most {} per KV head, on a GPU", launch::prefill_rows(dim));
+            return Err(KernelError::shape("attention plan", expected, format!("{heads:?}")));
+        }
+        let shared = launch::decode_shared_bytes(dim) as u32;
+        let named = |op: &str, shared| driver.kernel(&format!("kvern_{op}_{element}_d{dim}"), shared);
+        let decode = named("decode", shared)?;
+        let fit = driver.blocks_per_multiprocessor(decode, launch::DECODE_THREADS as u32, shared)?.get() as usize;
+        let blocks = fit * driver.properties().multiprocessors;
+        let workers = launch::decode_workers(blocks, heads.kv_heads, heads.group());
+        let (merge, prefill) = (named("decode_merge", 0)?, named("prefill", launch::prefill_shared_bytes(dim) as u32)?);
+        Ok((AttentionKernels::Tiles { decode, merge, prefill }, workers as u32))
+    }
+}
+
+impl DevicePlan {
+    pub(crate) fn new(gpu: &CudaDevice, heads: HeadLayout, limits: &AttentionLimits<'_>) -> Result<Self> {
+        let driver = &gpu.driver;
+        let (kernels, workers) = AttentionKernels::new(driver.as_ref(), gpu.element, heads)?;
+        let tile_rows = match kernels {
+            AttentionKernels::F32 { .. } => F32_TILE_ROWS,
+            AttentionKernels::Tiles { .. } => launch::prefill_rows(heads.head_dim) / heads.group(),
+        };
+        let AttentionLimits { tokens_max, sequences_max, context_max, windows } = *limits;
+        let pieces = context_max.div_ceil(piece_len(context_max as u32) as usize).max(context_max.min(4096).div_ceil(256));
+        let partials = match kernels {
+            AttentionKernels::F32 { .. } => 0,
+            AttentionKernels::Tiles { .. } => PARTIALS_MAX.max(pieces).min(pieces * sequences_max),
+        };
+        let window_plan = |window: &Option<u32>| -> Result<WindowPlan> {
+            const WHAT: &str = "the plan of decode attention";
+            Ok(WindowPlan {
+                window: *window,
+                plan: DecodePlan::with_partials_max(partials as u32),
+                items: StepArray::new(driver, WHAT, partials + sequences_max)?,
+                starts: StepArray::new(driver, WHAT, workers as usize + 1)?,
+                merges: StepArray::new(driver, WHAT, sequences_max)?,
+            })
+        };
+        // Short contexts have room for blocks of any size.
+        let blocks_max = context_max.div_ceil(RESERVED_BLOCK_SIZE).max(context_max.min(SHORT_CONTEXT));
+        let table_entries = sequences_max.checked_mul(blocks_max);
+        let table_entries = table_entries.ok_or_else(|| {
+            KernelError::shape("attention plan", "sizes in range", format!("{sequences_max} x {context_max}"))
+        })?;
+        let partial_values = partials * heads.heads;
+        Ok(DevicePlan {
+            workers,
+            tile_rows: tile_rows as u32,
+            windows: windows.iter().map(window_plan).collect::<Result<_>>()?,
+            prefill: PrefillPlan::default(),
+            tiles: StepArray::new(driver, "the plan of prefill attention", tokens_max.div_ceil(tile_rows) + sequences_max)?,
+            tables: StepArray::new(driver, "block tables", table_entries)?,
+            sums: DeviceMemory::new(driver, "partial results of attention", partial_values * 2 * 4)?,
+            values: DeviceMemory::new(driver, "partial results of attention", partial_values * heads.head_dim * 4)?,
+            copied: Milestone::new(driver)?,
+            decode_queries: Vec::with_capacity(sequences_max),
+            prefill_queries: Vec::with_capacity(sequences_max),
+            table_entries: Vec::with_capacity(table_entries),
+            kernels,
+        })
+    }
+
+    /// Bytes held on the device.
+    pub(crate) fn bytes(&self) -> usize {
+        let windows = self.windows.iter().map(|own| own.items.bytes() + own.starts.bytes() + own.merges.bytes());
+        let arrays = self.tiles.bytes() + self.tables.bytes() + self.sums.bytes() + self.values.bytes();
+        windows.sum::<usize>() + arrays
+    }
+
+    /// Plans a batch that was checked. `padded`: launches are as large as for so many sequences of one query each.
+    pub(crate) fn update(
+        &mut self,
+        gpu: &CudaDevice,
+        batch: &SequenceBatch<'_>,
+        block_size: usize,
+        padded: Option<usize>,
+    ) -> Result<()> {
+        self.decode_queries.clear();
+        self.prefill_queries.clear();
+        self.table_entries.clear();
+        let tiles_only = matches!(self.kernels, AttentionKernels::F32 { .. });
+        for sequence in sequences(batch) {
+            let table = self.table_entries.len() as u32;
+            let blocks = sequence.context.div_ceil(block_size);
+            let entries = &batch.block_tables[sequence.index * batch.block_table_stride..][..blocks];
+            self.table_entries.extend_from_slice(entries);
+            let (row, context) = (sequence.first_row as u32, sequence.context as u32);
+            let rows = sequence.queries as u32;
+            if rows == 1 && !tiles_only {
+                self.decode_queries.push(DecodeQuery { row, table, context });
+            } else {
+                self.prefill_queries.push(PrefillQuery { row, rows, position: context - rows, table });
+            }
+        }
+        self.prefill.update(&self.prefill_queries, self.tile_rows);
+        self.bring(gpu, padded)
+    }
+
+    /// The plan's arrays to the device.
+    fn bring(&mut self, gpu: &CudaDevice, padded: Option<usize>) -> Result<()> {
+        self.copied.wait()?;
+        let tiles = &self.prefill.tiles;
+        let no_tile = PrefillTile { row: 0, rows: 0, position: 0, table: 0 };
+        let tile_count = match self.kernels {
+            AttentionKernels::F32 { .. } => padded.unwrap_or(tiles.len()),
+            AttentionKernels::Tiles { .. } => tiles.len(),
+        };
+        let tile = |at: usize| tiles.get(at).copied().unwrap_or(no_tile);
+        // SAFETY: the last copies are done, as `copied` says, and the arrays are this stream's own. Here and below.
+        unsafe {
+            self.tables.fill(gpu.stream, self.table_entries.iter().copied())?;
+            self.tiles.fill(gpu.stream, (0..tile_count).map(tile))?;
+        }
+        for own in &mut self.windows {
+            let WindowPlan { window, plan, items, starts, merges } = own;
+            plan.update(&self.decode_queries, *window, self.workers);
+            let merge_count = if self.decode_queries.is_empty() { 0 } else { padded.unwrap_or(plan.merges.len()) };
+            let no_merge = DecodeMerge { row: 0, first: 0, count: 0 };
+            let merge = |at: usize| plan.merges.get(at).copied().unwrap_or(no_merge);
+            // SAFETY: as above.
+            unsafe {
+                items.fill(gpu.stream, plan.items.iter().copied())?;
+                starts.fill(gpu.stream, plan.starts.iter().copied())?;
+                merges.fill(gpu.stream, (0..merge_count).map(merge))?;
+            }
+        }
+        self.copied.set(gpu.stream)
+    }
+
+    pub(crate) fn launch(
+        &self,
+        gpu: &CudaDevice,
+        args: &Attention<'_>,
+        qkv: &Tensor,
+        kv: &KvCache,
+        out: &mut Tensor,
+    ) -> Result<()> {
+        let layer = kv.on_device()?.layer(args.layer);
+        match self.kernels {
+            AttentionKernels::F32 { attention } => {
+                let grid = [self.tiles.len(), args.heads.heads];
+                self.launch_tiles(gpu, attention, shape(grid, 128), &self.prefill_params(args, qkv, kv, layer, out))
+            }
+            AttentionKernels::Tiles { decode, merge, prefill } => {
+                self.launch_decode(gpu, [decode, merge], args, &(qkv, kv, layer, &*out))?;
+                let grid = [self.tiles.len(), args.heads.kv_heads];
+                let shared = launch::prefill_shared_bytes(args.heads.head_dim);
+                let shape = with_shared(shape(grid, launch::PREFILL_THREADS), shared);
+                self.launch_tiles(gpu, prefill, shape, &self.prefill_params(args, qkv, kv, layer, out))
+            }
+        }
+    }
+
+    fn launch_tiles(
+        &self,
+        gpu: &CudaDevice,
+        kernel: Kernel,
+        shape: LaunchShape,
+        params: &PrefillParams,
+    ) -> Result<()> {
+        if self.tiles.len() == 0 {
+            return Ok(());
+        }
+        // SAFETY: the plan's tiles are of rows in qkv and out, and its tables of blocks in the cache, as was checked.
+        unsafe { gpu.launch(kernel, shape, params) }
+    }
+
+    fn launch_decode(
+        &self,
+        gpu: &CudaDevice,
+        [decode, merge]: [Kernel; 2],
+        args: &Attention<'_>,
+        (qkv, kv, (k_cache, v_cache), out): &(&Tensor, &KvCache, (Ptr, Ptr), &Tensor),
+    ) -> Result<()> {
+        if self.decode_queries.is_empty() {
+            return Ok(());
+        }
+        let own = self.windows.iter().find(|own| own.window == args.window).ok_or_else(|| {
+            let known: Vec<_> = self.windows.iter().map(|own| own.window).collect();
+            KernelError::shape("attention", format!("a window of {known:?}"), format!("{:?}", args.window))
+        })?;
+        let HeadLayout { heads, kv_heads, head_dim } = args.heads;
+        let params = DecodeParams {
+            qkv: qkv.ptr(),
+            k_cache: *k_cache,
+            v_cache: *v_cache,
+            out: out.ptr(),
+            items: own.items.ptr(),
+            starts: own.starts.ptr(),
+            merges: own.merges.ptr(),
+            block_tables: self.tables.ptr(),
+            sums: self.sums.ptr(),
+            values: self.values.ptr(),
+            heads: heads as u32,
+            kv_heads: kv_heads as u32,
+            block_size: kv.shape().block_size as u32,
+            table_stride: 1,
+            qkv_stride: args.heads.row_len() as u32,
+            scale_log2: args.scale * std::f32::consts::LOG2_E,
+        };
+        let tiles = launch::decode_head_tiles(args.heads.group());
+        let grid = [self.workers as usize, kv_heads * tiles];
+        let decode_shape = with_shared(shape(grid, launch::DECODE_THREADS), launch::decode_shared_bytes(head_dim));
+        // SAFETY: as of the tiles; partial results are within what was allocated, as the plan was told.
+        unsafe {
+            gpu.launch(decode, decode_shape, &params)?;
+            if own.merges.len() == 0 {
+                return Ok(());
+            }
+            gpu.launch(merge, shape([own.merges.len(), heads], head_dim), &params)
+        }
+    }
+
+    fn prefill_params(
+        &self,
+        args: &Attention<'_>,
+        qkv: &Tensor,
+        kv: &KvCache,
+        (k_cache, v_cache): (Ptr, Ptr),
+        out: &Tensor,
+    ) -> PrefillParams {
+        PrefillParams {
+            qkv: qkv.ptr(),
+            k_cache,
+            v_cache,
+            out: out.ptr(),
+            tiles: self.tiles.ptr(),
+            block_tables: self.tables.ptr(),
+            heads: args.heads.heads as u32,
+            kv_heads: args.heads.kv_heads as u32,
+            block_size: kv.shape().block_size as u32,
+            table_stride: 1,
+            qkv_stride: args.heads.row_len() as u32,
+            window: args.window.unwrap_or(0),
+            scale_log2: args.scale * std::f32::consts::LOG2_E,
+            head_dim: args.heads.head_dim as u32,
+        }
+    }
+}
+
+fn with_shared(shape: LaunchShape, bytes: usize) -> LaunchShape {
+    LaunchShape { shared_bytes: bytes as u32, ..shape }
+}

@@ -1,0 +1,201 @@
+//! Memory of a device, pinned memory of the host, and what moves between them.
+
+use std::marker::PhantomData;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use kvern_cuda_abi::Ptr;
+
+use super::driver::{Driver, Event, HostAccess, Stream};
+use crate::{KernelError, Result};
+
+/// Device memory, given back when dropped.
+pub(crate) struct DeviceMemory {
+    driver: Arc<dyn Driver>,
+    ptr: Ptr,
+    bytes: usize,
+}
+
+impl DeviceMemory {
+    /// With any content. `what` names it in the error where there is not enough.
+    pub(crate) fn new(driver: &Arc<dyn Driver>, what: &str, bytes: usize) -> Result<Self> {
+        // Whole vectors, so that a kernel may read the last one as a whole; and never nothing, which has no address.
+        let bytes = bytes.max(1).checked_next_multiple_of(16).unwrap_or(usize::MAX);
+        let ptr = driver.allocate(bytes).map_err(|error| match error {
+            KernelError::OutOfMemory { asked, free, .. } => {
+                KernelError::OutOfMemory { what: what.to_owned(), asked, free }
+            }
+            error => error,
+        })?;
+        driver.count(what, bytes);
+        Ok(DeviceMemory { driver: Arc::clone(driver), ptr, bytes })
+    }
+
+    pub(crate) fn ptr(&self) -> Ptr {
+        self.ptr
+    }
+
+    /// `bytes` further.
+    pub(crate) fn at(&self, bytes: usize) -> Ptr {
+        assert!(bytes <= self.bytes, "an address within {} bytes, not {bytes}", self.bytes);
+        Ptr(self.ptr.0 + bytes as u64)
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
+impl Drop for DeviceMemory {
+    fn drop(&mut self) {
+        // SAFETY: whoever holds the memory puts no work that uses it on a stream any more; the driver waits for what is there.
+        unsafe { self.driver.free(self.ptr) };
+    }
+}
+
+/// `len` values in pinned memory of the host.
+pub(crate) struct Pinned<T: Copy> {
+    driver: Arc<dyn Driver>,
+    start: NonNull<u8>,
+    len: usize,
+    values: PhantomData<T>,
+}
+
+// SAFETY: the memory is this value's own, and is used through `&self` for reading and `&mut self` for writing.
+unsafe impl<T: Copy + Send> Send for Pinned<T> {}
+// SAFETY: as above.
+unsafe impl<T: Copy + Sync> Sync for Pinned<T> {}
+
+impl<T: Copy> Pinned<T> {
+    /// Zeros, which are values of every `T` that is used: numbers and structs of numbers.
+    pub(crate) fn new(driver: &Arc<dyn Driver>, len: usize) -> Result<Self> {
+        let bytes = len.checked_mul(size_of::<T>()).filter(|&bytes| bytes <= isize::MAX as usize);
+        let bytes = bytes.ok_or_else(|| KernelError::Unsupported(format!("cannot pin {len} values")))?;
+        let start = driver.allocate_pinned(bytes.max(1))?;
+        Ok(Pinned { driver: Arc::clone(driver), start, len, values: PhantomData })
+    }
+
+    fn bytes(&self) -> usize {
+        self.len * size_of::<T>()
+    }
+
+    /// The values, where no copy to them is under way.
+    pub(crate) fn read(&self) -> Result<&[T]> {
+        self.driver.host_access(self.start, self.bytes(), HostAccess::Read)?;
+        // SAFETY: `len` values, which were zeros at first.
+        Ok(unsafe { std::slice::from_raw_parts(self.start.cast().as_ptr(), self.len) })
+    }
+
+    /// The values, where no copy from or to them is under way.
+    pub(crate) fn write(&mut self) -> Result<&mut [T]> {
+        self.driver.host_access(self.start, self.bytes(), HostAccess::Write)?;
+        // SAFETY: as in `read`, and `&mut self` makes it exclusive.
+        Ok(unsafe { std::slice::from_raw_parts_mut(self.start.cast().as_ptr(), self.len) })
+    }
+
+    /// Puts a copy of the first `len` values to `to` on a stream.
+    ///
+    /// # Safety
+    /// There is room at `to`, and nothing is written here until the copy is known to be done.
+    pub(crate) unsafe fn copy_to(&self, stream: Stream, to: Ptr, len: usize) -> Result<()> {
+        assert!(len <= self.len, "{len} of {} pinned values", self.len);
+        // SAFETY: the source is as long; the rest is the caller's promise.
+        unsafe { self.driver.copy_to_device(stream, to, self.start, len * size_of::<T>()) }
+    }
+
+    /// Puts a copy of `len` values at `from` to here on a stream.
+    ///
+    /// # Safety
+    /// There are as many at `from`, and nothing is used here until the copy is known to be done.
+    pub(crate) unsafe fn copy_from(&mut self, stream: Stream, from: Ptr, len: usize) -> Result<()> {
+        assert!(len <= self.len, "{len} of {} pinned values", self.len);
+        // SAFETY: the target is as long; the rest is the caller's promise.
+        unsafe { self.driver.copy_to_host(stream, self.start, from, len * size_of::<T>()) }
+    }
+}
+
+impl<T: Copy> Drop for Pinned<T> {
+    fn drop(&mut self) {
+        // SAFETY: as of device memory.
+        unsafe { self.driver.free_pinned(self.start, self.bytes().max(1)) };
+    }
+}
+
+/// An array that the host writes for each step and kernels read, always at the same address: captured launches hold it.
+pub(crate) struct StepArray<T: Copy> {
+    pinned: Pinned<T>,
+    device: DeviceMemory,
+    len: usize,
+}
+
+impl<T: Copy> StepArray<T> {
+    pub(crate) fn new(driver: &Arc<dyn Driver>, what: &str, capacity: usize) -> Result<Self> {
+        let pinned = Pinned::new(driver, capacity)?;
+        let device = DeviceMemory::new(driver, what, capacity * size_of::<T>())?;
+        Ok(StepArray { pinned, device, len: 0 })
+    }
+
+    /// Values of the last fill.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    pub(crate) fn ptr(&self) -> Ptr {
+        self.device.ptr()
+    }
+
+    pub(crate) fn capacity(&self) -> usize {
+        self.pinned.len
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        self.device.bytes()
+    }
+
+    /// Takes `values`, and puts their copy on a stream. More than there is room for is an error.
+    ///
+    /// # Safety
+    /// The last fill's copy is known to be done; work on other streams does not use the array.
+    pub(crate) unsafe fn fill(&mut self, stream: Stream, values: impl ExactSizeIterator<Item = T>) -> Result<()> {
+        let len = values.len();
+        if len > self.pinned.len {
+            let expected = format!("at most {} entries", self.pinned.len);
+            return Err(KernelError::shape("step array", expected, len));
+        }
+        self.len = len;
+        if len == 0 {
+            return Ok(());
+        }
+        self.pinned.write()?[..len].iter_mut().zip(values).for_each(|(to, value)| *to = value);
+        // SAFETY: the device's array is as long; the next write waits, as the caller promises.
+        unsafe { self.pinned.copy_to(stream, self.device.ptr(), len) }
+    }
+}
+
+/// A place in a stream up to which the host can wait.
+pub(crate) struct Milestone {
+    driver: Arc<dyn Driver>,
+    event: Event,
+    passed: bool,
+}
+
+impl Milestone {
+    pub(crate) fn new(driver: &Arc<dyn Driver>) -> Result<Self> {
+        Ok(Milestone { event: driver.event()?, driver: Arc::clone(driver), passed: true })
+    }
+
+    /// Is now at the end of what is on the stream.
+    pub(crate) fn set(&mut self, stream: Stream) -> Result<()> {
+        self.passed = false;
+        self.driver.record(self.event, stream)
+    }
+
+    /// Waits until the device has passed it.
+    pub(crate) fn wait(&mut self) -> Result<()> {
+        if !self.passed {
+            self.driver.synchronize(self.event)?;
+            self.passed = true;
+        }
+        Ok(())
+    }
+}
