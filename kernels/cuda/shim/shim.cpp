@@ -90,9 +90,19 @@ static unsigned char *shared_memory() {
 
 static const Entry *entries = nullptr;
 
-Entry::Entry(const char *name, size_t params_bytes, uint32_t threads_max, void (*run)(const void *))
-    : name(name), params_bytes(params_bytes), threads_max(threads_max), run(run), next(entries) {
+Entry::Entry(const char *name, const char *params_name, size_t params_bytes, uint32_t threads_max,
+             void (*run)(const void *))
+    : name(name), params_name(params_name), params_bytes(params_bytes), threads_max(threads_max), run(run),
+      next(entries) {
     entries = this;
+}
+
+static const Entry *find(const char *name) {
+    const Entry *entry = entries;
+    while (entry && strcmp(entry->name, name) != 0) {
+        entry = entry->next;
+    }
+    return entry;
 }
 
 #if defined(__x86_64__)
@@ -344,6 +354,23 @@ static void watch_memory() {
 
 } // namespace shim
 
+// What a kernel takes.
+struct KernelLimits {
+    const char *params_name;
+    size_t params_bytes;
+    uint32_t threads_max;
+};
+
+// 0, or 1 where there is no such kernel.
+extern "C" int kvern_shim_limits(const char *name, KernelLimits *limits) {
+    const shim::Entry *entry = shim::find(name);
+    if (!entry) {
+        return 1;
+    }
+    *limits = {entry->params_name, entry->params_bytes, entry->threads_max};
+    return 0;
+}
+
 struct LaunchShape {
     Dim3 grid, block;
     uint32_t shared_bytes, reverse, planted;
@@ -353,10 +380,7 @@ struct LaunchShape {
 extern "C" int kvern_shim_launch(const char *name, const LaunchShape *shape, const void *params, size_t params_bytes,
                                  char *message, size_t message_bytes) {
     using namespace shim;
-    const Entry *entry = entries;
-    while (entry && strcmp(entry->name, name) != 0) {
-        entry = entry->next;
-    }
+    const Entry *entry = find(name);
     uint32_t threads = shape->block.x * shape->block.y * shape->block.z;
     if (!entry || entry->params_bytes != params_bytes || threads == 0 || threads % 32 != 0 ||
         threads > entry->threads_max || shape->shared_bytes > DYNAMIC_BYTES_MAX) {

@@ -64,12 +64,13 @@ uint32_t lane();
 
 // Entries register themselves by name.
 struct Entry {
-    const char *name;
+    const char *name, *params_name;
     size_t params_bytes;
     uint32_t threads_max;
     void (*run)(const void *params);
     const Entry *next;
-    Entry(const char *name, size_t params_bytes, uint32_t threads_max, void (*run)(const void *));
+    Entry(const char *name, const char *params_name, size_t params_bytes, uint32_t threads_max,
+          void (*run)(const void *));
 };
 
 template <class T> T shuffle(T value, uint32_t from) {
@@ -94,7 +95,7 @@ inline void check_mask(uint32_t mask) {
 
 #define KVERN_KERNEL_BLOCKS(entry, Params, threads, blocks)                                                            \
     static void entry(const Params &p);                                                                                \
-    static const shim::Entry register_##entry(#entry, sizeof(Params), threads, [](const void *params) {                \
+    static const shim::Entry register_##entry(#entry, #Params, sizeof(Params), threads, [](const void *params) {       \
         Params copy;                                                                                                   \
         memcpy(&copy, params, sizeof(copy));                                                                           \
         entry(copy);                                                                                                   \

@@ -63,6 +63,14 @@ impl<T: Copy> Buffer<T> {
     /// If something was written just before or after the values.
     #[must_use]
     pub fn values(&self) -> Vec<T> {
+        self.check();
+        // SAFETY: the values are the mapping's own, and no kernel is running.
+        unsafe { std::slice::from_raw_parts(self.start, self.len).to_vec() }
+    }
+
+    /// # Panics
+    /// If something was written just before or after the values.
+    pub fn check(&self) {
         let end = self.start.cast::<u8>().wrapping_add(self.len * size_of::<T>());
         let first = self.mapping.wrapping_add(GUARD_BYTES);
         let last = self.mapping.wrapping_add(self.mapped - GUARD_BYTES);
@@ -71,10 +79,22 @@ impl<T: Copy> Buffer<T> {
             let before = std::slice::from_raw_parts(first, self.start as usize - first as usize);
             let after = std::slice::from_raw_parts(end, last as usize - end as usize);
             assert!(before.iter().chain(after).all(|byte| *byte == POISON), "a write outside of a buffer's values");
-            std::slice::from_raw_parts(self.start, self.len).to_vec()
         }
     }
+
+    /// Gives the memory back and keeps the addresses, which nobody may touch any more.
+    pub(crate) fn retire(&mut self) {
+        // SAFETY: the mapping is this buffer's own, and nothing borrows from it.
+        let done = unsafe {
+            libc::madvise(self.mapping.cast(), self.mapped, libc::MADV_DONTNEED) == 0
+                && libc::mprotect(self.mapping.cast(), self.mapped, libc::PROT_NONE) == 0
+        };
+        assert!(done, "{} bytes of one's own can be given back", self.mapped);
+    }
 }
+
+// SAFETY: a mapping belongs to no thread, and the values are plain data.
+unsafe impl<T: Copy + Send> Send for Buffer<T> {}
 
 impl<T: Copy> Drop for Buffer<T> {
     fn drop(&mut self) {

@@ -7,6 +7,7 @@
 //! [reverse](Launch::reverse) order of threads shows many of them by another result.
 
 mod buffer;
+pub mod device;
 
 use std::ffi::{CStr, CString, c_char, c_int};
 
@@ -61,6 +62,23 @@ impl Launch {
     }
 }
 
+/// What a kernel takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KernelLimits {
+    /// Its parameter struct.
+    pub params_name: &'static str,
+    pub params_bytes: usize,
+    /// Threads per block.
+    pub threads_max: u32,
+}
+
+#[repr(C)]
+struct RawLimits {
+    params_name: *const c_char,
+    params_bytes: usize,
+    threads_max: u32,
+}
+
 #[repr(C)]
 struct RawField {
     name: *const c_char,
@@ -79,6 +97,7 @@ unsafe extern "C" {
         message_bytes: usize,
     ) -> c_int;
     fn kvern_shim_kernel(index: usize) -> *const c_char;
+    fn kvern_shim_limits(name: *const c_char, limits: *mut RawLimits) -> c_int;
     static kvern_shim_fields: [RawField; 0];
 }
 
@@ -91,16 +110,29 @@ unsafe extern "C" {
 /// Every pointer in `params` is to a [`Buffer`] that lives on, is not borrowed, and is as large as the kernel takes it to be; an access
 /// that is off by more than a guard's pages is undefined.
 pub unsafe fn launch<P: KernelParams>(kernel: &str, launch: &Launch, params: &P) -> Result<(), String> {
+    // SAFETY: a struct of parameters is plain data without padding.
+    let bytes = unsafe { std::slice::from_raw_parts(std::ptr::from_ref(params).cast(), size_of::<P>()) };
+    // SAFETY: as the caller promises.
+    unsafe { launch_raw(kernel, launch, bytes) }
+}
+
+/// As [`launch`], of the bytes of a parameter struct.
+///
+/// # Errors
+/// As [`launch`].
+///
+/// # Safety
+/// As [`launch`].
+pub unsafe fn launch_raw(kernel: &str, launch: &Launch, params: &[u8]) -> Result<(), String> {
     let name = CString::new(kernel).map_err(|error| error.to_string())?;
     let mut message = [0u8; 640];
-    // SAFETY: the message is as long as said, `params` is plain data of the size that is said, and what it points to is as the
-    // caller promises.
+    // SAFETY: the message and the parameters are as long as said, and what these point to is as the caller promises.
     let failed = unsafe {
         kvern_shim_launch(
             name.as_ptr(),
             launch,
-            std::ptr::from_ref(params).cast(),
-            size_of::<P>(),
+            params.as_ptr(),
+            params.len(),
             message.as_mut_ptr().cast(),
             message.len(),
         )
@@ -110,6 +142,21 @@ pub unsafe fn launch<P: KernelParams>(kernel: &str, launch: &Launch, params: &P)
     }
     let text = CStr::from_bytes_until_nul(&message).map_err(|error| error.to_string())?;
     Err(text.to_string_lossy().into_owned())
+}
+
+/// What a kernel takes, if there is one of this name.
+#[must_use]
+pub fn limits(kernel: &str) -> Option<KernelLimits> {
+    let name = CString::new(kernel).ok()?;
+    let mut raw = RawLimits { params_name: std::ptr::null(), params_bytes: 0, threads_max: 0 };
+    // SAFETY: both live as long as the call.
+    if unsafe { kvern_shim_limits(name.as_ptr(), &raw mut raw) } != 0 {
+        return None;
+    }
+    // SAFETY: a struct's name is a constant of the shim's.
+    let params_name: &'static CStr = unsafe { CStr::from_ptr(raw.params_name) };
+    let params_name = params_name.to_str().expect("a name of C++ is ASCII");
+    Some(KernelLimits { params_name, params_bytes: raw.params_bytes, threads_max: raw.threads_max })
 }
 
 /// The names of all kernels.

@@ -1,0 +1,315 @@
+//! A device without a GPU: runs work on the host, records it, and refuses work in a wrong order.
+//!
+//! [`ShimDriver`] is the backend's driver in tests. A call that a GPU would take without a word, and sometimes survive, is an error
+//! here that names what is wrong: a pointer into no allocation, a use that no event orders after the one before it, a copy's
+//! host memory touched while the copy may be under way, an allocation during a capture. Such errors leave the device as it was. A
+//! kernel that fails while it runs loses the device, as a GPU's does.
+//!
+//! Order is proved, not observed: each operation has a vector clock, made of its stream's past, of the events it waited for and of
+//! what the host had waited for when it was put on the stream. Two uses of the same bytes, one of them a write, must be ordered
+//! by these clocks, whatever order they happened to run in. The host has one clock for all of its threads, as if every value
+//! passed between them ordered them: a thread that relies on what another one waited for, without having heard of it, is not
+//! found. Where a kernel's extents depend on data, the first byte of an operand stands for all of it. KV caches are exempt from
+//! order, not from being alive: the scheduler keeps blocks apart.
+//!
+//! Work runs at once, or, with [`Options::lazy`], when the host waits for it, streams taking turns by a seed: what is read
+//! too early is then poison or zeros. Launches run in either order of threads, by the same seed.
+//!
+//! ```text
+//! device.rs    the driver's calls
+//! state.rs     streams, events, graphs, queues; which work runs when
+//! clock.rs     what is known to come before what
+//! memory.rs    allocations, and the checks of operands against them
+//! access.rs    who used which bytes last
+//! fields.rs    what kernels do with the memory that parameters name
+//! kernels.rs   kernels by handle, and shapes that they take
+//! work.rs      operations, and how they run
+//! gemm.rs      products
+//! faults.rs    failures that tests plant
+//! ```
+//!
+//! A call costs O(operands x log allocations), beside the work itself.
+
+mod access;
+mod clock;
+mod faults;
+mod fields;
+mod gemm;
+mod kernels;
+mod memory;
+mod state;
+mod work;
+
+use std::num::NonZeroU32;
+use std::ptr::NonNull;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+pub use faults::Call;
+use kvern_kernels::cuda::driver::{
+    DeviceProperties, Driver, Event, Gemm, Graph, HostAccess, Kernel, LaunchShape, Layout, Ptr, Stream, StreamPriority,
+};
+use kvern_kernels::{KernelError, Result};
+
+use access::Place;
+use faults::Fault;
+use state::State;
+use work::Operation;
+
+/// What the shim's blocks may have, as on a device of capability 8.0.
+const BLOCK_SHARED_BYTES: u32 = 163 * 1024;
+const GRID_ROWS_MAX: u32 = 65_535;
+/// What every kernel's blocks are said to be per multiprocessor.
+const BLOCKS_PER_MULTIPROCESSOR: NonZeroU32 = NonZeroU32::new(2).expect("two is not zero");
+
+/// The device that tests want.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Options {
+    pub multiprocessors: usize,
+    /// Device memory; pinned memory is the host's and not counted.
+    pub memory_bytes: usize,
+    /// Draws whose turn it is among streams, and the order of a launch's threads.
+    pub seed: u64,
+    /// Work runs when the host waits for it, and not before.
+    pub lazy: bool,
+}
+
+impl Default for Options {
+    fn default() -> Options {
+        Options { multiprocessors: 4, memory_bytes: 1 << 30, seed: 0, lazy: false }
+    }
+}
+
+/// The device; see the [module](self).
+pub struct ShimDriver {
+    properties: DeviceProperties,
+    state: Mutex<State>,
+}
+
+impl ShimDriver {
+    #[must_use]
+    pub fn new(options: Options) -> Arc<ShimDriver> {
+        let properties = DeviceProperties {
+            name: "shim".to_owned(),
+            compute_capability: (8, 0),
+            driver_version: (13, 0),
+            multiprocessors: options.multiprocessors,
+            shared_bytes: BLOCK_SHARED_BYTES as usize + 1024,
+            block_shared_bytes: BLOCK_SHARED_BYTES as usize,
+            memory_bytes: options.memory_bytes,
+        };
+        Arc::new(ShimDriver { properties, state: Mutex::new(State::new(&options)) })
+    }
+
+    /// Makes the `nth` call of this kind from now on (1 is the next one) fail with `text`, without doing anything; `lost` loses the
+    /// device with it, and every later call fails.
+    ///
+    /// # Panics
+    /// If `nth` is 0.
+    pub fn fail(&self, call: Call, nth: u64, text: &str, lost: bool) {
+        assert!(nth > 0, "calls are counted from 1 on");
+        self.state().plant(Fault { call, left: nth, text: text.to_owned(), lost });
+    }
+
+    /// What was done, oldest first, a line each; old lines give way.
+    #[must_use]
+    pub fn log(&self) -> Vec<String> {
+        self.state().log()
+    }
+
+    pub fn clear_log(&self) {
+        self.state().clear_log();
+    }
+
+    /// The calls that were refused because they were wrong: a test of right code expects none, also where an error would be
+    /// swallowed on its way.
+    #[must_use]
+    pub fn refusals(&self) -> Vec<String> {
+        self.state().refusals()
+    }
+
+    /// After a test's failure the state is still good to read and to drop.
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The state, for a call.
+    fn enter(&self, call: Call) -> Result<MutexGuard<'_, State>> {
+        let mut state = self.state();
+        state.enter(call)?;
+        Ok(state)
+    }
+
+    /// # Panics
+    /// If the memory may not be freed.
+    fn release(&self, at: u64, bytes: Option<usize>, place: Place) {
+        let mut state = self.state();
+        let freed = state.refuse_in_capture("free").and_then(|()| {
+            let host = (!state.is_lost()).then(|| state.host().clone());
+            let freed = state.memory.free(at, bytes, place, host.as_ref());
+            freed.map_err(|problem| state.refuse("free", problem))
+        });
+        if let Err(error) = freed {
+            drop(state);
+            // A second panic would end the test's program without a word on the first.
+            assert!(std::thread::panicking(), "{error}");
+        }
+    }
+}
+
+impl Driver for ShimDriver {
+    fn properties(&self) -> &DeviceProperties {
+        &self.properties
+    }
+
+    fn free_bytes(&self) -> Result<usize> {
+        let state = self.state();
+        state.check_there()?;
+        Ok(state.memory.free_bytes())
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<Ptr> {
+        let mut state = self.enter(Call::Allocate)?;
+        state.refuse_in_capture("allocate")?;
+        if bytes == 0 {
+            return Err(state.refuse("allocate", "expected at least 1 byte, found 0".to_owned()));
+        }
+        let free = state.memory.free_bytes();
+        if bytes > free {
+            return Err(KernelError::OutOfMemory { what: "an allocation".to_owned(), asked: bytes, free });
+        }
+        state.note(format!("allocate {bytes} bytes"));
+        Ok(Ptr(state.memory.allocate(bytes, Place::Device)))
+    }
+
+    unsafe fn free(&self, memory: Ptr) {
+        self.release(memory.0, None, Place::Device);
+    }
+
+    fn allocate_pinned(&self, bytes: usize) -> Result<NonNull<u8>> {
+        let mut state = self.enter(Call::AllocatePinned)?;
+        state.refuse_in_capture("allocate_pinned")?;
+        if bytes == 0 {
+            return Err(state.refuse("allocate_pinned", "expected at least 1 byte, found 0".to_owned()));
+        }
+        state.note(format!("allocate_pinned {bytes} bytes"));
+        let at = state.memory.allocate(bytes, Place::Pinned);
+        Ok(NonNull::new(at as *mut u8).expect("no mapping begins at null"))
+    }
+
+    unsafe fn free_pinned(&self, memory: NonNull<u8>, bytes: usize) {
+        self.release(memory.as_ptr() as u64, Some(bytes), Place::Pinned);
+    }
+
+    fn stream(&self, priority: StreamPriority) -> Result<Stream> {
+        let mut state = self.state();
+        state.check_there()?;
+        let stream = state.add_stream();
+        state.note(format!("stream s{} {priority:?}", stream.0));
+        Ok(stream)
+    }
+
+    fn event(&self) -> Result<Event> {
+        let mut state = self.state();
+        state.check_there()?;
+        Ok(state.add_event())
+    }
+
+    fn kernel(&self, name: &str, shared_bytes: u32) -> Result<Kernel> {
+        let mut state = self.enter(Call::Kernel)?;
+        if !state.kernels.is_loaded(name) {
+            // Code is loaded when it is asked for first, which takes memory.
+            state.refuse_in_capture("kernel")?;
+        }
+        let loaded = state.kernels.load(name, shared_bytes);
+        loaded.map_err(|problem| state.refuse("kernel", problem))
+    }
+
+    fn blocks_per_multiprocessor(&self, kernel: Kernel, threads: u32, shared_bytes: u32) -> Result<NonZeroU32> {
+        let mut state = self.state();
+        state.check_there()?;
+        let checked = state.kernels.check_block(kernel, threads, shared_bytes);
+        checked.map_err(|problem| state.refuse("blocks_per_multiprocessor", problem))?;
+        Ok(BLOCKS_PER_MULTIPROCESSOR)
+    }
+
+    fn record(&self, event: Event, stream: Stream) -> Result<()> {
+        self.enter(Call::Record)?.record(event, stream)
+    }
+
+    fn wait(&self, stream: Stream, event: Event) -> Result<()> {
+        self.enter(Call::Wait)?.wait(stream, event)
+    }
+
+    fn synchronize(&self, event: Event) -> Result<()> {
+        self.enter(Call::Synchronize)?.synchronize(event)
+    }
+
+    unsafe fn copy_to_device(&self, stream: Stream, to: Ptr, from: NonNull<u8>, bytes: usize) -> Result<()> {
+        let operation = Operation::copy(true, to.0, from.as_ptr() as u64, bytes);
+        self.enter(Call::CopyToDevice)?.enqueue(Call::CopyToDevice, stream, Ok(operation))
+    }
+
+    unsafe fn copy_to_host(&self, stream: Stream, to: NonNull<u8>, from: Ptr, bytes: usize) -> Result<()> {
+        let operation = Operation::copy(false, to.as_ptr() as u64, from.0, bytes);
+        self.enter(Call::CopyToHost)?.enqueue(Call::CopyToHost, stream, Ok(operation))
+    }
+
+    unsafe fn zero(&self, stream: Stream, memory: Ptr, bytes: usize) -> Result<()> {
+        self.enter(Call::Zero)?.enqueue(Call::Zero, stream, Ok(Operation::zero(memory.0, bytes)))
+    }
+
+    unsafe fn launch(
+        &self,
+        stream: Stream,
+        kernel: Kernel,
+        shape: LaunchShape,
+        params: &[u8],
+        layout: &'static Layout,
+    ) -> Result<()> {
+        let mut state = self.enter(Call::Launch)?;
+        let launch = state.kernels.launch(kernel, shape, params, layout).and_then(Operation::launch);
+        state.enqueue(Call::Launch, stream, launch)
+    }
+
+    unsafe fn gemm(&self, stream: Stream, gemm: &Gemm) -> Result<()> {
+        self.enter(Call::Gemm)?.enqueue(Call::Gemm, stream, Operation::gemm(gemm))
+    }
+
+    fn begin_capture(&self, stream: Stream) -> Result<()> {
+        self.enter(Call::BeginCapture)?.begin_capture(stream)
+    }
+
+    fn end_capture(&self, stream: Stream) -> Result<Graph> {
+        let mut state = self.state();
+        if let Err(error) = state.enter(Call::EndCapture) {
+            state.abandon_capture(stream);
+            return Err(error);
+        }
+        state.end_capture(stream)
+    }
+
+    unsafe fn launch_graph(&self, graph: Graph, stream: Stream) -> Result<()> {
+        self.enter(Call::LaunchGraph)?.launch_graph(graph, stream)
+    }
+
+    fn host_access(&self, memory: NonNull<u8>, bytes: usize, access: HostAccess) -> Result<()> {
+        let mut state = self.state();
+        let checked = state.check_host(memory.as_ptr() as u64, bytes, access == HostAccess::Write);
+        checked.map_err(|problem| state.refuse("host_access", problem))
+    }
+}
+
+impl Drop for ShimDriver {
+    /// Runs what is left.
+    fn drop(&mut self) {
+        let mut state = self.state();
+        let finished = if state.is_lost() { Ok(()) } else { state.finish() };
+        if !std::thread::panicking() {
+            state.memory.check_guards();
+            if let Err(error) = finished {
+                drop(state);
+                panic!("{error}");
+            }
+        }
+    }
+}
