@@ -156,6 +156,14 @@ impl Decoder {
     }
 }
 
+/// Work on the device may still use what is about to be given back.
+impl Drop for Decoder {
+    fn drop(&mut self) {
+        // A device that fails now has failed before, where somebody was told.
+        let _ = self.device.synchronize();
+    }
+}
+
 impl Model for Decoder {
     fn twin(&self, device: &Device) -> Result<Box<dyn Model>, KernelError> {
         Ok(Box::new(Decoder::new(device, &self.config, Arc::clone(&self.parts), self.bounds.limits)?))

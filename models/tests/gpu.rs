@@ -1,0 +1,255 @@
+//! Whole models on a GPU that is the shim: kernels run on the host, and work in a wrong order is refused.
+//!
+//! In F32, logits match the reference implementation's on the tiny checkpoints, whole, in chunks, and token by token by
+//! captured steps. In BF16 a random model matches the CPU backend's, and a captured step an eager one bit by bit.
+
+#![allow(clippy::unwrap_used)]
+
+mod paged;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use kvern_cuda_shim::device::{Options, ShimDriver};
+use kvern_kernels::{CpuOptions, Device, Element, KvCache, KvDType, Precision};
+use kvern_models::{LoadFormat, LoadOptions, LoadedModel, ModelFiles, StepLimits, load};
+use paged::{BLOCK_SIZE, Slice, blocks_of, scattered, step};
+use safetensors::SafeTensors;
+use serde_json::Value;
+
+/// Largest difference of an F32 logit from the reference; logits deviate by about 1.
+const TOLERANCE: f32 = 1e-4;
+const BLOCKS: usize = 32;
+
+fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden")
+}
+
+fn json(path: &Path) -> Value {
+    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+}
+
+/// A model on a device, and its cache.
+struct Rig {
+    driver: Option<Arc<ShimDriver>>,
+    device: Device,
+    loaded: LoadedModel,
+    kv: KvCache,
+}
+
+impl Rig {
+    fn gpu(files: &ModelFiles, element: Element, options: &LoadOptions, shim: Options) -> Rig {
+        let driver = ShimDriver::new(shim);
+        let device = Device::gpu(Arc::clone(&driver) as _, element).unwrap();
+        Rig::on(device, Some(driver), files, options)
+    }
+
+    fn cpu(files: &ModelFiles, options: &LoadOptions) -> Rig {
+        Rig::on(Device::cpu(CpuOptions::default()).unwrap(), None, files, options)
+    }
+
+    fn on(device: Device, driver: Option<Arc<ShimDriver>>, files: &ModelFiles, options: &LoadOptions) -> Rig {
+        let loaded = load(&device, files, options, &mut |_| {}).unwrap();
+        let dtype = if options.precision == Precision::F32 { KvDType::F32 } else { KvDType::BF16 };
+        let kv = KvCache::new(&device, loaded.kv_shape(BLOCKS, BLOCK_SIZE, dtype)).unwrap();
+        Rig { driver, device, loaded, kv }
+    }
+
+    fn capture(&mut self) {
+        self.loaded.model.capture(&mut self.kv, &mut |_, _| {}).unwrap();
+    }
+
+    fn step(&mut self, slices: &[Slice<'_>], rows: &[u32]) -> Vec<f32> {
+        step(&mut *self.loaded.model, &mut self.kv, slices, rows).read(&self.device).unwrap()
+    }
+
+    /// Logits of the last rows of slices.
+    fn last_rows(&mut self, slices: &[Slice<'_>]) -> Vec<f32> {
+        let ends = slices.iter().scan(0, |rows, slice| {
+            *rows += slice.tokens.len() as u32;
+            Some(*rows - 1)
+        });
+        let rows: Vec<u32> = ends.collect();
+        self.step(slices, &rows)
+    }
+
+    /// Greedy tokens after a prompt.
+    fn greedy(&mut self, prompt: &[u32], count: usize, table: &[u32]) -> Vec<u32> {
+        let mut tokens = prompt.to_vec();
+        let mut start = 0;
+        for _ in 0..count {
+            let logits = self.last_rows(&[Slice { start, tokens: &tokens[start..], table }]);
+            start = tokens.len();
+            tokens.push(best(&logits));
+        }
+        tokens.split_off(prompt.len())
+    }
+
+    /// What the shim found wrong with the order of work, and how often work was launched as a graph.
+    fn finish(self) -> usize {
+        let driver = self.driver.expect("a GPU's rig");
+        assert_eq!(driver.refusals(), Vec::<String>::new());
+        driver.log().iter().filter(|line| line.starts_with("graph ")).count()
+    }
+}
+
+fn best(logits: &[f32]) -> u32 {
+    (0..logits.len()).rev().max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap() as u32
+}
+
+fn assert_close(found: &[f32], expected: &[f32], tolerance: f32, what: &str) {
+    assert_eq!(found.len(), expected.len(), "{what}");
+    let worst = found.iter().zip(expected).fold(0.0, |worst: f32, (a, b)| {
+        let difference = (a - b).abs();
+        if difference <= worst { worst } else { difference }
+    });
+    println!("{what}: largest difference {worst:.1e}");
+    assert!(worst <= tolerance, "{what}: largest difference {worst}");
+}
+
+fn f32_options(context_max: usize, sequences_max: usize) -> LoadOptions {
+    let limits = StepLimits { tokens_max: 96, sequences_max, context_max };
+    LoadOptions { precision: Precision::F32, format: LoadFormat::Files, limits }
+}
+
+/// A golden case, as tests/golden.rs has it.
+fn check_golden(name: &str, gguf: bool) {
+    let case = json(&folder().join(name).join("case.json"));
+    let context_max = case["context_max"].as_u64().unwrap() as usize;
+    let checkpoint = folder().join("checkpoints").join(case["checkpoint"].as_str().unwrap());
+    let repository = tempfile::tempdir().unwrap();
+    let files = if gguf {
+        ModelFiles::open(&checkpoint.with_extension("gguf")).unwrap()
+    } else {
+        let copy = |from: PathBuf, to| std::fs::copy(from, repository.path().join(to)).unwrap();
+        copy(folder().join(name).join("config.json"), "config.json");
+        copy(checkpoint.with_extension("safetensors"), "model.safetensors");
+        ModelFiles::open(repository.path()).unwrap()
+    };
+    let bytes = std::fs::read(folder().join(name).join("logits.safetensors")).unwrap();
+    let logits = SafeTensors::deserialize(&bytes).unwrap();
+    let tensor = logits.tensor("0").unwrap();
+    let vocab = tensor.shape()[1];
+    let reference: Vec<f32> = tensor.data().as_chunks::<4>().0.iter().map(|word| f32::from_le_bytes(*word)).collect();
+    let sequences: Vec<Vec<u32>> = serde_json::from_value(json(&folder().join("sequences.json"))).unwrap();
+    let tokens = &sequences[0][..context_max];
+    // Logits of all rows at once.
+    let mut gpu = Rig::gpu(&files, Element::F32, &f32_options(context_max, 96), Options::default());
+    let table = scattered(7, blocks_of(context_max), BLOCKS);
+
+    let all: Vec<u32> = (0..tokens.len() as u32).collect();
+    let whole = gpu.step(&[Slice { start: 0, tokens, table: &table }], &all);
+    assert_close(&whole, &reference, TOLERANCE, &format!("{name}, whole"));
+    let cut = context_max / 2 + 1;
+    gpu.last_rows(&[Slice { start: 0, tokens: &tokens[..cut], table: &table }]);
+    let rest = gpu.step(&[Slice { start: cut, tokens: &tokens[cut..], table: &table }], &all[..tokens.len() - cut]);
+    assert_close(&rest, &reference[cut * vocab..], TOLERANCE, &format!("{name}, second chunk"));
+
+    assert_eq!(gpu.finish(), 0);
+
+    let options = f32_options(context_max, 4);
+    let mut gpu = Rig::gpu(&files, Element::F32, &options, Options::default());
+    gpu.capture();
+    gpu.last_rows(&[Slice { start: 0, tokens: &tokens[..cut], table: &table }]);
+    for at in cut..context_max {
+        let logits = gpu.last_rows(&[Slice { start: at, tokens: &tokens[at..=at], table: &table }]);
+        assert_close(&logits, &reference[at * vocab..(at + 1) * vocab], TOLERANCE, &format!("{name}, token {at}"));
+    }
+    let expected = Rig::cpu(&files, &options).greedy(&tokens[..20], 30, &table);
+    assert_eq!(gpu.greedy(&tokens[..20], 30, &table), expected, "{name}: greedy tokens");
+    assert!(gpu.finish() >= context_max - cut + 29, "{name}: decode steps are captured ones");
+}
+
+#[test]
+fn golden_models_match_the_reference() {
+    for name in ["llama", "llama-tied", "llama-bias", "llama-yarn", "mistral", "qwen2", "qwen2-window", "qwen3"] {
+        check_golden(name, false);
+    }
+    check_golden("llama", true);
+}
+
+/// Sizes that the kernels on matrix units take.
+const CONFIG: &str = r#"{
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 200, "hidden_size": 128,
+    "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
+    "max_position_embeddings": 640, "rms_norm_eps": 1e-5, "hidden_act": "silu", "tie_word_embeddings": true,
+    "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "bfloat16", "rope_theta": 10000.0
+}"#;
+
+fn dummy() -> (tempfile::TempDir, ModelFiles, LoadOptions) {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("config.json"), CONFIG).unwrap();
+    let files = ModelFiles::open_config(folder.path()).unwrap();
+    let limits = StepLimits { tokens_max: 96, sequences_max: 6, context_max: 640 };
+    let options = LoadOptions { precision: Precision::BF16, format: LoadFormat::Dummy { seed: 3 }, limits };
+    (folder, files, options)
+}
+
+fn tokens(seed: u32, count: usize) -> Vec<u32> {
+    (0..count as u32).map(|at| (at * 37 + seed * 91 + at * at % 13) % 200).collect()
+}
+
+/// Logits of: a prompt in chunks, then steps that mix a decode with a chunk, then decodes of three sequences at once.
+fn conversation(rig: &mut Rig) -> Vec<Vec<f32>> {
+    let ids = scattered(11, 30, BLOCKS);
+    let (long, short, third) = (&ids[..20], &ids[20..25], &ids[25..30]);
+    let [a, b, c] = [tokens(1, 300), tokens(2, 70), tokens(3, 70)];
+    let mut logits = Vec::new();
+    for start in (0..270).step_by(90) {
+        logits.push(rig.last_rows(&[Slice { start, tokens: &a[start..start + 90], table: long }]));
+    }
+    logits.push(rig.last_rows(&[
+        Slice { start: 270, tokens: &a[270..271], table: long },
+        Slice { start: 0, tokens: &b[..33], table: short },
+        Slice { start: 0, tokens: &c[..40], table: third },
+    ]));
+    for turn in 0..6 {
+        logits.push(rig.last_rows(&[
+            Slice { start: 271 + turn, tokens: &a[271 + turn..272 + turn], table: long },
+            Slice { start: 33 + turn, tokens: &b[33 + turn..34 + turn], table: short },
+            Slice { start: 40 + turn, tokens: &c[40 + turn..41 + turn], table: third },
+        ]));
+    }
+    logits
+}
+
+#[test]
+fn captured_steps_are_eager_ones_and_the_cpus() {
+    let (_folder, files, options) = dummy();
+    let expected = conversation(&mut Rig::cpu(&files, &options));
+    let mut eager = Rig::gpu(&files, Element::BF16, &options, Options::default());
+    let eager_logits = conversation(&mut eager);
+    for (step, (found, expected)) in eager_logits.iter().zip(&expected).enumerate() {
+        // Activations are rounded to 8 bits of mantissa after each op here, and kept in F32 there.
+        assert_close(found, expected, 0.1, &format!("step {step}"));
+    }
+    assert_eq!(eager.finish(), 0);
+    for (seed, lazy) in [(0, false), (1, true), (2, true), (3, true)] {
+        let mut captured = Rig::gpu(&files, Element::BF16, &options, Options { seed, lazy, ..Options::default() });
+        captured.capture();
+        let logits = conversation(&mut captured);
+        assert!(logits == eager_logits, "seed {seed}: captured steps differ from eager ones");
+        assert!(captured.finish() >= 6);
+    }
+}
+
+#[test]
+fn what_is_counted_is_what_is_taken() {
+    let (_folder, files, options) = dummy();
+    let driver = ShimDriver::new(Options::default());
+    let device = Device::gpu(Arc::clone(&driver) as _, Element::BF16).unwrap();
+    let counting = device.counting().unwrap().unwrap();
+    let before = device.free_bytes().unwrap().unwrap();
+    let build = |device: &Device| {
+        let loaded = load(device, &files, &options, &mut |_| {}).unwrap();
+        let kv = KvCache::new(device, loaded.kv_shape(BLOCKS, BLOCK_SIZE, KvDType::BF16)).unwrap();
+        (loaded, kv)
+    };
+    let start = counting.allocations().unwrap().total();
+    let _counted = build(&counting);
+    let counted = counting.allocations().unwrap().total() - start;
+    let _taken = build(&device);
+    let taken = before - device.free_bytes().unwrap().unwrap();
+    // The count is of whole units of 512 bytes.
+    assert!(counted >= taken && counted <= taken + taken / 50, "counted {counted}, taken {taken}");
+}
