@@ -1,31 +1,33 @@
 //! A device without a GPU: runs work on the host, records it, and refuses work in a wrong order.
 //!
-//! [`ShimDriver`] is the backend's driver in tests. A call that a GPU would take without a word, and sometimes survive, is an error
-//! here that names what is wrong: a pointer into no allocation, a use that no event orders after the one before it, a copy's
-//! host memory touched while the copy may be under way, an allocation during a capture. Such errors leave the device as it was. A
-//! kernel that fails while it runs loses the device, as a GPU's does.
+//! [`ShimDriver`] is the backend's driver in tests. A call that a GPU would take without a word, and sometimes survive,
+//! is an error here that names what is wrong: a pointer into no allocation, a use that no event orders after the one
+//! before it, a copy's host memory touched while the copy may be under way, an allocation during a capture. Such errors
+//! leave the device as it was. A kernel that fails while it runs loses the device, as a GPU's does.
 //!
-//! Order is proved, not observed: each operation has a vector clock, made of its stream's past, of the events it waited for and of
-//! what the host had waited for when it was put on the stream. Two uses of the same bytes, one of them a write, must be ordered
-//! by these clocks, whatever order they happened to run in. The host has one clock for all of its threads, as if every value
-//! passed between them ordered them: a thread that relies on what another one waited for, without having heard of it, is not
-//! found. Where a kernel's extents depend on data, the first byte of an operand stands for all of it. KV caches are exempt from
-//! order, not from being alive: the scheduler keeps blocks apart.
+//! Order is proved, not observed: each operation has a vector clock, made of its stream's past, of the events it waited
+//! for and of what the host had waited for when it was put on the stream. Two uses of the same bytes, one of them a
+//! write, must be ordered by these clocks, whatever order they happened to run in. The host has one clock for all of
+//! its threads, as if every value passed between them ordered them: a thread that relies on what another one waited
+//! for, without having heard of it, is not found. Where a kernel's extents depend on data, the first byte of an operand
+//! stands for all of it. KV caches are exempt from order, not from being alive: the scheduler keeps blocks apart. As on
+//! a GPU, an event that was never recorded is done.
 //!
-//! Work runs at once, or, with [`Options::lazy`], when the host waits for it, streams taking turns by a seed: what is read
-//! too early is then poison or zeros. Launches run in either order of threads, by the same seed.
+//! Work runs at once, or, with [`Options::lazy`], when the host waits for it, streams taking turns by a seed: what is
+//! read too early is then poison. Launches run in either order of threads, by the same seed.
 //!
 //! ```text
-//! device.rs    the driver's calls
-//! state.rs     streams, events, graphs, queues; which work runs when
-//! clock.rs     what is known to come before what
-//! memory.rs    allocations, and the checks of operands against them
-//! access.rs    who used which bytes last
-//! fields.rs    what kernels do with the memory that parameters name
-//! kernels.rs   kernels by handle, and shapes that they take
-//! work.rs      operations, and how they run
-//! gemm.rs      products
-//! faults.rs    failures that tests plant
+//! device.rs          the driver's calls
+//! state.rs           streams, events, queues; which work runs when
+//! state/captures.rs  captures and graphs
+//! clock.rs           what is known to come before what
+//! memory.rs          allocations, and the checks of operands against them
+//! access.rs          who used which bytes last
+//! fields.rs          what kernels do with the memory that parameters name
+//! kernels.rs         kernels by handle, and shapes that they take
+//! work.rs            operations, and how they run
+//! gemm.rs            products
+//! faults.rs          failures that tests plant
 //! ```
 //!
 //! A call costs O(operands x log allocations), beside the work itself.
@@ -100,8 +102,8 @@ impl ShimDriver {
         Arc::new(ShimDriver { properties, state: Mutex::new(State::new(&options)) })
     }
 
-    /// Makes the `nth` call of this kind from now on (1 is the next one) fail with `text`, without doing anything; `lost` loses the
-    /// device with it, and every later call fails.
+    /// Makes the `nth` call of this kind from now on (1 is the next one) fail with `text`, without doing anything;
+    /// `lost` loses the device with it, and every later call fails.
     ///
     /// # Panics
     /// If `nth` is 0.
@@ -120,8 +122,8 @@ impl ShimDriver {
         self.state().clear_log();
     }
 
-    /// The calls that were refused because they were wrong: a test of right code expects none, also where an error would be
-    /// swallowed on its way.
+    /// The calls that were refused because they were wrong: a test of right code expects none, also where an error
+    /// would be swallowed on its way.
     #[must_use]
     pub fn refusals(&self) -> Vec<String> {
         self.state().refusals()
@@ -294,13 +296,16 @@ impl Driver for ShimDriver {
 
     fn host_access(&self, memory: NonNull<u8>, bytes: usize, access: HostAccess) -> Result<()> {
         let mut state = self.state();
+        if state.is_lost() {
+            return Ok(());
+        }
         let checked = state.check_host(memory.as_ptr() as u64, bytes, access == HostAccess::Write);
         checked.map_err(|problem| state.refuse("host_access", problem))
     }
 }
 
 impl Drop for ShimDriver {
-    /// Runs what is left.
+    /// Runs what is left; a failure of that, or a write just outside of an allocation, is a panic.
     fn drop(&mut self) {
         let mut state = self.state();
         let finished = if state.is_lost() { Ok(()) } else { state.finish() };

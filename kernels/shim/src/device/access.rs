@@ -1,7 +1,7 @@
 //! Who used which bytes of an allocation last, so that the next use can be checked against them.
 //!
-//! A use costs O(log stretches + stretches it covers). A write makes one stretch of what it covers, and reads of equal history
-//! grow together, so that there are no more stretches than distinct bounds of what is read between two writes.
+//! A use costs O(log stretches + stretches it covers). A write makes one stretch of what it covers, and reads of equal
+//! history grow together, so that there are no more stretches than distinct bounds of what is read between two writes.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -42,7 +42,8 @@ pub(super) struct Access {
     pub(super) place: Place,
 }
 
-/// The last write of a stretch, and who read it since, at most one per stream. What the host knows to be done may be missing.
+/// The last write of a stretch, and who read it since, at most one per stream. What the host knows to be done may be
+/// missing.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Uses {
     write: Option<Stamp>,

@@ -1,8 +1,8 @@
 //! Vector clocks (Mattern, 1989): which work is done where, as an order of events proves it.
 //!
-//! Every operation has a number in its stream; a clock says, for each stream, up to which number its work is done. Operation A
-//! comes before operation B if B's clock knows A's number, which is one comparison (epochs, as in FastTrack, Flanagan and
-//! Freund, 2009).
+//! Every operation has a number in its stream; a clock says, for each stream, up to which number its work is done.
+//! Operation A comes before operation B if B's clock knows A's number, which is one comparison (epochs, as in
+//! FastTrack, Flanagan and Freund, 2009).
 
 use std::fmt;
 use std::sync::Arc;

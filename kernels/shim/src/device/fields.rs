@@ -1,7 +1,7 @@
 //! What kernels do with the memory that their parameters name: which fields they read and write, and how far.
 //!
-//! A field that a kernel reads and writes is written. Where the number of bytes depends on data on the device, it is unknown.
-//! A test holds the table against all parameter structs.
+//! A field that a kernel reads and writes is written. Where the number of bytes depends on data on the device, it is
+//! unknown. A test holds the table against all parameter structs.
 
 use kvern_kernels::Format;
 use kvern_kernels::cuda::driver::Layout;

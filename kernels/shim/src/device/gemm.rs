@@ -1,4 +1,5 @@
-//! Products of matrices as plain loops, in place of the vendor's library: f32 sums in the order of k, one rounding at the end.
+//! Products of matrices as plain loops, in place of the vendor's library: f32 sums in the order of k, one rounding at
+//! the end.
 
 use half::{bf16, f16};
 use kvern_kernels::cuda::driver::{Element, Gemm};

@@ -52,8 +52,8 @@ impl Memory {
     }
 
     /// # Errors
-    /// Why it may not be freed, in words: it is not the start of a live allocation of this place and (where given) size, or
-    /// something uses it that `host` does not know to be done, if `host` is given.
+    /// Why it may not be freed, in words: it is not the start of a live allocation of this place and (where given)
+    /// size, or something uses it that `host` does not know to be done, if `host` is given.
     pub(super) fn free(
         &mut self,
         at: u64,

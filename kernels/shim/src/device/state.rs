@@ -1,20 +1,22 @@
 //! Streams, events and what is known of their order; the queues that operations wait in until they run.
 
+mod captures;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::thread::ThreadId;
 
-use kvern_kernels::cuda::driver::{Event, Graph, Stream};
+use captures::Capture;
+use kvern_kernels::cuda::driver::{Event, Stream};
 use kvern_kernels::{KernelError, Result};
 
 use super::access::{Access, Extent, Kind, Place};
 use super::clock::{Clock, Stamp};
 use super::faults::{Call, Fault, due};
 use super::memory::Memory;
-use super::work::Operation;
+use super::work::{Operation, Work};
 use super::{Options, kernels::Kernels};
 
-/// Lines of the log that are kept.
+/// Lines of the log, and refusals, that are kept.
 const LOG_LINES_MAX: usize = 16_384;
 
 /// A place in a stream's queue: done when as many items are.
@@ -27,14 +29,6 @@ struct Mark {
 enum Item {
     Run(Arc<Operation>),
     Wait(Mark),
-}
-
-/// What was put on a stream instead of being run.
-struct Capture {
-    operations: Vec<Operation>,
-    thread: ThreadId,
-    /// A call that is not allowed during a capture, after which there is no graph.
-    broken: Option<String>,
 }
 
 #[derive(Default)]
@@ -122,7 +116,9 @@ impl State {
     pub(super) fn refuse(&mut self, call: &str, status: String) -> KernelError {
         let text = format!("refused: {call}: {status}");
         self.note(text.clone());
-        self.refusals.push(text);
+        if self.refusals.len() < LOG_LINES_MAX {
+            self.refusals.push(text);
+        }
         KernelError::Driver { call: call.to_owned(), status }
     }
 
@@ -190,27 +186,6 @@ impl State {
         }
     }
 
-    /// Fails, and spoils the captures, if there is one under way for which this `matters`.
-    pub(super) fn refuse_in_capture(&mut self, call: &str) -> Result<()> {
-        self.refuse_in_captures(call, |_, _| true)
-    }
-
-    fn refuse_in_captures(&mut self, call: &str, matters: impl Fn(usize, &Capture) -> bool) -> Result<()> {
-        let mut found = None;
-        for (index, stream) in self.streams.iter_mut().enumerate() {
-            if let Some(capture) = stream.capture.as_mut().filter(|capture| matters(index, capture)) {
-                capture.broken.get_or_insert_with(|| call.to_owned());
-                found = Some(index);
-            }
-        }
-        match found {
-            Some(index) => {
-                Err(self.refuse(call, format!("expected no {call} during a capture, found s{index} in one")))
-            }
-            None => Ok(()),
-        }
-    }
-
     /// Checks an operation, and runs it, or puts it where it waits for its turn.
     pub(super) fn enqueue(&mut self, call: Call, stream: Stream, operation: Result<Operation, String>) -> Result<()> {
         let index = self.stream(call.name(), stream)?;
@@ -243,12 +218,25 @@ impl State {
             return Err(self.refuse(call.name(), format!("{line}: {problem}")));
         }
         self.note(line);
+        if self.lazy {
+            self.poison_host_results(&operation);
+        }
         let what = Arc::clone(&operation.what);
         self.memory.note(&operation.accesses, &Stamp { stream: index, number, what }, &self.host);
         let stream = &mut self.streams[index];
         (stream.clock, stream.operations) = (clock, number);
         stream.queue.push_back(Item::Run(operation));
         self.run_if_eager(index)
+    }
+
+    /// What a copy is to write shows as poison until it has run, where nothing that comes first may still read it.
+    fn poison_host_results(&self, operation: &Operation) {
+        let Work::Copy { to, bytes, .. } = operation.work else { return };
+        let to_host = operation.accesses.iter().any(|access| access.at == to && access.place == Place::Pinned);
+        if to_host && self.check_host(to, bytes, true).is_ok() {
+            // SAFETY: the stretch was checked, and neither work under way nor, by the promise of who copies, the host uses it.
+            unsafe { (to as *mut u8).write_bytes(0xff, bytes) };
+        }
     }
 
     fn run_if_eager(&mut self, index: usize) -> Result<()> {
@@ -337,51 +325,6 @@ impl State {
     /// Runs all that was put on streams.
     pub(super) fn finish(&mut self) -> Result<()> {
         (0..self.streams.len()).try_for_each(|index| self.advance(self.end_of(index)))
-    }
-
-    pub(super) fn begin_capture(&mut self, stream: Stream) -> Result<()> {
-        let index = self.stream("begin_capture", stream)?;
-        if self.streams[index].capture.is_some() {
-            return Err(
-                self.refuse("begin_capture", format!("expected s{index} outside of a capture, found it in one"))
-            );
-        }
-        self.note(format!("begin_capture s{index}"));
-        let thread = std::thread::current().id();
-        self.streams[index].capture = Some(Capture { operations: Vec::new(), thread, broken: None });
-        Ok(())
-    }
-
-    /// Ends the capture, whatever comes of it.
-    pub(super) fn abandon_capture(&mut self, stream: Stream) {
-        if let Some(stream) = self.streams.get_mut(stream.0 as usize) {
-            stream.capture = None;
-        }
-    }
-
-    pub(super) fn end_capture(&mut self, stream: Stream) -> Result<Graph> {
-        let index = self.stream("end_capture", stream)?;
-        let Some(capture) = self.streams[index].capture.take() else {
-            return Err(self.refuse("end_capture", format!("expected s{index} in a capture, found it outside of one")));
-        };
-        if let Some(call) = capture.broken {
-            return Err(self.refuse("end_capture", format!("expected a whole capture, found {call} in it")));
-        }
-        let graph = self.graphs.len();
-        self.note(format!("end_capture g{graph} s{index} [{} operations]", capture.operations.len()));
-        self.graphs.push(Arc::new(Operation::graph(graph, capture.operations)));
-        Ok(Graph(graph as u32))
-    }
-
-    pub(super) fn launch_graph(&mut self, graph: Graph, stream: Stream) -> Result<()> {
-        let index = self.stream("launch_graph", stream)?;
-        self.refuse_in_captures("launch_graph", |captured, _| captured == index)?;
-        let Some(operation) = self.graphs.get(graph.0 as usize).map(Arc::clone) else {
-            let found = format!("expected one of {} graphs, found {}", self.graphs.len(), graph.0);
-            return Err(self.refuse("launch_graph", found));
-        };
-        let line = format!("{} s{index} [{} operations]", operation.what, operation.parts());
-        self.submit(Call::LaunchGraph, index, operation, line)
     }
 }
 

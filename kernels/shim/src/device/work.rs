@@ -91,8 +91,8 @@ impl Operation {
     pub(super) fn run(&self, memory: &Memory, reverse: &mut dyn FnMut() -> bool) -> Result<(), String> {
         match &self.work {
             Work::Launch(launch) => launch.run(memory, reverse()),
-            // SAFETY: the sizes were checked against the allocations, which are not freed while this is to come, and no other work
-            // runs.
+            // SAFETY: the sizes were checked against the allocations, which are not freed while this is to come, and no
+            // other work runs.
             Work::Gemm(gemm) => unsafe {
                 gemm::run(gemm);
                 Ok(())
@@ -130,8 +130,8 @@ impl KernelLaunch {
         let LaunchShape { grid, threads, shared_bytes } = self.shape;
         let shape = Launch { grid: [grid[0], grid[1], 1], shared_bytes, ..Launch::new(1, threads as usize) };
         let shape = if reverse { shape.reverse() } else { shape };
-        // SAFETY: pointers were checked to lie in buffers that are alive; how far the kernel goes beyond what was checked, the
-        // caller of the driver's launch promises, and guard pages stop what is close.
+        // SAFETY: pointers were checked to lie in buffers that are alive; how far the kernel goes beyond what was
+        // checked, the caller of the driver's launch promises, and guard pages stop what is close.
         unsafe { launch_raw(&self.kernel, &shape, &self.params) }
     }
 }

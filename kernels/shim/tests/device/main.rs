@@ -1,4 +1,5 @@
-//! The shim's driver: that it runs work as a GPU would, and that it refuses each kind of wrong order, next to the right one.
+//! The shim's driver: that it runs work as a GPU would, and that it refuses each kind of wrong order, next to the right
+//! one.
 #![allow(clippy::unwrap_used)]
 
 mod memory;

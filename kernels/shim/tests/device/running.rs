@@ -86,7 +86,9 @@ fn a_graph_does_what_its_operations_do() {
 fn graphs_keep_order_and_need_their_memory() {
     let rig = Rig::new();
     let (x, out, to) = (rig.device(2 * COLUMNS), rig.device(COLUMNS), rig.pinned(&[0.0; COLUMNS]));
-    ["kvern_fill_f32", "kvern_silu_mul_f32"].map(|kernel| rig.driver.kernel(kernel, 0).unwrap());
+    for kernel in ["kvern_fill_f32", "kvern_silu_mul_f32"] {
+        rig.driver.kernel(kernel, 0).unwrap();
+    }
     rig.driver.begin_capture(rig.streams[0]).unwrap();
     step(&rig, x, out, to);
     let graph = rig.driver.end_capture(rig.streams[0]).unwrap();
@@ -155,14 +157,28 @@ fn lazy_work_waits_until_it_is_needed() {
         rig.fill(1, y, 1).unwrap();
         rig.to_host(1, other, y, 2 * COLUMNS).unwrap();
         rig.record(1, 1);
-        let is_there = |memory| peek(memory, 2 * COLUMNS).iter().any(|bits| *bits != 0);
-        // A read that nobody announced.
+        // A read that nobody announced finds poison.
+        let is_there = |memory| peek(memory, 2 * COLUMNS).iter().all(|bits| *bits != u32::MAX);
         assert_eq!((is_there(to), is_there(other)), (!lazy, !lazy));
         rig.synchronize(1).unwrap();
         assert_eq!((is_there(to), is_there(other)), (!lazy, true));
         rig.synchronize(0).unwrap();
         assert_eq!(peek(to, 2 * COLUMNS), peek(other, 2 * COLUMNS));
     }
+}
+
+/// Results of a copy are poison until it runs, but not where another copy is still to read.
+#[test]
+fn memory_that_is_copied_from_and_to_keeps_its_values() {
+    let rig = Rig::with(Options { lazy: true, ..Options::default() });
+    let (x, y, host) = (rig.device(8), rig.device(8), rig.pinned(&[2.5; 8]));
+    rig.to_device(0, x, host, 8).unwrap();
+    // SAFETY: as long.
+    unsafe { rig.driver.zero(rig.streams[0], y, 32) }.unwrap();
+    rig.to_host(0, host, y, 8).unwrap();
+    assert_eq!(peek(host, 8), [2.5f32.to_bits(); 8]);
+    assert_eq!(rig.values(0, x, 8), [2.5f32.to_bits(); 8]);
+    assert_eq!(peek(host, 8), [0; 8]);
 }
 
 /// Work that nobody waited for runs in the end, and its failure is not lost.
