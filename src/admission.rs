@@ -27,6 +27,9 @@ use kvern_core::TokenId;
 use std::sync::Arc;
 use std::time::Duration;
 
+/// Most likeliest tokens that an answer may show per token, as of OpenAI's API.
+pub(crate) const LOGPROBS_MAX: usize = 20;
+
 /// What a request that names no value gets: the model's `generation_config.json` over vLLM's defaults. Each value must be
 /// in the range that a request's would have to be in.
 #[derive(Clone, Debug, PartialEq)]

@@ -21,8 +21,8 @@ use crate::hub::{self, HubError};
 use crate::runtime::available_memory;
 use cost::Cost;
 use kvern_kernels::limits::{Gauge, Limit};
-use kvern_kernels::{Device, KernelError};
-use kvern_models::{Checkpoint, LoadError, ModelConfig, ModelFiles};
+use kvern_kernels::KernelError;
+use kvern_models::{Checkpoint, LoadError, LoadFormat, ModelConfig, ModelFiles};
 use rates::Rates;
 use report::{Report, Row};
 use runner::{Room, Runner};
@@ -56,13 +56,18 @@ pub enum BenchError {
 /// The model cannot be found or loaded, a workload does not fit it or the memory, or `out` cannot be written.
 pub fn run(config: &Config, bench: &BenchConfig, out: &mut dyn Write) -> Result<(), BenchError> {
     let located = hub::locate(&config.model)?;
-    let files = ModelFiles::open(&located.path)?;
+    let files = match config.engine.device.load_format {
+        LoadFormat::Files => ModelFiles::open(&located.path)?,
+        LoadFormat::Dummy { .. } => ModelFiles::open_config(&located.path)?,
+    };
     let model = ModelConfig::read(&Checkpoint::open(&files)?)?;
     let workloads = workloads(config, bench, &model)?;
-    let device = Device::cpu(config.engine.cpu)?;
-    let room = Room::for_workloads(&workloads, bench.steps, &config.engine);
+    let device = crate::device::open(&config.engine)?;
+    let chunk = config.engine.step_tokens_max(&device);
+    let room = Room::for_workloads(&workloads, bench.steps, chunk);
     let mut runner = Runner::open(&device, &files, &config.engine, room, |needed| {
-        let available = config.engine.kv_cache_memory_bytes.or_else(available_memory).unwrap_or(u64::MAX);
+        let free = device.free_bytes().ok().flatten().map(|bytes| bytes as u64);
+        let available = config.engine.kv_cache_memory_bytes.or(free).or_else(available_memory).unwrap_or(u64::MAX);
         if needed > available { Err(BenchError::Memory { needed, available }) } else { Ok(()) }
     })?;
     let gauge = if bench.limits { Some(Gauge::new(&device)?) } else { None };
@@ -76,7 +81,7 @@ pub fn run(config: &Config, bench: &BenchConfig, out: &mut dyn Write) -> Result<
         machine: report::machine(),
         device: &device,
         weight_bytes: runner.weight_bytes(),
-        chunk: config.engine.max_num_batched_tokens,
+        chunk,
         rows: rows
             .map(|((&workload, cost), rates)| Row { workload, tokens: workload.tokens(steps), cost, rates })
             .collect(),

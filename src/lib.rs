@@ -12,6 +12,7 @@
 pub mod admission;
 pub mod bench;
 pub mod config;
+pub mod device;
 pub mod engine;
 pub mod error;
 pub mod generate;

@@ -3,11 +3,11 @@
 use crate::admission::{GenerationDefaults, REPETITION_PENALTY_MAX};
 use crate::config::{Action, Config, SchedulingConfig};
 use crate::hub::{self, HubError};
-use crate::runtime::{self, Runtime, RuntimeOptions, StartError};
+use crate::runtime::{self, Runtime, RuntimeOptions, StartError, StartProgress};
 use crate::text::{TextModel, TextModelError};
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use kvern_models::gguf::Gguf;
-use kvern_models::{LoadError, ModelConfig, ModelFiles};
+use kvern_models::{LoadError, LoadFormat, ModelConfig, ModelFiles};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -40,10 +40,13 @@ pub struct Loaded {
 pub fn load(config: &Config, names: &[String]) -> Result<Loaded, LoadFailure> {
     let started = Instant::now();
     let resolved = hub::locate(&config.model)?;
-    let files = ModelFiles::open(&resolved.path)?;
+    let files = match config.engine.device.load_format {
+        LoadFormat::Files => ModelFiles::open(&resolved.path)?,
+        LoadFormat::Dummy { .. } => ModelFiles::open_config(&resolved.path)?,
+    };
     let text = Arc::new(match &files {
         ModelFiles::Gguf(path) => TextModel::from_gguf(&Gguf::open(path)?)?,
-        ModelFiles::SafeTensors { dir } => TextModel::from_dir(dir)?,
+        ModelFiles::SafeTensors { dir } | ModelFiles::ConfigOnly { dir } => TextModel::from_dir(dir)?,
     });
     let names = if names.is_empty() { vec![resolved.name.clone()] } else { names.to_vec() };
     let (scheduling, record) = match &config.action {
@@ -52,12 +55,20 @@ pub fn load(config: &Config, names: &[String]) -> Result<Loaded, LoadFailure> {
     };
     let served_model_name = names[0].clone();
     let options = RuntimeOptions { engine: config.engine.clone(), scheduling, served_model_name, record };
-    let bar = progress_bar();
-    let runtime = runtime::start(&files, &options, &mut |progress| {
-        bar.set_length(progress.total_bytes);
-        bar.set_position(progress.done_bytes);
+    let (weights, steps) = (progress_bar(WEIGHTS_BAR), progress_bar(STEPS_BAR));
+    let runtime = runtime::start(&files, &options, &mut |progress| match progress {
+        StartProgress::Weights(progress) => {
+            weights.set_length(progress.total_bytes);
+            weights.set_position(progress.done_bytes);
+        }
+        StartProgress::Capture { done, total } => {
+            weights.finish_and_clear();
+            steps.set_length(total as u64);
+            steps.set_position(done as u64);
+        }
     })?;
-    bar.finish_and_clear();
+    weights.finish_and_clear();
+    steps.finish_and_clear();
     report(&runtime, &names[0], &resolved.path.display().to_string(), started);
     let fingerprint = format!("kvern-{}-{:x}", env!("CARGO_PKG_VERSION"), runtime.account.weight_bytes);
     Ok(Loaded { runtime, text, names, root: resolved.path.display().to_string(), fingerprint })
@@ -90,6 +101,9 @@ pub fn announce(config: &Config) {
 
 fn report(runtime: &Runtime, name: &str, path: &str, started: Instant) {
     let account = &runtime.account;
+    if !account.table.is_empty() {
+        tracing::info!("memory of the GPU:\n{}", account.lines().trim_end());
+    }
     tracing::info!(
         model = name,
         path,
@@ -111,9 +125,11 @@ fn report(runtime: &Runtime, name: &str, path: &str, started: Instant) {
     );
 }
 
+const WEIGHTS_BAR: &str = "loading weights {wide_bar} {bytes}/{total_bytes} {bytes_per_sec}";
+const STEPS_BAR: &str = "capturing decode steps {wide_bar} {pos}/{len}";
+
 /// Hidden where standard error is no terminal.
-fn progress_bar() -> ProgressBar {
-    let style = ProgressStyle::with_template("loading weights {wide_bar} {bytes}/{total_bytes} {bytes_per_sec}")
-        .expect("the template is valid");
+fn progress_bar(template: &str) -> ProgressBar {
+    let style = ProgressStyle::with_template(template).expect("the template is valid");
     ProgressBar::new(0).with_style(style)
 }

@@ -93,13 +93,13 @@ impl Device {
         Ok(Device { backend: Backend::Cuda(cuda::CudaDevice::new(driver, element)?) })
     }
 
-    /// A device for a second worker beside this one: on a GPU, a stream of its own over the same memory; on the CPU, `threads`
-    /// threads of its own at the same level.
-    pub fn beside(&self, threads: usize, first: bool) -> Result<Device> {
+    /// A device for a second worker beside this one: on a GPU, a stream of its own over the same memory, whose work goes first
+    /// if it is urgent; on the CPU, `threads` threads of its own at the same level.
+    pub fn beside(&self, threads: usize, is_urgent: bool) -> Result<Device> {
         match &self.backend {
             Backend::Cpu(cpu) => Device::cpu(CpuOptions { threads: Some(threads), isa: Some(cpu.isa.level) }),
             Backend::Cuda(gpu) => {
-                let priority = if first { StreamPriority::High } else { StreamPriority::Normal };
+                let priority = if is_urgent { StreamPriority::High } else { StreamPriority::Normal };
                 Ok(Device { backend: Backend::Cuda(gpu.second(priority)?) })
             }
         }

@@ -10,7 +10,7 @@ use crate::text::StopMatcher;
 use kvern_core::TokenId;
 use std::collections::BTreeMap;
 
-const LOGPROBS_MAX: i64 = 20;
+const LOGPROBS_MAX: i64 = super::LOGPROBS_MAX as i64;
 const STOP_STRINGS_MAX: usize = 16;
 const STOP_STRING_BYTES_MAX: usize = 1024;
 const STOP_TOKENS_MAX: usize = 128;

@@ -22,13 +22,14 @@ pub(super) struct Room {
 }
 
 impl Room {
-    pub(super) fn for_workloads(workloads: &[Workload], steps: u32, engine: &EngineConfig) -> Room {
+    /// For these workloads, with prompts computed `chunk` tokens at a time.
+    pub(super) fn for_workloads(workloads: &[Workload], steps: u32, chunk: u32) -> Room {
         let streams = workloads.iter().map(|workload| workload.streams()).max().unwrap_or(0);
         let context = |sequence| {
             let users = workloads.iter().filter(|workload| sequence < workload.streams());
             users.map(|workload| workload.context_max(steps)).max().unwrap_or(0)
         };
-        Room { contexts: (0..streams).map(context).collect(), step_tokens: engine.max_num_batched_tokens.max(streams) }
+        Room { contexts: (0..streams).map(context).collect(), step_tokens: chunk.max(streams) }
     }
 
     fn blocks(&self, block_size: u32) -> u32 {
@@ -45,6 +46,7 @@ struct Sequence {
 
 /// A model, its cache and the sequences in it.
 pub(super) struct Runner {
+    device: Device,
     loaded: LoadedModel,
     kv: KvCache,
     sequences: Vec<Sequence>,
@@ -68,8 +70,9 @@ impl Runner {
             sequences_max: room.contexts.len().max(1),
             context_max: room.contexts.iter().copied().max().unwrap_or(1) as usize,
         };
-        let loaded =
-            kvern_models::load(device, files, &LoadOptions { precision: engine.precision, limits }, &mut |_| {})?;
+        let options = LoadOptions { precision: engine.precision, format: engine.device.load_format, limits };
+        let mut loaded =
+            kvern_models::load(device, files, &options, &mut |_| {})?;
         let blocks = scattered(room.blocks(engine.block_size));
         let shape = loaded.kv_shape(blocks.len(), engine.block_size as usize, engine.kv_dtype);
         admit(shape.blocks as u64 * shape.block_bytes() as u64)?;
@@ -78,10 +81,13 @@ impl Runner {
             let count = context.div_ceil(engine.block_size) as usize;
             Sequence { blocks: blocks.by_ref().take(count).collect(), filled: 0 }
         });
+        let mut kv = KvCache::new(device, shape)?;
+        loaded.model.capture(&mut kv, &mut |_, _| {})?;
         Ok(Runner {
             sequences: sequences.collect(),
-            kv: KvCache::new(device, shape)?,
-            chunk: engine.max_num_batched_tokens,
+            kv,
+            device: device.clone(),
+            chunk: engine.step_tokens_max(device),
             plan: StepPlan::empty(),
             batch: BatchBuffers::new(limits, engine.block_size),
             loaded,
@@ -99,6 +105,7 @@ impl Runner {
             Workload::Prefill { tokens } => {
                 let started = Instant::now();
                 self.prefill(0, 0..tokens, true)?;
+                self.device.synchronize()?;
                 Ok(started.elapsed())
             }
             Workload::Decode { streams, context } => {
@@ -106,10 +113,12 @@ impl Runner {
                     let filled = self.sequences[sequence as usize].filled;
                     self.prefill(sequence, filled.min(context)..context, false)?;
                 }
+                self.device.synchronize()?;
                 let started = Instant::now();
                 for position in context..context + steps {
                     self.step((0..streams).map(|sequence| (sequence, position..position + 1)), true)?;
                 }
+                self.device.synchronize()?;
                 Ok(started.elapsed())
             }
         }
@@ -196,6 +205,6 @@ mod tests {
     fn contexts_of(workloads: &[Workload]) -> Vec<u32> {
         let argv = ["kvern", "bench"].map(std::ffi::OsString::from).to_vec();
         let config = crate::config::Config::resolve(argv, &crate::config::Environment::default());
-        Room::for_workloads(workloads, 8, &config.expect("the defaults are valid").engine).contexts
+        Room::for_workloads(workloads, 8, 512).contexts
     }
 }

@@ -1,6 +1,7 @@
 //! The command line as typed. Flags carry vLLM's names where vLLM has the flag; the text of a flag's help is here only.
 
 use super::bench::{Workload, parse_decode, parse_prefill};
+use super::device::DeviceArgs;
 use super::scheduling::{PoolLayout, PriorityClass, WorkerLayout, parse_class, parse_saturation};
 use super::simulate::{ProfileSource, TraceSource, parse_factor, parse_milliseconds, parse_profile, parse_trace};
 use super::values::{
@@ -274,16 +275,17 @@ pub(super) struct EngineArgs {
     /// Most requests that run at once
     #[arg(long, value_name = "N", default_value = "256", value_parser = parse_count)]
     pub(super) max_num_seqs: u32,
-    /// Most tokens of one step; more makes prefill cheaper and running answers wait longer
-    #[arg(long, value_name = "TOKENS", default_value = "512", value_parser = parse_count)]
-    pub(super) max_num_batched_tokens: u32,
+    /// Most tokens of one step; more makes prefill cheaper and running answers wait longer [default: 512, on a GPU 2048, and
+    /// at least one for each running request]
+    #[arg(long, value_name = "TOKENS", value_parser = parse_count)]
+    pub(super) max_num_batched_tokens: Option<u32>,
     /// Most requests that wait; further ones are refused with 503
     #[arg(long, value_name = "N", default_value = "1024", value_parser = parse_count)]
     pub(super) max_num_queued_reqs: u32,
     /// Tokens of a KV block
     #[arg(long, value_name = "TOKENS", default_value = "16", value_parser = parse_count)]
     pub(super) block_size: u32,
-    /// Memory of the KV cache, such as 4GiB [default: half of what is available]
+    /// Memory of the KV cache, such as 4GiB [default: half of what is available; on a GPU what --memory-utilization leaves]
     #[arg(long, value_name = "BYTES", value_parser = parse_amount)]
     pub(super) kv_cache_memory_bytes: Option<u64>,
     /// Share the KV blocks of equal prompt prefixes between requests
@@ -304,6 +306,8 @@ pub(super) struct EngineArgs {
     /// Instruction set of the CPU kernels; auto is the best that the machine has
     #[arg(long, value_name = "ISA", value_enum, default_value_t = CpuIsaArg::Auto)]
     pub(super) cpu_isa: CpuIsaArg,
+    #[command(flatten)]
+    pub(super) device: DeviceArgs,
 }
 
 #[derive(Debug, Args)]

@@ -15,6 +15,7 @@
 
 mod args;
 mod bench;
+mod device;
 mod environment;
 mod layers;
 mod record;
@@ -25,6 +26,7 @@ mod values;
 
 pub use args::{KeyTask, LogFormat};
 pub use bench::{BenchConfig, Workload};
+pub use device::{DeviceChoice, DeviceConfig};
 pub use environment::Environment;
 pub use layers::{Origin, Setting};
 pub use record::{RecordConfig, ReplayConfig};
@@ -33,7 +35,7 @@ pub use simulate::{Objectives, ProfileSource, SimulateConfig, Synthetic, TraceSo
 pub use values::Secret;
 
 use crate::keys::Salt;
-use kvern_kernels::{CpuOptions, KvDType, Precision};
+use kvern_kernels::{CpuOptions, Device, KvDType, Precision};
 use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::net::SocketAddr;
@@ -140,8 +142,8 @@ pub struct EngineConfig {
     pub max_model_len: Option<u32>,
     /// Most requests that run at once.
     pub max_num_seqs: u32,
-    /// Most tokens of one step.
-    pub max_num_batched_tokens: u32,
+    /// Most tokens of one step; `None`: [what suits the device](Self::step_tokens_max).
+    pub max_num_batched_tokens: Option<u32>,
     /// Most requests that wait.
     pub max_num_queued_reqs: u32,
     /// Tokens of a KV block.
@@ -151,7 +153,16 @@ pub struct EngineConfig {
     pub kv_cache_memory_bytes: Option<u64>,
     pub precision: Precision,
     pub kv_dtype: KvDType,
+    pub device: DeviceConfig,
     pub cpu: CpuOptions,
+}
+
+impl EngineConfig {
+    /// Most tokens of one step on this device.
+    #[must_use]
+    pub fn step_tokens_max(&self, device: &Device) -> u32 {
+        device::step_tokens(self.max_num_batched_tokens, self.max_num_seqs, device)
+    }
 }
 
 /// How the log looks.

@@ -160,11 +160,11 @@ fn model_source(args: ModelArgs, environment: &Environment) -> Result<ModelSourc
 
 fn engine_config(args: EngineArgs) -> Result<EngineConfig, ConfigError> {
     let conflict = |message: String| Err(ConfigError::Conflict(message));
-    if args.max_num_batched_tokens < args.max_num_seqs {
+    if let Some(found) = args.max_num_batched_tokens.filter(|tokens| *tokens < args.max_num_seqs) {
         return conflict(format!(
             "--max-num-batched-tokens: expected at least --max-num-seqs ({}), so that each running request gets a token \
-             per step, found {}",
-            args.max_num_seqs, args.max_num_batched_tokens
+             per step, found {found}",
+            args.max_num_seqs
         ));
     }
     if args.block_size > BLOCK_SIZE_MAX {
@@ -197,6 +197,7 @@ fn engine_config(args: EngineArgs) -> Result<EngineConfig, ConfigError> {
         kv_cache_memory_bytes: args.kv_cache_memory_bytes,
         precision,
         kv_dtype,
+        device: args.device.config(),
         cpu: CpuOptions { threads, isa },
     })
 }

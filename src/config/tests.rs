@@ -37,7 +37,10 @@ fn defaults() {
     assert_eq!((server.served_model_names.len(), server.api_keys.len()), (0, 0));
     assert_eq!((server.max_body_bytes, server.shutdown_timeout), (16 << 20, Duration::from_secs(25)));
     let engine = &config.engine;
-    assert_eq!((engine.block_size, engine.max_num_seqs, engine.max_num_batched_tokens), (16, 256, 512));
+    assert_eq!((engine.block_size, engine.max_num_seqs, engine.max_num_batched_tokens), (16, 256, None));
+    assert_eq!(engine.device, DeviceConfig::default());
+    let cpu = kvern_kernels::Device::cpu(CpuOptions { threads: Some(1), isa: None }).unwrap();
+    assert_eq!(engine.step_tokens_max(&cpu), 512);
     assert_eq!((engine.max_num_queued_reqs, engine.max_model_len, engine.kv_cache_memory_bytes), (1024, None, None));
     assert!(engine.prefix_caching && engine.cpu.threads.is_none() && engine.cpu.isa.is_none());
     assert_eq!((engine.precision, engine.kv_dtype), (Precision::AsStored, KvDType::BF16));

@@ -12,8 +12,9 @@
 //! matter, so the cache is used as it is: nothing in it is in use yet.
 
 use kvern_core::CostModel;
-use kvern_kernels::{KernelError, KvCache};
-use kvern_models::{ForwardBatch, Model, StepLimits};
+use super::team::Member;
+use kvern_kernels::KernelError;
+use kvern_models::{ForwardBatch, StepLimits};
 use std::time::{Duration, Instant};
 
 /// Sequences of the step that tells what one more costs.
@@ -29,15 +30,15 @@ const DECODE_RUNS: usize = 3;
 
 const PS_PER_NS: u64 = 1_000;
 
-/// Measures `model` on `kv`.
-pub(super) fn measure(model: &mut dyn Model, kv: &mut KvCache, limits: StepLimits) -> Result<CostModel, KernelError> {
-    let shape = kv.shape();
+/// Measures the steps of a worker, before it serves.
+pub(super) fn measure(member: &mut Member, limits: StepLimits) -> Result<CostModel, KernelError> {
+    let shape = member.kv_shape();
     let slots = (shape.blocks * shape.block_size).min(limits.context_max);
     let sequences = SEQUENCES.min(limits.sequences_max).min(limits.tokens_max).min(shape.blocks);
     let prompt = PROMPT.min(limits.tokens_max).min(slots);
     let prompt_long = PROMPT_LONG.min(prompt);
     let context = CONTEXT.min(slots - prompt_long);
-    let mut steps = Steps { model, kv, ids: Vec::new() };
+    let mut steps = Steps { member, ids: Vec::new() };
     let one = steps.fastest(DECODE_RUNS, 1, 0, 1)?;
     let many = steps.fastest(DECODE_RUNS, sequences, 0, 1)?;
     let long = steps.fastest(DECODE_RUNS, 1, context, 1)?;
@@ -64,8 +65,7 @@ pub(super) fn measure(model: &mut dyn Model, kv: &mut KvCache, limits: StepLimit
 }
 
 struct Steps<'a> {
-    model: &'a mut dyn Model,
-    kv: &'a mut KvCache,
+    member: &'a mut Member,
     ids: Vec<u32>,
 }
 
@@ -78,7 +78,7 @@ impl Steps<'_> {
         context: usize,
         tokens: usize,
     ) -> Result<Duration, KernelError> {
-        let shape = self.kv.shape();
+        let shape = self.member.kv_shape();
         let (size, blocks) = (shape.block_size, (context + tokens).div_ceil(shape.block_size));
         let block = |sequence: usize, at: usize| ((sequence * blocks + at) % shape.blocks) as u32;
         let all = || (0..sequences).flat_map(|sequence| (context..context + tokens).map(move |at| (sequence, at)));
@@ -102,7 +102,7 @@ impl Steps<'_> {
         let mut fastest = Duration::MAX;
         for _ in 0..runs {
             let started = Instant::now();
-            self.model.forward(&batch, self.kv)?;
+            self.member.forward(&batch)?;
             fastest = fastest.min(started.elapsed());
         }
         Ok(fastest)

@@ -9,8 +9,9 @@
 use super::{PoolLayout, SchedulingConfig, StartError, WorkerLayout, calibrate};
 use crate::worker::{Mover, Worker, WorkerParts};
 use kvern_core::{CostModel, PoolId, Role, WorkerSpec};
-use kvern_kernels::{CpuOptions, Device, KvCache, KvShape};
-use kvern_models::{ForwardBatch, Model, ModelConfig, StepLimits};
+use crate::admission::LOGPROBS_MAX;
+use kvern_kernels::{Device, DeviceSampler, KvCache, KvShape};
+use kvern_models::{ForwardBatch, LoadedModel, Model, StepLimits};
 
 /// Workers before their first step.
 pub(super) struct Team {
@@ -24,6 +25,9 @@ pub(super) struct Member {
     device: Device,
     model: Box<dyn Model>,
     kv: KvCache,
+    /// On a GPU.
+    sampler: Option<DeviceSampler>,
+    vocab_size: usize,
 }
 
 /// Workers that have run each kind of step, so that the first request finds pages and caches in place.
@@ -37,21 +41,32 @@ pub(super) struct ReadyTeam {
 }
 
 impl Team {
-    /// `model` was loaded on `device`; `shape` is that of all pools together.
+    /// `loaded` is on `device`; `shape` is that of all pools together.
     pub(super) fn new(
         device: Device,
-        model: Box<dyn Model>,
+        loaded: LoadedModel,
         shape: KvShape,
         wanted: &SchedulingConfig,
+        limits: StepLimits,
     ) -> Result<Team, StartError> {
+        let LoadedModel { model, config, .. } = loaded;
+        let vocab_size = config.vocab_size;
         match wanted.workers {
             WorkerLayout::Mixed => {
                 let kv = KvCache::new(&device, shape)?;
                 let spec = WorkerSpec { role: Role::Mixed, pool: PoolId(0) };
-                let members = vec![Member { spec, device, model, kv }];
+                let sampler = sampler(&device, limits, vocab_size)?;
+                let members = vec![Member { spec, device, model, kv, sampler, vocab_size }];
                 Ok(Team { members, pools: vec![shape.blocks as u32], mover: None })
             }
-            WorkerLayout::Split => Team::split(&device, model.as_ref(), shape, wanted),
+            WorkerLayout::Split => {
+                let mut team = Team::split(&device, model.as_ref(), shape, wanted)?;
+                for member in &mut team.members {
+                    member.sampler = sampler(&member.device, limits, vocab_size)?;
+                    member.vocab_size = vocab_size;
+                }
+                Ok(team)
+            }
         }
     }
 
@@ -65,8 +80,7 @@ impl Team {
         let decode_threads = wanted.decode_threads.unwrap_or(threads / 2).clamp(1, threads);
         // A thread at least, even where there is only one: then the two take turns.
         let prefill_threads = threads.saturating_sub(decode_threads).max(1);
-        let part = |threads| Device::cpu(CpuOptions { threads: Some(threads), isa: device.isa() });
-        let devices = [part(prefill_threads)?, part(decode_threads)?];
+        let devices = [device.beside(prefill_threads, false)?, device.beside(decode_threads, true)?];
         let (caches, pools, mover) = match wanted.pools {
             PoolLayout::Shared => {
                 let kv = KvCache::new(device, shape)?;
@@ -88,7 +102,7 @@ impl Team {
         {
             let pool = PoolId(if pools.len() > 1 { at as u8 } else { 0 });
             let model = model.twin(&device)?;
-            members.push(Member { spec: WorkerSpec { role, pool }, device, model, kv });
+            members.push(Member { spec: WorkerSpec { role, pool }, device, model, kv, sampler: None, vocab_size: 0 });
         }
         Ok(Team { members, pools, mover })
     }
@@ -103,13 +117,20 @@ impl Team {
         self.members.iter().map(one).collect::<Vec<_>>().join(", ")
     }
 
-    /// Runs each kind of step once on each worker, and measures what they cost.
-    pub(super) fn warm(mut self, limits: StepLimits, config: &ModelConfig) -> Result<ReadyTeam, StartError> {
+    /// Runs each kind of step once on each worker, captures decode steps where that gains something, and measures what steps
+    /// cost. `progress` hears how many are captured.
+    pub(super) fn warm(
+        mut self,
+        limits: StepLimits,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<ReadyTeam, StartError> {
         let mut costs = Vec::with_capacity(self.members.len());
         for member in &mut self.members {
             member.warm(limits).map_err(StartError::WarmUp)?;
-            let cost = calibrate::measure(member.model.as_mut(), &mut member.kv, limits).map_err(StartError::WarmUp)?;
-            costs.push(cost);
+            if member.spec.role != Role::Prefill {
+                member.model.capture(&mut member.kv, progress).map_err(StartError::WarmUp)?;
+            }
+            costs.push(calibrate::measure(member, limits).map_err(StartError::WarmUp)?);
         }
         // Decode as the last worker does it, prefill as the first.
         let (first, last) = (costs[0], costs[costs.len() - 1]);
@@ -120,7 +141,7 @@ impl Team {
         };
         tracing::debug!(?cost, "measured");
         let specs = self.members.iter().map(|member| member.spec).collect();
-        let workers = self.members.into_iter().map(|member| member.worker(limits, config)).collect();
+        let workers = self.members.into_iter().map(|member| member.worker(limits)).collect();
         Ok(ReadyTeam { workers, specs, pools: self.pools, mover: self.mover, cost })
     }
 }
@@ -140,14 +161,29 @@ impl Member {
                 block_table_stride: 1,
                 sample_rows: &[length - 1],
             };
-            self.model.forward(&batch, &mut self.kv)?;
+            self.forward(&batch)?;
         }
         Ok(())
     }
 
-    fn worker(self, limits: StepLimits, config: &ModelConfig) -> Worker {
-        let Member { device, model, kv, .. } = self;
-        let (threads, block_size) = (device.threads(), kv.shape().block_size as u32);
-        Worker::new(WorkerParts { device, model, kv, limits, block_size, vocab_size: config.vocab_size, threads })
+    /// A step, to its end.
+    pub(super) fn forward(&mut self, batch: &ForwardBatch<'_>) -> Result<(), kvern_kernels::KernelError> {
+        self.model.forward(batch, &mut self.kv)?;
+        self.device.synchronize()
     }
+
+    pub(super) fn kv_shape(&self) -> KvShape {
+        self.kv.shape()
+    }
+
+    fn worker(self, limits: StepLimits) -> Worker {
+        let Member { device, model, kv, sampler, vocab_size, .. } = self;
+        let (threads, block_size) = (device.threads(), kv.shape().block_size as u32);
+        Worker::new(WorkerParts { device, model, kv, sampler, limits, block_size, vocab_size, threads })
+    }
+}
+
+/// What samples on the device; `None` where the worker does.
+fn sampler(device: &Device, limits: StepLimits, vocab_size: usize) -> Result<Option<DeviceSampler>, StartError> {
+    Ok(DeviceSampler::new(device, limits.sequences_max, vocab_size, LOGPROBS_MAX)?)
 }

@@ -5,6 +5,7 @@
 //! fault it was.
 
 pub(crate) mod batch;
+mod device_sampling;
 mod sampler;
 mod transfer;
 
@@ -15,13 +16,13 @@ pub use sampler::{Draw, Scratch, TokenCounts, sample};
 use crate::request::{SamplingParams, TokenLogprobs};
 use batch::BatchBuffers;
 use kvern_core::{RequestId, Sampled, SeqSlice, StepPlan, TokenId};
-use kvern_kernels::{Device, KernelError, KvCache, Tensor};
+use kvern_kernels::{Device, DeviceSampler, KernelError, KvCache, Tensor};
 use kvern_models::{Model, StepLimits};
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Receiver;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 /// A step and what changed since the last one. Sent only to an idle worker, so a channel of one is enough.
@@ -68,17 +69,31 @@ impl SequenceSampling {
 
     /// Draws the token at `position`.
     fn draw(&self, logits: &[f32], position: u32, scratch: &mut Scratch) -> Draw {
-        // What a panic leaves half changed is a scratch; the counts change in one place, whole.
-        let mut drawn = self.drawn.lock().unwrap_or_else(PoisonError::into_inner);
+        let draw = self.with_counts(position, |params, counts| sample(logits, params, counts, position, scratch));
+        self.has_drawn(position, draw.sampled);
+        draw
+    }
+
+    /// What the tokens before `position` say of the one there.
+    fn with_counts<R>(&self, position: u32, work: impl FnOnce(&SamplingParams, &TokenCounts) -> R) -> R {
+        let mut drawn = self.lock();
         if let Some((_, token)) = drawn.last.take_if(|(at, _)| *at < position) {
             drawn.counts.push(token, &self.params);
         }
-        let draw = sample(logits, &self.params, &drawn.counts, position, scratch);
-        drawn.last = match draw.sampled {
+        work(&self.params, &drawn.counts)
+    }
+
+    /// Takes note of the token at `position`.
+    fn has_drawn(&self, position: u32, sampled: Sampled) {
+        self.lock().last = match sampled {
             Sampled::Token(token) => Some((position, token)),
             Sampled::Failed => None,
         };
-        draw
+    }
+
+    /// What a panic leaves half changed is a scratch; the counts change in one place, whole.
+    fn lock(&self) -> MutexGuard<'_, Drawn> {
+        self.drawn.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -101,6 +116,8 @@ pub struct WorkerParts {
     pub device: Device,
     pub model: Box<dyn Model>,
     pub kv: KvCache,
+    /// Samples on the device, where it can.
+    pub sampler: Option<DeviceSampler>,
     pub limits: StepLimits,
     pub block_size: u32,
     pub vocab_size: usize,
@@ -116,6 +133,15 @@ pub struct Worker {
     batch: BatchBuffers,
     sequences: HashMap<RequestId, Arc<SequenceSampling>>,
     lanes: Vec<Mutex<SamplerLane>>,
+    sampler: Option<DeviceSampler>,
+    /// The device cannot be used any more; no step can succeed.
+    is_lost: bool,
+}
+
+/// What a step gives beside its plan.
+struct StepOutput<'a> {
+    sampled: &'a mut Vec<(RequestId, Sampled)>,
+    logprobs: &'a mut Vec<(RequestId, Box<TokenLogprobs>)>,
 }
 
 /// One host thread's share of the sampling of a step: rows `lane, lane + lanes, ..`.
@@ -135,15 +161,17 @@ impl Worker {
             device: parts.device,
             model: parts.model,
             kv: parts.kv,
+            sampler: parts.sampler,
+            is_lost: false,
         }
     }
 
-    /// Serves steps until the engine hangs up, or until `killed` is found set after a step, which then is not reported.
-    /// `report` gives a result to the engine.
+    /// Serves steps until the engine hangs up, or until the device is lost or `killed` is found set after a step, which then is
+    /// not reported. `report` gives a result to the engine.
     pub fn run(mut self, commands: &Receiver<StepCommand>, killed: &AtomicBool, mut report: impl FnMut(StepResult)) {
         while let Ok(command) = commands.recv() {
             let result = self.step(command);
-            if killed.load(Ordering::Relaxed) {
+            if self.is_lost || killed.load(Ordering::Relaxed) {
                 return;
             }
             report(result);
@@ -169,7 +197,13 @@ impl Worker {
         let outcome = catch_unwind(AssertUnwindSafe(|| self.compute(&plan, &mut sampled, &mut logprobs)));
         let error = match outcome {
             Ok(Ok(())) => None,
-            Ok(Err(error)) => Some(error.to_string()),
+            Ok(Err(error)) => {
+                if matches!(error, KernelError::DeviceLost { .. }) {
+                    tracing::error!(step = plan.step.0, %error, "the worker ends");
+                    self.is_lost = true;
+                }
+                Some(error.to_string())
+            }
             Err(panic) => Some(panic_text(panic.as_ref())),
         };
         if error.is_some() {
@@ -190,7 +224,12 @@ impl Worker {
         let rows = batch.sample_rows.len();
         let logits = self.model.forward(&batch, &mut self.kv)?;
         if rows == 0 {
-            return Ok(());
+            // A step is done when the device has done it.
+            return self.device.synchronize();
+        }
+        if let Some(sampler) = &mut self.sampler {
+            let mut output = StepOutput { sampled, logprobs };
+            return device_sampling::sample_rows(&self.device, sampler, &self.sequences, plan, logits, &mut output);
         }
         sample_rows(&self.device, &self.lanes, &self.sequences, plan, logits);
         let mut lanes: Vec<_> =

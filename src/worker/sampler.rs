@@ -28,6 +28,21 @@ impl TokenCounts {
         TokenCounts { prompt, output: HashMap::new(), new_tokens: 0 }
     }
 
+    /// New tokens so far.
+    pub(super) fn new_tokens(&self) -> u32 {
+        self.new_tokens
+    }
+
+    /// Tokens of the output, with their numbers.
+    pub(super) fn output(&self) -> impl Iterator<Item = (TokenId, u32)> + '_ {
+        self.output.iter().map(|(token, count)| (*token, *count))
+    }
+
+    /// Tokens that the prompt has and the output has not.
+    pub(super) fn prompt_only(&self) -> impl Iterator<Item = TokenId> + '_ {
+        self.prompt.iter().copied().filter(|token| !self.output.contains_key(token))
+    }
+
     /// Takes note of a new token.
     pub fn push(&mut self, token: TokenId, params: &SamplingParams) {
         self.new_tokens += 1;

@@ -1,7 +1,7 @@
 //! A running engine over the default model, and requests on it, for the server tests.
 #![allow(clippy::unwrap_used, dead_code, unreachable_pub)]
 
-pub use kvern::config::EngineConfig;
+pub use kvern::config::{DeviceChoice, DeviceConfig, EngineConfig};
 pub use kvern::config::SchedulingConfig;
 use kvern::request::{Engine, Request, SamplingParams, Terms, TokenEvent, TokenRx};
 pub use kvern::runtime::RuntimeOptions;
@@ -36,7 +36,8 @@ pub fn engine() -> EngineConfig {
         kv_dtype: KvDType::BF16,
         max_model_len: Some(2048),
         max_num_seqs: 32,
-        max_num_batched_tokens: 256,
+        max_num_batched_tokens: Some(256),
+        device: DeviceConfig { choice: DeviceChoice::Cpu, ..DeviceConfig::default() },
         block_size: 16,
         kv_cache_memory_bytes: None,
         prefix_caching: true,

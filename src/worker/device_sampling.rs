@@ -1,0 +1,149 @@
+//! Sampling on a GPU: each sampled row's settings go to the device, and its token comes back.
+
+use super::sampler::TokenCounts;
+use super::{SequenceSampling, StepOutput};
+use crate::request::{SamplingParams, TokenLogprobs};
+use kvern_core::{RequestId, Sampled, StepPlan, TokenId};
+use kvern_kernels::{Device, DeviceSampler, KernelError, SampleBias, SampleCount, SampleRow, Tensor};
+use std::collections::HashMap;
+use std::sync::Arc;
+
+/// Draws a token for each slice that samples, its logits being the rows of `logits` in order.
+pub(super) fn sample_rows(
+    device: &Device,
+    sampler: &mut DeviceSampler,
+    sequences: &HashMap<RequestId, Arc<SequenceSampling>>,
+    plan: &StepPlan,
+    logits: &Tensor,
+    output: &mut StepOutput<'_>,
+) -> Result<(), KernelError> {
+    sampler.begin();
+    let sampling = || plan.slices.iter().filter(|slice| slice.sample);
+    let sequence = |request: &RequestId| sequences.get(request);
+    for slice in sampling() {
+        let position = slice.start + slice.tokens.len() as u32;
+        match sequence(&slice.request) {
+            Some(sequence) => sequence.with_counts(position, |params, counts| {
+                let row = sample_row(params, position);
+                sampler.push(device, logits, row, biases(params, counts), seen(counts))
+            })?,
+            // Nobody wants its token; its row is passed over.
+            None => sampler.push(device, logits, greedy_row(position), [].into_iter(), [].into_iter())?,
+        }
+    }
+    let rows = sampler.finish(device, logits)?.to_vec();
+    for (at, (slice, row)) in sampling().zip(&rows).enumerate() {
+        let position = slice.start + slice.tokens.len() as u32;
+        let Some(sequence) = sequence(&slice.request) else {
+            output.sampled.push((slice.request, Sampled::Failed));
+            continue;
+        };
+        let sampled = row.token.map_or(Sampled::Failed, Sampled::Token);
+        sequence.has_drawn(position, sampled);
+        output.sampled.push((slice.request, sampled));
+        if let (Some(count), Some(_)) = (sequence.params.logprobs, row.token) {
+            let top = sampler.top(at, count as usize).to_vec();
+            output.logprobs.push((slice.request, Box::new(TokenLogprobs { logprob: row.logprob, top })));
+        }
+    }
+    Ok(())
+}
+
+/// A request's settings as the kernel takes them.
+fn sample_row(params: &SamplingParams, position: u32) -> SampleRow {
+    SampleRow {
+        seed: params.seed,
+        temperature: params.temperature,
+        top_p: params.top_p,
+        min_p: params.min_p,
+        top_k: params.top_k,
+        repetition_penalty: params.repetition_penalty,
+        presence_penalty: params.presence_penalty,
+        frequency_penalty: params.frequency_penalty,
+        top_logprobs: params.logprobs.unwrap_or(0),
+        wants_logprob: u32::from(params.logprobs.is_some()),
+        ..greedy_row(position)
+    }
+}
+
+fn greedy_row(position: u32) -> SampleRow {
+    SampleRow {
+        seed: 0,
+        position,
+        temperature: 0.0,
+        top_p: 1.0,
+        min_p: 0.0,
+        top_k: 0,
+        repetition_penalty: 1.0,
+        presence_penalty: 0.0,
+        frequency_penalty: 0.0,
+        bias_first: 0,
+        bias_count: 0,
+        count_first: 0,
+        count_count: 0,
+        top_logprobs: 0,
+        wants_logprob: 0,
+    }
+}
+
+/// Biases, and stop tokens that may not come yet; a token that is both is forbidden.
+fn biases<'a>(params: &'a SamplingParams, counts: &TokenCounts) -> impl Iterator<Item = SampleBias> + 'a {
+    let forbidden: &[TokenId] = if counts.new_tokens() < params.min_tokens { &params.stop_tokens } else { &[] };
+    let biased = params.logit_bias.iter().filter(|(token, _)| !forbidden.contains(token));
+    let biased = biased.map(|&(token, bias)| SampleBias { token, bias });
+    biased.chain(forbidden.iter().map(|&token| SampleBias { token, bias: f32::NEG_INFINITY }))
+}
+
+/// Tokens that penalties are for: those of the output, and those that only the prompt has. Without penalties none is counted.
+fn seen(counts: &TokenCounts) -> impl Iterator<Item = SampleCount> + '_ {
+    let of_output = counts.output().map(|(token, count)| SampleCount { token, count });
+    of_output.chain(counts.prompt_only().map(|token| SampleCount { token, count: 0 }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn params() -> SamplingParams {
+        SamplingParams {
+            temperature: 1.0,
+            top_p: 1.0,
+            top_k: 0,
+            min_p: 0.0,
+            presence_penalty: 0.5,
+            frequency_penalty: 0.0,
+            repetition_penalty: 1.3,
+            seed: 7,
+            stop_tokens: vec![2, 9],
+            min_tokens: 2,
+            logit_bias: vec![(9, 4.0), (5, -1.0)],
+            logprobs: Some(3),
+        }
+    }
+
+    #[test]
+    fn stop_tokens_are_forbidden_until_enough_have_come() {
+        let params = params();
+        let mut counts = TokenCounts::new(&[], &params);
+        let list = |counts: &TokenCounts| {
+            biases(&params, counts).map(|entry| (entry.token, entry.bias)).collect::<Vec<_>>()
+        };
+        let never = f32::NEG_INFINITY;
+        assert_eq!(list(&counts), [(5, -1.0), (2, never), (9, never)]);
+        counts.push(1, &params);
+        counts.push(1, &params);
+        assert_eq!(list(&counts), [(9, 4.0), (5, -1.0)]);
+    }
+
+    #[test]
+    fn each_token_is_counted_once() {
+        let params = params();
+        let mut counts = TokenCounts::new(&[4, 6, 4], &params);
+        for token in [6, 1, 6] {
+            counts.push(token, &params);
+        }
+        let mut found: Vec<_> = seen(&counts).map(|entry| (entry.token, entry.count)).collect();
+        found.sort_unstable();
+        assert_eq!(found, [(1, 1), (4, 0), (6, 2)]);
+    }
+}
