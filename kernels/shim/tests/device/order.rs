@@ -202,6 +202,9 @@ fn caches_have_to_be_there_and_the_scheduler_orders_them() {
     rope(&rig, 0, first, cache, lists).unwrap();
     rope(&rig, 1, second, cache, lists).unwrap();
     refused(rope(&rig, 1, first, cache, lists), &["qkv", "kvern_rope_store_f32 on s0"]);
+    // A block that is brought back meanwhile.
+    rig.to_device(1, cache, rig.pinned(&[1.0; 16]), 16).unwrap();
+    rope(&rig, 0, first, cache, lists).unwrap();
     let words = ["free", "kvern_rope_store_f32 on s"];
     // SAFETY: it is to be refused.
     panics(&words, || unsafe { rig.driver.free(cache) });
