@@ -5,6 +5,8 @@
 //! declared, misaligned vectors, and warps whose lanes meet in different operations. Shared memory and the destinations of
 //! asynchronous copies that nobody waited for hold NaN. Races and the memory model do not show; a launch in the
 //! [reverse](Launch::reverse) order of threads shows many of them by another result.
+//!
+//! [`device`] is a whole device of it, for tests of the backend.
 
 mod buffer;
 pub mod device;

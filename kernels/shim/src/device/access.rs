@@ -173,6 +173,18 @@ mod tests {
     }
 
     #[test]
+    fn a_use_within_a_stretch_leaves_what_is_around_it() {
+        for writes in [false, true] {
+            let mut history = History::default();
+            history.note(0..100, true, &stamp(0, 1), &Clock::default());
+            history.note(40..60, writes, &stamp(1, 1), &clock(&[1]));
+            let found = |range| history.conflict(&range, true, &clock(&[0, 0])).map(|stamp| stamp.stream);
+            assert_eq!([found(0..40), found(60..100)], [Some(0); 2]);
+            assert_eq!(found(40..60), Some(1));
+        }
+    }
+
+    #[test]
     fn stretches_grow_together() {
         let mut history = History::default();
         for part in 0..100 {

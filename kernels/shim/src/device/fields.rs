@@ -251,7 +251,6 @@ impl Launched<'_> {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use std::collections::BTreeSet;
 
@@ -310,7 +309,7 @@ mod tests {
             };
             const LAYOUT: &Layout = &kvern_cuda_abi::GemvParams::LAYOUT;
             let launched = Launched { kernel, grid: [3, 1], params, layout: LAYOUT };
-            let accesses = launched.accesses().unwrap();
+            let accesses = launched.accesses().expect("a struct of kernels");
             let found = accesses.iter().map(|access| (access.name, access.extent));
             assert!(found.eq(expected.map(|(name, bytes)| (name, Extent::Bytes(bytes)))), "{kernel}: {accesses:?}");
         };

@@ -102,8 +102,24 @@ fn memory_ends() {
     unsafe { rig.driver.free(first) };
     assert_eq!(rig.driver.free_bytes().unwrap(), 600);
     assert_ne!(rig.driver.allocate(600).unwrap(), first, "freed addresses are not given out again");
-    refused(rig.driver.allocate(0), &["at least 1 byte"]);
-    refused(rig.driver.allocate_pinned(0), &["at least 1 byte"]);
+}
+
+/// As with a GPU's driver.
+#[test]
+fn nothing_can_be_allocated_copied_and_freed() {
+    let rig = Rig::new();
+    let (device, host) = (rig.driver.allocate(0).unwrap(), rig.driver.allocate_pinned(0).unwrap());
+    assert_ne!(device, Ptr::NULL);
+    rig.to_device(0, Ptr::NULL, host, 0).unwrap();
+    rig.to_host(0, host, Ptr::NULL, 0).unwrap();
+    // SAFETY: nothing uses it.
+    unsafe {
+        rig.driver.zero(rig.streams[0], Ptr::NULL, 0).unwrap();
+        rig.driver.free(device);
+        rig.driver.free_pinned(host, 0);
+        rig.driver.free(Ptr::NULL);
+    }
+    assert_eq!(rig.driver.refusals(), Vec::<String>::new());
 }
 
 #[test]
@@ -126,7 +142,6 @@ fn copies_go_between_pinned_and_device_memory() {
     let (x, host) = (rig.device(8), rig.pinned(&[1.5; 8]));
     rig.to_device(0, x, host, 8).unwrap();
     rig.to_host(0, host, x, 8).unwrap();
-    rig.to_device(0, x, host, 0).unwrap();
     let mut own = [0.0f32; 8];
     let own = NonNull::from(&mut own).cast();
     refused(rig.to_device(0, x, own, 8), &["from: expected pinned memory"]);

@@ -152,14 +152,16 @@ fn captures_take_work_and_nothing_else() {
 }
 
 #[test]
-fn another_thread_may_wait_for_another_stream_during_a_capture() {
+fn another_thread_may_go_on_during_a_capture() {
     let rig = Rig::new();
     rig.record(0, 0);
     rig.record(1, 1);
     rig.driver.begin_capture(rig.streams[0]).unwrap();
-    std::thread::scope(|scope| scope.spawn(|| rig.synchronize(1)).join().unwrap()).unwrap();
-    let own = std::thread::scope(|scope| scope.spawn(|| rig.synchronize(0)).join().unwrap());
-    refused(own, &["synchronize", "s0"]);
+    let elsewhere = |work: &(dyn Fn() -> Result<()> + Sync)| std::thread::scope(|s| s.spawn(work).join().unwrap());
+    elsewhere(&|| rig.synchronize(1)).unwrap();
+    elsewhere(&|| rig.driver.allocate(16).map(drop)).unwrap();
+    elsewhere(&|| rig.driver.kernel("kvern_gelu_mul_f32", 0).map(drop)).unwrap();
+    refused(elsewhere(&|| rig.synchronize(0)), &["synchronize", "s0"]);
     assert!(rig.driver.end_capture(rig.streams[0]).is_err());
 }
 
@@ -200,6 +202,9 @@ fn caches_have_to_be_there_and_the_scheduler_orders_them() {
     rope(&rig, 0, first, cache, lists).unwrap();
     rope(&rig, 1, second, cache, lists).unwrap();
     refused(rope(&rig, 1, first, cache, lists), &["qkv", "kvern_rope_store_f32 on s0"]);
+    // A block that is brought back meanwhile.
+    rig.to_device(1, cache, rig.pinned(&[1.0; 16]), 16).unwrap();
+    rope(&rig, 0, first, cache, lists).unwrap();
     let words = ["free", "kvern_rope_store_f32 on s"];
     // SAFETY: it is to be refused.
     panics(&words, || unsafe { rig.driver.free(cache) });

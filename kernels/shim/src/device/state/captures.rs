@@ -19,11 +19,14 @@ pub(super) struct Capture {
 }
 
 impl State {
-    /// Fails, and spoils the captures, if there is one under way for which this `matters`.
+    /// Fails, and spoils the capture, if the calling thread has one under way. Others may go on meanwhile, as with a
+    /// GPU whose captures restrict a thread.
     pub(in crate::device) fn refuse_in_capture(&mut self, call: &str) -> Result<()> {
-        self.refuse_in_captures(call, |_, _| true)
+        let own = std::thread::current().id();
+        self.refuse_in_captures(call, |_, capture| capture.thread == own)
     }
 
+    /// As above, for the captures for which the call `matters`.
     pub(super) fn refuse_in_captures(&mut self, call: &str, matters: impl Fn(usize, &Capture) -> bool) -> Result<()> {
         let mut found = None;
         for (index, stream) in self.streams.iter_mut().enumerate() {
