@@ -203,8 +203,6 @@ mod tests {
     }
 
     fn contexts_of(workloads: &[Workload]) -> Vec<u32> {
-        let argv = ["kvern", "bench"].map(std::ffi::OsString::from).to_vec();
-        let config = crate::config::Config::resolve(argv, &crate::config::Environment::default());
         Room::for_workloads(workloads, 8, 512).contexts
     }
 }

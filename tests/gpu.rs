@@ -1,0 +1,208 @@
+//! The server on a GPU that is the shim: the same tokens as on the CPU, memory that is accounted before it is taken, and
+//! failures that everybody is told of.
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use kvern::config::{DeviceConfig, PoolLayout, WorkerLayout};
+use kvern::request::{Engine, TokenEvent};
+use kvern::runtime::{self, Runtime, StartError};
+use kvern_core::FinishReason;
+use kvern_cuda_shim::device::{Call, Options, ShimDriver};
+use kvern_kernels::{CpuOptions, Device, Element, KvDType, Precision};
+use kvern_models::ModelFiles;
+use std::path::Path;
+use std::sync::Arc;
+use support::{
+    Answer, Ask, EngineConfig, RuntimeOptions, SchedulingConfig, collect, engine, greedy, options, submit, together,
+    tokens,
+};
+
+const VOCAB: u32 = 128;
+
+fn model() -> ModelFiles {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tests/golden/checkpoints/llama.gguf");
+    ModelFiles::open(&path).unwrap()
+}
+
+fn small() -> RuntimeOptions {
+    let engine = EngineConfig {
+        precision: Precision::F32,
+        kv_dtype: KvDType::F32,
+        max_model_len: Some(72),
+        max_num_seqs: 6,
+        max_num_batched_tokens: Some(48),
+        block_size: 8,
+        kv_cache_memory_bytes: Some(4 << 20),
+        device: DeviceConfig { memory_utilization: 1000, ..DeviceConfig::default() },
+        ..engine()
+    };
+    RuntimeOptions { engine, ..options() }
+}
+
+fn on_cpu(options: &RuntimeOptions) -> Runtime {
+    let device = Device::cpu(CpuOptions::default()).unwrap();
+    runtime::start_on(device, &model(), options, &mut |_| {}).unwrap()
+}
+
+fn try_on_gpu(options: &RuntimeOptions, shim: Options) -> (Arc<ShimDriver>, Result<Runtime, StartError>) {
+    let driver = ShimDriver::new(shim);
+    let device = Device::gpu(Arc::clone(&driver) as _, Element::F32).unwrap();
+    let runtime = runtime::start_on(device, &model(), options, &mut |_| {});
+    (driver, runtime)
+}
+
+fn on_gpu(options: &RuntimeOptions) -> (Arc<ShimDriver>, Runtime) {
+    let (driver, runtime) = try_on_gpu(options, Options::default());
+    (driver, runtime.unwrap_or_else(|error| panic!("{error}")))
+}
+
+/// Requests of all kinds of sampling, some with a common prefix.
+fn asks() -> Vec<Ask> {
+    let token = |seed: u32, at: u32| (seed * 53 + at * 17 + at * at % 11) % VOCAB;
+    (0..10u32)
+        .map(|i| {
+            let stem = if i % 3 == 0 { 16 } else { 0 };
+            let own = 3 + i * 5 % 20;
+            let prompt = (0..stem).map(|at| token(99, at)).chain((0..own).map(|at| token(i, at))).collect();
+            let mut sampling = greedy();
+            sampling.seed = u64::from(i) * 31;
+            sampling.temperature = [0.0, 0.8, 1.2][i as usize % 3];
+            sampling.top_p = [1.0, 0.9][i as usize / 3 % 2];
+            sampling.top_k = [0, 12][i as usize % 2];
+            sampling.repetition_penalty = [1.0, 1.0, 1.2][i as usize / 2 % 3];
+            sampling.presence_penalty = [0.0, 0.5][i as usize / 4 % 2];
+            sampling.logit_bias = if i == 4 { vec![(7, 100.0)] } else { Vec::new() };
+            sampling.stop_tokens = vec![7];
+            sampling.min_tokens = if i == 4 { 3 } else { 0 };
+            Ask { prompt, sampling, max_new_tokens: 6 + i % 5 }
+        })
+        .collect()
+}
+
+fn alone() -> Vec<Answer> {
+    let cpu = on_cpu(&small());
+    let answers = asks().iter().map(|ask| collect(submit(&cpu.handle, ask))).collect();
+    cpu.join();
+    answers
+}
+
+#[test]
+fn a_gpu_says_what_the_cpu_says() {
+    let (asks, alone) = (asks(), alone());
+    let split = SchedulingConfig { workers: WorkerLayout::Split, ..SchedulingConfig::default() };
+    for scheduling in [SchedulingConfig::default(), split] {
+        let layout = scheduling.workers;
+        let (driver, runtime) = on_gpu(&RuntimeOptions { scheduling, ..small() });
+        driver.clear_log();
+        assert_eq!(tokens(&together(&runtime, &asks)), tokens(&alone), "{layout:?}, cold");
+        assert_eq!(tokens(&together(&runtime, &asks)), tokens(&alone), "{layout:?}, with cached prefixes");
+        let log = driver.log();
+        assert!(log.iter().any(|line| line.starts_with("graph ")), "decode steps are captured ones");
+        let allocations: Vec<_> = log.iter().filter(|line| line.starts_with("allocate")).collect();
+        assert!(allocations.is_empty(), "nothing allocates after the start: {allocations:?}");
+        runtime.join();
+        assert_eq!(driver.refusals(), Vec::<String>::new());
+    }
+}
+
+#[test]
+fn likeliest_tokens_are_the_cpus() {
+    let ask = |logprobs| Ask {
+        prompt: vec![5, 80, 33, 2],
+        sampling: kvern::request::SamplingParams { logprobs, ..greedy() },
+        max_new_tokens: 5,
+    };
+    let read = |runtime: &Runtime, ask: &Ask| {
+        let mut events = submit(&runtime.handle, ask);
+        let mut found = Vec::new();
+        while let Some(event) = events.blocking_recv() {
+            if let TokenEvent::Token { token, logprobs } = event {
+                found.push((token, logprobs));
+            }
+        }
+        found
+    };
+    let cpu = on_cpu(&small());
+    let (_, gpu) = on_gpu(&small());
+    for wanted in [Some(0), Some(4), Some(20), None] {
+        let (expected, found) = (read(&cpu, &ask(wanted)), read(&gpu, &ask(wanted)));
+        assert_eq!(found.len(), 5);
+        for ((token, logprobs), (expected_token, expected)) in found.iter().zip(&expected) {
+            assert_eq!(token, expected_token);
+            assert_eq!(logprobs.is_some(), wanted.is_some());
+            let (Some(found), Some(expected)) = (logprobs, expected) else { continue };
+            assert!((found.logprob - expected.logprob).abs() < 1e-4);
+            assert_eq!(found.top.len(), expected.top.len());
+            for (found, expected) in found.top.iter().zip(&expected.top) {
+                assert!(found.0 == expected.0 && (found.1 - expected.1).abs() < 1e-4, "{found:?} {expected:?}");
+            }
+        }
+    }
+    cpu.join();
+    gpu.join();
+}
+
+#[test]
+fn a_step_that_fails_is_repeated() {
+    let (asks, alone) = (asks(), alone());
+    let (driver, runtime) = on_gpu(&small());
+    driver.fail(Call::Launch, 40, "planted", false);
+    driver.fail(Call::LaunchGraph, 5, "planted", false);
+    assert_eq!(tokens(&together(&runtime, &asks)), tokens(&alone));
+    assert!(runtime.handle.health().live);
+    runtime.join();
+    assert_eq!(driver.refusals(), Vec::<String>::new());
+}
+
+#[test]
+fn a_lost_gpu_ends_every_stream_and_the_engine() {
+    let (driver, mut runtime) = on_gpu(&small());
+    driver.fail(Call::Synchronize, 4, "planted: an illegal address", true);
+    let ask = Ask { prompt: vec![1; 20], sampling: greedy(), max_new_tokens: 40 };
+    let streams: Vec<_> = (0..4).map(|_| submit(&runtime.handle, &ask)).collect();
+    for mut stream in streams {
+        let mut last = None;
+        while let Some(event) = stream.blocking_recv() {
+            last = Some(event);
+        }
+        let finished = matches!(last, Some(TokenEvent::Finished { reason: FinishReason::Length, .. }));
+        assert!(!finished, "the GPU was lost before");
+    }
+    let (_, never) = tokio::sync::oneshot::channel();
+    std::mem::replace(&mut runtime.ended, never).blocking_recv().unwrap();
+    assert!(!runtime.handle.health().live, "an orchestrator shall start the process anew");
+    runtime.join();
+}
+
+#[test]
+fn what_does_not_fit_is_refused_before_it_is_taken() {
+    let shim = |memory_bytes| Options { memory_bytes, ..Options::default() };
+    let engine = EngineConfig { kv_cache_memory_bytes: None, ..small().engine };
+    let options = RuntimeOptions { engine, ..small() };
+    // What the device itself takes, and the reserve, leave nothing.
+    let (driver, runtime) = try_on_gpu(&options, shim(200 << 20));
+    let Err(StartError::DoesNotFit { model_len: 72, table, hint }) = runtime else { panic!("it fits") };
+    assert!(table.contains("weights") && table.contains("the KV cache"), "{table}");
+    assert_eq!(hint, "no context would fit beside the weights: use a smaller or a quantized model");
+    let weights_taken = driver.log().iter().any(|line| line.contains("copy_to_device"));
+    assert!(!weights_taken, "nothing was loaded");
+
+    let (_, runtime) = try_on_gpu(&options, shim(400 << 20));
+    let runtime = runtime.unwrap_or_else(|error| panic!("{error}"));
+    let account = runtime.account.clone();
+    let kv = account.table.iter().find(|(purpose, _)| purpose == "the KV cache").unwrap().1;
+    assert!(kv > 1 << 20 && account.kv_bytes < kv, "{account:?}");
+    let all: u64 = account.table.iter().map(|(_, bytes)| bytes).sum();
+    assert!(all <= 400 << 20, "{account:?}");
+    runtime.join();
+}
+
+#[test]
+fn pools_apart_are_for_workers_apart() {
+    let scheduling =
+        SchedulingConfig { workers: WorkerLayout::Split, pools: PoolLayout::Apart, ..SchedulingConfig::default() };
+    let (_, runtime) = try_on_gpu(&RuntimeOptions { scheduling, ..small() }, Options::default());
+    let error = runtime.err().unwrap().to_string();
+    assert!(error.starts_with("--kv-pools apart needs"), "{error}");
+}
