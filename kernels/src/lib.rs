@@ -11,13 +11,22 @@
 //! format.rs      stored weight formats and their values
 //! cpu/           the CPU backend, one file per op
 //! limits.rs      what the machine allows: reads, products
-//! cuda_absent.rs the CUDA backend's signatures in a build without it
+//! cuda/driver.rs what the CUDA backend asks of a GPU; cuda/real.rs is NVIDIA's driver behind it, and cuda_absent.rs what
+//!                stands in its place in a build without the feature `cuda`
 //! ```
 
 mod attention_plan;
 mod buffer;
 mod cpu;
 pub mod cuda;
+#[allow(dead_code)] // Until the backend opens it.
+#[cfg(feature = "cuda")]
+#[path = "cuda/real.rs"]
+mod cuda_driver;
+#[allow(dead_code)] // As above.
+#[cfg(not(feature = "cuda"))]
+#[path = "cuda_absent.rs"]
+mod cuda_driver;
 mod device;
 mod error;
 mod format;
