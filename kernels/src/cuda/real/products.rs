@@ -341,28 +341,58 @@ impl Display for Sizes<'_> {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
+
     use super::*;
 
-    #[test]
-    fn products_are_named_by_their_sizes() {
-        let gemm = Gemm {
-            element: Element::BF16,
+    fn gemm(element: Element, bias: Ptr) -> Gemm {
+        Gemm {
+            element,
             out_element: Element::F32,
             x: Ptr(256),
             w: Ptr(512),
-            bias: Ptr(768),
+            bias,
             out: Ptr(1024),
             m: 5,
             n: 7,
             k: 3,
-            out_stride: 7,
+            out_stride: 8,
             workspace: Ptr::NULL,
             workspace_bytes: 0,
-        };
-        let error = check(Named("cublasLtMatmul", &Question::exact(&gemm)), Status::CUBLAS_STATUS_NOT_SUPPORTED);
+        }
+    }
+
+    #[test]
+    fn products_are_named_by_their_sizes() {
+        let question = Question::exact(&gemm(Element::BF16, Ptr(768)));
+        let error = check(Named("cublasLtMatmul", &question), Status::CUBLAS_STATUS_NOT_SUPPORTED);
         let expected =
             "cublasLtMatmul of a product [5 x 3] [3 x 7] with bias of bf16 into f32: CUBLAS_STATUS_NOT_SUPPORTED";
         assert_eq!(error.unwrap_err().to_string(), expected);
         assert!(check("cublasLtCreate", Status::CUBLAS_STATUS_SUCCESS).is_ok());
+    }
+
+    /// Needs the library, but no GPU.
+    #[test]
+    fn the_library_takes_every_description() {
+        // SAFETY: as in `Products::open`.
+        if !unsafe { sys::is_culib_present() } {
+            println!("skipped: there is no libcublasLt on this machine");
+            return;
+        }
+        // SAFETY: no preconditions.
+        let version = unsafe { sys::cublasLtGetVersion() };
+        assert!((120_000..200_000).contains(&version), "{version}");
+        for element in [Element::F32, Element::F16, Element::BF16] {
+            for bias in [Ptr::NULL, Ptr(768)] {
+                let question = Question::exact(&gemm(element, bias));
+                Problem::new(&question, bias).unwrap();
+                Wishes::new(&question).unwrap();
+            }
+        }
+        // What it does not take it says.
+        let description = Description::new().unwrap();
+        let error = description.set(Detail::CUBLASLT_MATMUL_DESC_TRANSA, 0_u8).unwrap_err();
+        assert!(error.to_string().ends_with("CUBLAS_STATUS_INVALID_VALUE"), "{error}");
     }
 }

@@ -85,6 +85,8 @@ impl Health {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
+
     use super::*;
 
     fn named(status: CUresult) -> String {
