@@ -1,7 +1,8 @@
 //! Lists the compiled CUDA kernels, for the driver to include; only in a build with the feature `cuda`.
 //!
-//! They are compiled by `make cuda`, not here: that needs a compiler of 100 MB, and they change seldom. KVERN_CUDA_FATBINS
-//! names another folder. Without kernels the build goes on with a warning, unless KVERN_REQUIRE_CUDA=1.
+//! They are compiled by `make cuda`, not here: that needs a compiler of 100 MB, and they change seldom.
+//! KVERN_CUDA_FATBINS names another folder. Without kernels the build goes on with a warning, unless
+//! KVERN_REQUIRE_CUDA=1.
 
 use std::env;
 use std::fs;

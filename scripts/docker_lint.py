@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Checks Dockerfile.cuda with hadolint and the shell scripts with ShellCheck, both installed into a folder of the build.
+"""Checks Dockerfile.cuda with hadolint and shell scripts with ShellCheck, both installed into a folder of the build.
 
 Where they cannot be installed this warns and checks nothing, unless KVERN_REQUIRE_DOCKER_LINT=1.
 """

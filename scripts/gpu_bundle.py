@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Gathers what a machine with a GPU needs to check this build into target/gpu-bundle: no Rust and no network are needed there.
+"""Gathers what a machine with a GPU, without Rust and network, needs to check this build into target/gpu-bundle.
 
     kvern              the release build with the feature cuda and its kernels, stripped
     gpu-check.sh       runs everything and ends in one table
     scripts/gpu        what that script runs, and configurations for made-up weights
     BUNDLE.txt         commit, day, versions, checksum of the binary
 
-Fails where the binary is larger than 45 MiB or the bundle larger than 60 MiB. --kvern takes a binary that is built already.
+Fails where the binary is larger than 45 MiB or the bundle larger than 60 MiB. --kvern takes a binary that is built.
 """
 
 import argparse

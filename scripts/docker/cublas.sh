@@ -1,6 +1,6 @@
 #!/bin/sh
-# cublas.sh FOLDER: puts libcublasLt, and nothing else of cuBLAS, into FOLDER. It comes from NVIDIA's Python package, because the
-# Debian package brings all of cuBLAS and a repository to trust.
+# cublas.sh FOLDER: puts libcublasLt, and nothing else of cuBLAS, into FOLDER. It comes from NVIDIA's Python package,
+# because the Debian package brings all of cuBLAS and a repository to trust.
 set -eu
 
 VERSION=13.0.2.14

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Compares the server on a GPU with transformers on the same GPU, over the HTTP API.
 
-f32: greedy tokens must be the same, but where two are as likely as each other. bf16: the server's own tokens are given to
-transformers in f32, which is the truth, and in bf16, which is the measure: the server's log-probabilities may be off the truth
-as far as those of transformers in bf16 are, times a factor.
+f32: greedy tokens must be the same, but where two are as likely as each other. bf16: the server's own tokens are given
+to transformers in f32, which is the truth, and in bf16, which is the measure: the server's log-probabilities may be
+off the truth as far as those of transformers in bf16 are, times a factor.
 """
 
 import sys
@@ -23,7 +23,7 @@ FLOORS = (1e-3, 2e-2)
 
 
 def load(folder, dtype: torch.dtype):
-    """The model in `dtype`; rotary frequencies stay as the library keeps them, so the weights are not cast after loading."""
+    """The model in `dtype`. Not cast after loading: rotary frequencies have to stay as the library keeps them."""
     for name in ("dtype", "torch_dtype"):
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", **{name: dtype})
         if next(model.parameters()).dtype == dtype:
@@ -82,7 +82,7 @@ def check_f32(options, truth, vocabulary: Vocabulary, prompts: "list[list[int]]"
         gaps = expected.max(dim=-1).values - expected.gather(1, torch.tensor(answer, device="cuda")[:, None])[:, 0]
         same += int((gaps == 0).sum())
         compared += len(answer)
-        wrong += [f"token {at} is {vocabulary.tokenizer.decode([answer[at]])!r}, {gap:.4f} less likely than the likeliest"
+        wrong += [f"token {at} is {vocabulary.tokenizer.decode([answer[at]])!r}, {gap:.4f} behind the likeliest"
                   for at, gap in enumerate(gaps.tolist()) if gap > TIE]
     good = not wrong and compared > 0
     print(f"f32: {same} of {compared} tokens are transformers' own: {'pass' if good else 'FAIL'}")
@@ -109,8 +109,9 @@ def check_bf16(options, truth, peer, vocabulary: Vocabulary, prompts: "list[list
     for name, of, factor, floor in zip(("mean", "max"), (torch.mean, torch.max), FACTORS, FLOORS):
         found, limit = of(ours).item(), max(floor, factor * of(theirs).item())
         good = good and found <= limit
-        print(f"bf16, {name} over {len(ours)} tokens: off by {found:.5f}, transformers in bf16 by {of(theirs).item():.5f} "
-              f"(limit {limit:.5f}): {'pass' if found <= limit else 'FAIL'}")
+        print(f"bf16, {name} over {len(ours)} tokens: off by {found:.5f}, "
+              f"transformers in bf16 by {of(theirs).item():.5f} (limit {limit:.5f}): "
+              f"{'pass' if found <= limit else 'FAIL'}")
     return good
 
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Compares a GPU with the CPU: the same binary, model and prompts, greedy, in f32 and in bf16.
 
-In f32 both compute the same up to the order of sums, so the texts must be equal, but where two tokens are as likely as each
-other. In bf16 roundings differ, and what is compared is how likely each holds the tokens that both chose.
+In f32 both compute the same up to the order of sums, so the texts must be equal, but where two tokens are as likely as
+each other. In bf16 roundings differ, and what is compared is how likely each holds the tokens that both chose.
 """
 
 import sys
@@ -11,8 +11,8 @@ import server
 
 TOKENS = 48
 TOP = 5
-# Per type: at a token where the two part, how far apart it may be in likelihood from the other's choice; and how far apart
-# the log-probabilities of a token that both chose may be, at most and on average.
+# Per type: at a token where the two part, how far apart it may be in likelihood from the other's choice; and how far
+# apart the log-probabilities of a token that both chose may be, at most and on average.
 LIMITS = {"f32": (2e-3, 2e-3, 2e-4), "bf16": (0.15, 0.3, 0.03)}
 
 
@@ -23,7 +23,7 @@ def answers(options, device: str, dtype: str) -> "list[dict]":
         return [running.complete(prompt, TOKENS, TOP)["logprobs"] for prompt in server.PROMPTS]
 
 
-def compare(prompt: str, gpu: dict, cpu: dict, limits: "tuple[float, float, float]") -> "tuple[list[float], str | None]":
+def compare(prompt: str, gpu: dict, cpu: dict, limits: tuple) -> "tuple[list[float], str | None]":
     """Differences of log-probabilities up to where the texts part, and what is wrong about the parting."""
     differences = []
     for at, (ours, theirs) in enumerate(zip(gpu["tokens"], cpu["tokens"])):
@@ -52,7 +52,8 @@ def main() -> None:
         most, mean = max(differences, default=float("inf")), sum(differences) / max(1, len(differences))
         good = not wrong and most <= limits[1] and mean <= limits[2]
         print(f"{dtype}: {len(differences)} of {TOKENS * len(server.PROMPTS)} tokens before the first that differs; "
-              f"log-probabilities differ by {most:.5f} at most (limit {limits[1]}), {mean:.6f} on average ({limits[2]}): "
+              f"log-probabilities differ by {most:.5f} at most (limit {limits[1]}), "
+              f"{mean:.6f} on average ({limits[2]}): "
               f"{'pass' if good else 'FAIL'}")
         print("".join(f"  {text}\n" for text in wrong), end="")
         failed = failed or not good

@@ -2,8 +2,8 @@
 # Everything that a machine with a GPU can check of this build: facts, start-up, answers beside those of the CPU and of
 # transformers, memory errors, speed beside the machine's limits. Runs all of it, whatever fails, and ends in one table.
 #
-#   gpu-check.sh [WEIGHTS]    WEIGHTS: a folder of SmolLM2-135M-Instruct (config, tokenizer, safetensors); without it the
-#                             checks of answers are skipped
+#   gpu-check.sh [WEIGHTS]    WEIGHTS: a folder of SmolLM2-135M-Instruct (config, tokenizer, safetensors); without
+#                             it the checks of answers are skipped
 #
 # OUT is the folder for every step's output (./results). KVERN is the binary (beside this file). DEVICE is cuda:0.
 # Needs nvidia-smi, Python 3 with torch and, for the answers, transformers; compute-sanitizer where there is one.
@@ -27,7 +27,7 @@ row() {
     printf '%-28s %-22s %8s\n' "$1" "$2" "$3" >>"$table"
 }
 
-# check NAME SECONDS_MAX COMMAND...: runs a check; its output goes to a file of its name, and the end of it to the terminal.
+# check NAME SECONDS_MAX COMMAND...: runs a check; its output goes to a file of its name, its end to the terminal.
 check() {
     local name=$1 limit=$2 began status result
     shift 2
@@ -65,24 +65,26 @@ fi
 bench() {
     local shape=$1
     shift
-    check "bench-$shape" 900 "$PYTHON" "$scripts/roofline.py" --kvern "$KVERN" --model "$scripts/shapes/$shape" --device "$DEVICE" \
-        --flag=--load-format=dummy --flag=--max-num-batched-tokens=8192 --out "$OUT/bench-$shape.json" "$@"
+    check "bench-$shape" 900 "$PYTHON" "$scripts/roofline.py" --kvern "$KVERN" --model "$scripts/shapes/$shape" \
+        --device "$DEVICE" --flag=--load-format=dummy --flag=--max-num-batched-tokens=8192 \
+        --out "$OUT/bench-$shape.json" "$@"
 }
 
 check gpu 60 nvidia-smi
-check gpu-facts 60 nvidia-smi \
-    --query-gpu=name,driver_version,memory.total,memory.used,clocks.sm,clocks.max.sm,clocks.mem,power.limit,mig.mode.current --format=csv
+facts=name,driver_version,memory.total,memory.used,clocks.sm,clocks.max.sm,clocks.mem,power.limit,mig.mode.current
+check gpu-facts 60 nvidia-smi --query-gpu="$facts" --format=csv
 check version 30 "$KVERN" --version
 # Small, so that a build that does not open the device is known before anything long.
-check opens 120 "$KVERN" bench "$scripts/shapes/smollm2-135m" --device "$DEVICE" --load-format dummy --rounds 1 --steps 4 \
-    --decode 2x64 --prefill 96
-answers start 300 "$PYTHON" "$scripts/server.py" --kvern "$KVERN" --model "$weights" --device "$DEVICE" --logs "$OUT"
-answers cuda-and-cpu 900 "$PYTHON" "$scripts/devices.py" --kvern "$KVERN" --model "$weights" --device "$DEVICE" --logs "$OUT"
-answers transformers 900 "$PYTHON" "$scripts/agree.py" --kvern "$KVERN" --model "$weights" --device "$DEVICE" --logs "$OUT"
+tiny=("$KVERN" bench "$scripts/shapes/smollm2-135m" --device "$DEVICE" --load-format dummy --rounds 1)
+check opens 120 "${tiny[@]}" --steps 4 --decode 2x64 --prefill 96
+served=(--kvern "$KVERN" --model "$weights" --device "$DEVICE" --logs "$OUT")
+answers start 300 "$PYTHON" "$scripts/server.py" "${served[@]}"
+answers cuda-and-cpu 900 "$PYTHON" "$scripts/devices.py" "${served[@]}"
+answers transformers 900 "$PYTHON" "$scripts/agree.py" "${served[@]}"
 for tool in memcheck racecheck; do
     if command -v compute-sanitizer >/dev/null; then
-        check "$tool" 900 compute-sanitizer --tool "$tool" --error-exitcode 9 "$KVERN" bench "$scripts/shapes/smollm2-135m" \
-            --device "$DEVICE" --load-format dummy --rounds 1 --steps 2 --decode 3x70 --prefill 100
+        check "$tool" 900 compute-sanitizer --tool "$tool" --error-exitcode 9 "${tiny[@]}" --steps 2 --decode 3x70 \
+            --prefill 100
     else
         skip "$tool" "no compute-sanitizer"
     fi

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Prints the folder of libcublasLt where the system's loader does not find it by itself: a toolkit's, or a Python package's."""
+"""Prints the folder of libcublasLt, a toolkit's or a Python package's, where the loader does not find it by itself."""
 
 import argparse
 import ctypes
@@ -21,9 +21,10 @@ def loads(name: str) -> bool:
 
 def folders() -> "list[pathlib.Path]":
     toolkits = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
-    found = [pathlib.Path(toolkit) / part for toolkit in toolkits if toolkit for part in ("lib64", "targets/x86_64-linux/lib")]
-    packages = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *sys.path}
-    return found + [folder for package in sorted(packages) if package for folder in pathlib.Path(package).glob("nvidia/*/lib")]
+    parts = ("lib64", "targets/x86_64-linux/lib")
+    found = [pathlib.Path(toolkit) / part for toolkit in toolkits if toolkit for part in parts]
+    packages = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *sys.path} - {""}
+    return found + [folder for package in sorted(packages) for folder in pathlib.Path(package).glob("nvidia/*/lib")]
 
 
 def main() -> None:

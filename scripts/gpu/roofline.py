@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Runs `kvern bench` on a GPU and divides by what the GPU can do, measured by torch before and after in the same run.
 
-Two limits: bytes per second of reading large tensors (the best of several ways), and operations per second of products of
-random bf16 matrices (the best of several sizes). What a step must read and multiply is counted from the model's
-configuration: weights once, K and V of every stream, two operations per weight and token, and attention. The floor of a step
-is the longer of the two times; the last column says how many floors it took.
+Two limits: bytes per second of reading large tensors (the best of several ways), and operations per second of products
+of random bf16 matrices (the best of several sizes). What a step must read and multiply is counted from the model's
+configuration: weights once, K and V of every stream, two operations per weight and token, and attention. The floor of
+a step is the longer of the two times; the last column says how many floors it took.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def limits() -> dict:
     size = numbers.numel() * numbers.element_size()
     rows = numbers.view(torch.bfloat16)[:numbers.numel() * 2 // 8192 * 8192].view(-1, 8192)
     vector = torch.randn(8192, dtype=torch.bfloat16, device="cuda")
-    reads = {"sum": lambda: numbers.sum(), "max": lambda: numbers.amax(), "product with a vector": lambda: rows @ vector}
+    reads = {"sum": numbers.sum, "max": numbers.amax, "product with a vector": lambda: rows @ vector}
     read = {name: size / best(work) for name, work in reads.items()}
     half = numbers[:numbers.numel() // 2]
     copy = 2 * half.numel() * half.element_size() / best(lambda: numbers[-half.numel():].copy_(half))
@@ -129,12 +129,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--limits-only", action="store_true", help="print the limits as JSON and run nothing else")
     parser.add_argument("--kvern", type=pathlib.Path, help="the binary")
-    parser.add_argument("--model", type=pathlib.Path, help="folder with config.json, and weights unless they are dummies")
+    parser.add_argument("--model", type=pathlib.Path, help="folder with config.json, and weights if they are read")
     parser.add_argument("--device", default="cuda:0", help="device of the bench")
     parser.add_argument("--decode", action="append", help=f"STREAMSxCONTEXT [default: {' '.join(DECODE)}]")
     parser.add_argument("--prefill", action="append", help=f"tokens [default: {' '.join(PREFILL)}]")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of each workload")
-    parser.add_argument("--flag", action="append", default=[], help="a further flag of kvern bench, as --flag=--load-format=dummy")
+    parser.add_argument("--flag", action="append", default=[],
+                        help="a further flag of kvern bench, as --flag=--load-format=dummy")
     parser.add_argument("--out", type=pathlib.Path, help="file for all figures, as JSON")
     options = parser.parse_args()
     if options.limits_only:
@@ -153,14 +154,15 @@ def main() -> None:
 
 
 def report(folder: pathlib.Path, rows: "list[dict]", gpu: str, read: float, product: float) -> None:
-    print(f"{folder.name} on {gpu}: reads {read / 1e12:.2f} TB/s, products {product / 1e12:.0f} TFLOP/s, both measured by torch")
+    print(f"{folder.name} on {gpu}; by torch: reads {read / 1e12:.2f} TB/s, products {product / 1e12:.0f} TFLOP/s")
     print(f"{'workload':18} {'tokens/s':>10} {'ms':>9} {'floor ms':>9}  bound by   floors")
     model = Model.read(folder)
     points = [row for row in rows if not row["workload"].startswith("limit ")]
     for row in points:
         tokens, seconds, bound = floor(model, row["workload"], read, product)
         took = tokens / row["median"]
-        print(f"{row['workload']:18} {row['median']:10.1f} {took * 1e3:9.3f} {seconds * 1e3:9.3f}  {bound:9} {took / seconds:7.2f}")
+        print(f"{row['workload']:18} {row['median']:10.1f} {took * 1e3:9.3f} {seconds * 1e3:9.3f}  {bound:9} "
+              f"{took / seconds:7.2f}")
     if not points:
         sys.exit("expected workloads in the output of kvern bench, found none")
 

@@ -30,8 +30,8 @@ PROMPTS = [
     "Dear Sir or Madam,\n\nI am writing to",
     "The three most important rules of chess are",
     " ".join(f"Chapter {n} tells of {subject}." for n, subject in enumerate(
-        ["a river", "the old bridge", "two brothers", "a lost letter", "winter", "the mill", "a stranger", "bread", "the war",
-         "a garden", "silence", "the sea", "a wedding", "the clock", "debts", "a storm", "the harvest", "an answer"] * 3, 1))
+        ["a river", "the old bridge", "two brothers", "a lost letter", "winter", "the mill", "a stranger", "bread",
+         "the war", "a garden", "silence", "the sea", "a wedding", "the clock", "debts", "a storm", "an answer"] * 3, 1))
     + " The last chapter tells of",
 ]
 
@@ -52,7 +52,8 @@ class Server:
             with urllib.request.urlopen(request, timeout=ANSWER_S_MAX) as answer:
                 return json.load(answer)["choices"][0]
         except urllib.error.HTTPError as error:
-            raise SystemExit(f"expected a completion, found status {error.code}: {error.read().decode(errors='replace')}") from error
+            text = error.read().decode(errors="replace")
+            raise SystemExit(f"expected a completion, found status {error.code}: {text}") from error
 
 
 @contextlib.contextmanager
@@ -61,10 +62,10 @@ def running(binary: pathlib.Path, model: pathlib.Path, flags: "list[str]", log: 
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port = probe.getsockname()[1]
-    command = [str(binary), "serve", str(model), "--host", HOST, "--port", str(port), "--served-model-name", "check", *flags]
+    command = [str(binary), "serve", str(model), "--host", HOST, "--port", str(port), "--served-model-name", "check"]
     began = time.monotonic()
     with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output)
+        process = subprocess.Popen([*command, *flags], stdout=output, stderr=output)
         try:
             while not is_ready(port):
                 if process.poll() is not None:
@@ -105,10 +106,11 @@ def arguments(description: str) -> argparse.ArgumentParser:
     """What all scripts take that start servers."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--kvern", type=pathlib.Path, required=True, help="the binary")
-    parser.add_argument("--model", type=pathlib.Path, required=True, help="folder of safetensors with config and tokenizer")
+    parser.add_argument("--model", type=pathlib.Path, required=True, help="folder of safetensors, config, tokenizer")
     parser.add_argument("--device", default="cuda:0", help="device of the server")
     parser.add_argument("--logs", type=pathlib.Path, default=pathlib.Path("."), help="folder for the servers' logs")
-    parser.add_argument("--flag", action="append", default=[], help="a further flag of the server, as --flag=--max-num-seqs=8")
+    parser.add_argument("--flag", action="append", default=[],
+                        help="a further flag of the server, as --flag=--max-num-seqs=8")
     return parser
 
 

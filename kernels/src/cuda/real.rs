@@ -9,8 +9,9 @@
 //! products products of matrices; choices: which algorithm for which sizes
 //! ```
 //!
-//! Only the raw bindings are used: what a call does on the device is what is written here. Every call makes the context the
-//! thread's and checks the status. No call waits for the device but `synchronize`, `free` and the end of the driver.
+//! Only the raw bindings are used: what a call does on the device is what is written here. Every call makes the
+//! context the thread's and checks the status. No call waits for the device but `synchronize`, `free` and the end of
+//! the driver.
 
 #[path = "real/choices.rs"]
 mod choices;
@@ -113,8 +114,8 @@ impl Gpu {
     }
 }
 
-// SAFETY of the calls below: streams, events, kernels and graphs come from tables, where they stay while the driver lives;
-// pointers to results are to locals of the types that are written; memory is what the caller says it is.
+// SAFETY of the calls below: streams, events, kernels and graphs come from tables, where they stay while the driver
+// lives; pointers to results are to locals of the types that are written; memory is what the caller says it is.
 impl Driver for Gpu {
     fn properties(&self) -> &DeviceProperties {
         &self.properties

@@ -1,8 +1,8 @@
 //! Which algorithm multiplies matrices of which sizes: what is asked of the library, and the answers, kept.
 //!
-//! An answer takes some 50 microseconds, so sizes that differ little in rows share one: 64 rows and fewer are told apart, more
-//! go up to the next multiple of 16, 64 or 256, within a quarter of what they are. The same question has the same answer, so
-//! forgetting one changes no bit of a result.
+//! An answer takes much longer than a launch, so sizes that differ little in rows share one: 64 rows and fewer are told
+//! apart, more go up to the next multiple of 16, 64 or 256, within a quarter of what they are. The same question has
+//! the same answer, so forgetting one changes no bit of a result.
 
 use std::collections::HashMap;
 
@@ -80,7 +80,8 @@ impl<T: Copy> Choices<T> {
         self.known.get(question).copied()
     }
 
-    /// Keeps an answer. Where there are too many, all others are forgotten: they are asked for again as they are needed.
+    /// Keeps an answer. Where there are too many, all others are forgotten: they are asked for again as they are
+    /// needed.
     pub(super) fn keep(&mut self, question: Question, answer: T) {
         if self.known.len() >= CHOICES_MAX && !self.known.contains_key(&question) {
             self.known.clear();

@@ -32,7 +32,7 @@ pub(super) fn initialize() -> Result<()> {
     if found < CUDA_MIN {
         let ((major, minor), (found_major, found_minor)) = (CUDA_MIN, found);
         return Err(KernelError::Unsupported(format!(
-            "expected an NVIDIA driver for CUDA {major}.{minor} or later, found one for CUDA {found_major}.{found_minor}"
+            "expected an NVIDIA driver for CUDA {major}.{minor} or later, found one for {found_major}.{found_minor}"
         )));
     }
     Ok(())
@@ -138,7 +138,7 @@ impl Context {
         if found < CAPABILITY_MIN {
             let ((major, minor), (found_major, found_minor)) = (CAPABILITY_MIN, found);
             return Err(KernelError::Unsupported(format!(
-                "expected a GPU of compute capability {major}.{minor} or later, found {name} of {found_major}.{found_minor}"
+                "expected compute capability {major}.{minor} or later, found {found_major}.{found_minor} of {name}"
             )));
         }
         let mut raw = std::ptr::null_mut();

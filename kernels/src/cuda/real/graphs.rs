@@ -6,15 +6,16 @@ use super::context::Context;
 use super::table::Raw;
 use crate::Result;
 
-/// Begins to record what is put on `stream`. Only what this thread does is restricted meanwhile: another worker may allocate.
+/// Begins to record what is put on `stream`. Only what this thread does is restricted meanwhile: another worker may
+/// allocate.
 pub(super) fn begin(context: &Context, stream: sys::CUstream) -> Result<()> {
     // SAFETY: the stream lives as long as the driver.
     let status = unsafe { sys::cuStreamBeginCapture_v2(stream, Mode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL) };
     context.check("cuStreamBeginCapture", status)
 }
 
-/// Ends a capture, also where it failed, and makes it ready to run: what it needs on the device is uploaded now, not at its
-/// first launch.
+/// Ends a capture, also where it failed, and makes it ready to run: what it needs on the device is uploaded now, not
+/// at its first launch.
 pub(super) fn finish(context: &Context, stream: sys::CUstream) -> Result<Raw<sys::CUgraphExec_st>> {
     let mut recorded = std::ptr::null_mut();
     // SAFETY: the stream lives as long as the driver; the pointer is to a local of the type that is written.

@@ -1,7 +1,7 @@
 //! The kernels in this binary, loaded when the device is opened, and found by their names.
 //!
-//! The driver loads code lazily, at a kernel's first launch if it may; [`Modules::find`] has it loaded then and there, because
-//! a capture must not load anything.
+//! The driver loads code lazily, at a kernel's first launch if it may; [`Modules::find`] has it loaded then and there,
+//! because a capture must not load anything.
 
 use std::collections::HashMap;
 use std::ffi::{CString, c_int};
@@ -144,8 +144,8 @@ impl Modules {
         context.check(format_args!("cuOccupancyMaxActiveBlocksPerMultiprocessor of {}", entry.name), status)?;
         u32::try_from(blocks).ok().and_then(NonZeroU32::new).ok_or_else(|| {
             KernelError::Unsupported(format!(
-                "expected room on a multiprocessor for a block of {} with {threads} threads and {shared_bytes} bytes of \
-                 shared memory, found none",
+                "expected room on a multiprocessor for a block of {} with {threads} threads and {shared_bytes} bytes \
+                 of shared memory, found none",
                 entry.name
             ))
         })
@@ -172,8 +172,8 @@ impl Modules {
         // One parameter: the struct. The driver copies it before it returns.
         let mut arguments = [params.as_ptr().cast_mut().cast()];
         let LaunchShape { grid: [x, y], threads, shared_bytes } = shape;
-        // SAFETY: the function is of a loaded module, takes one parameter, and that is as long as it takes it to be; the rest
-        // is the caller's.
+        // SAFETY: the function is of a loaded module, takes one parameter, and that is as long as it takes it to be;
+        // the rest is the caller's.
         let status = unsafe {
             sys::cuLaunchKernel(
                 entry.function.0,

@@ -1,7 +1,7 @@
 //! Products of matrices, by cuBLASLt.
 //!
 //! The library sees matrices by columns, so a row-major one is its own transpose there, and what is computed is
-//! `out^T [n x m] = w [n x k] x^T [k x m]`: w is A, transposed, x is B, and rows are what lies one leading dimension apart.
+//! `out^T [n x m] = w [n x k] x^T [k x m]`: w is A, transposed, x is B, and rows lie one leading dimension apart.
 //! Sums are taken in f32, also where the work of one sum is divided; f32 is never rounded to tf32.
 
 use std::ffi::c_void;

@@ -1,7 +1,7 @@
 //! What the driver's statuses mean: which of them end the device for this process, and what is said of the others.
 //!
-//! A kernel that went wrong shows at whatever call comes next, so every status goes through here, and the first one that
-//! ends the device is what every later call answers with.
+//! A kernel that went wrong shows at whatever call comes next, so every status goes through here, and the first one
+//! that ends the device is what every later call answers with.
 
 use std::fmt::Display;
 use std::sync::OnceLock;

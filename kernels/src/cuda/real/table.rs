@@ -15,8 +15,8 @@ impl<T> Clone for Raw<T> {
 
 impl<T> Copy for Raw<T> {}
 
-// SAFETY: the driver's objects mean the same on every thread, and its calls on them may come from any; that those on one
-// stream come from one thread at a time is what the trait asks of its callers.
+// SAFETY: the driver's objects mean the same on every thread, and its calls on them may come from any; that those on
+// one stream come from one thread at a time is what the trait asks of its callers.
 unsafe impl<T> Send for Raw<T> {}
 // SAFETY: as above; a shared reference only gives out the pointer.
 unsafe impl<T> Sync for Raw<T> {}
