@@ -5,7 +5,8 @@
 #   gpu-check.sh [WEIGHTS]    WEIGHTS: a folder of SmolLM2-135M-Instruct (config, tokenizer, safetensors); without
 #                             it the checks of answers are skipped
 #
-# OUT is the folder for every step's output (./results). KVERN is the binary (beside this file). DEVICE is cuda:0.
+# OUT is the folder for every step's output (./results). KVERN is the binary (beside this file). DEVICE is cuda:0. CHECKS
+# names the checks to run, by spaces (all): for a machine that is lent for minutes.
 # Needs nvidia-smi, Python 3 with torch and, for the answers, transformers; compute-sanitizer where there is one.
 set -uo pipefail
 
@@ -16,6 +17,7 @@ KVERN=${KVERN:-$here/kvern}
 OUT=${OUT:-results}
 DEVICE=${DEVICE:-cuda:0}
 PYTHON=${PYTHON:-python3}
+CHECKS=${CHECKS:-}
 weights=${1:-}
 mkdir -p "$OUT"
 table=$OUT/table.txt
@@ -31,6 +33,7 @@ row() {
 check() {
     local name=$1 limit=$2 began status result
     shift 2
+    wanted "$name" || return 0
     echo "== $name"
     began=$SECONDS
     timeout --kill-after=10 "$limit" "$@" >"$OUT/$name.txt" 2>&1
@@ -45,7 +48,16 @@ check() {
     row "$name" "$result" $((SECONDS - began))
 }
 
+# Whether a check is among those asked for.
+wanted() {
+    case " ${CHECKS:-$1} " in
+    *" $1 "*) return 0 ;;
+    *) return 1 ;;
+    esac
+}
+
 skip() {
+    wanted "$1" || return 0
     echo "== $1: skipped, $2"
     row "$1" "skipped: $2" -
 }
