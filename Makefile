@@ -9,7 +9,7 @@ SEEDS ?= 1000000
 BENCHES ?= forward plan prefix kernels frontend text
 
 .DEFAULT_GOAL := help
-.PHONY: help serve model test unit clients sim simulate lint bench bench-peer bench-scaling bench-serve openapi doc cuda
+.PHONY: help serve model test unit clients sim simulate lint bench bench-peer bench-scaling bench-serve openapi doc cuda cuda-driver gpu-bundle docker-lint
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +54,16 @@ bench-serve: model ## Load the server: fairness, overload, latency, split worker
 
 cuda: ## Compile the CUDA kernels (no GPU needed) and compare their resources; ARGS=--accept takes new ones
 	$(PYTHON) scripts/cuda_kernels.py $(ARGS)
+
+cuda-driver: ## Check and test the driver behind the feature cuda, as far as that goes without a GPU
+	$(CARGO) clippy -p kvern-kernels --features cuda --all-targets -- -D warnings
+	$(CARGO) test -p kvern-kernels --features cuda --lib cuda_driver
+
+gpu-bundle: ## Build target/gpu-bundle: server, kernels and scripts for a check on a machine with a GPU (docs/gpu/README.md)
+	$(PYTHON) scripts/gpu_bundle.py $(ARGS)
+
+docker-lint: ## Check Dockerfile.cuda and the shell scripts
+	$(PYTHON) scripts/docker_lint.py
 
 openapi: ## Write docs/openapi.json anew from the code
 	KVERN_WRITE_OPENAPI=1 $(CARGO) test --test http openapi

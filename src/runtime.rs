@@ -14,8 +14,8 @@ use crate::config::{EngineConfig, PoolLayout, PriorityClass, RecordConfig, Sched
 use crate::engine::{EngineHandle, EngineLimits, EngineLoop, EngineParts};
 use crate::record::Recorder;
 use crate::telemetry::{Telemetry, TelemetryInfo};
-use kvern_core::{ClassSpec, CoreConfig, CostModel, Engine as Core, Micros, WorkerId, WorkerSpec};
 use account::{KvRoom, Wanted};
+use kvern_core::{ClassSpec, CoreConfig, CostModel, Engine as Core, Micros, WorkerId, WorkerSpec};
 use kvern_kernels::{Device, KernelError, KvDType};
 use kvern_models::{Checkpoint, LoadError, LoadOptions, LoadProgress, ModelConfig, ModelFiles, StepLimits};
 use std::sync::Arc;

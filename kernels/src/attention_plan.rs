@@ -164,7 +164,19 @@ impl AttentionPlan {
     fn with(heads: HeadLayout, tokens_max: usize, device: Option<DevicePlan>, scratch: Scratch) -> Self {
         let (tables, tasks, merges) = (Vec::new(), Vec::new(), Vec::new());
         let (partials_max, rows, blocks, block_size) = (0, 0, 0, 1);
-        AttentionPlan { heads, tokens_max, device, partials_max, rows, blocks, block_size, tables, tasks, merges, scratch }
+        AttentionPlan {
+            heads,
+            tokens_max,
+            device,
+            partials_max,
+            rows,
+            blocks,
+            block_size,
+            tables,
+            tasks,
+            merges,
+            scratch,
+        }
     }
 
     /// Checks the batch against `kv` (block ids in range, tables long enough) and plans it. With `padded` rows, as

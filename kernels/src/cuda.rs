@@ -114,7 +114,17 @@ impl CudaDevice {
         let workspace = DeviceMemory::new(&driver, "workspace of products", WORKSPACE_BYTES)?;
         let widened = DeviceMemory::new(&driver, "workspace of products", WIDENED_BYTES)?;
         let (stream, idle) = (driver.stream(priority)?, Mutex::new(Milestone::new(&driver)?));
-        Ok(CudaDevice(Arc::new(Gpu { driver, stream, element, kernels, workspace, widened, idle, loader, counter: None })))
+        Ok(CudaDevice(Arc::new(Gpu {
+            driver,
+            stream,
+            element,
+            kernels,
+            workspace,
+            widened,
+            idle,
+            loader,
+            counter: None,
+        })))
     }
 
     /// For the start-up banner.

@@ -1,16 +1,22 @@
-//! In the place of the real driver, in a build without it.
+//! The CUDA driver's place in a build without the feature `cuda`: there is none to open.
 
 use std::sync::Arc;
 
 use crate::cuda::driver::Driver;
 use crate::{KernelError, Result};
 
-/// GPUs of this machine.
-pub(crate) fn device_count() -> Result<usize> {
+/// Opens a GPU by its number.
+///
+/// # Errors
+/// Always: this binary was built without CUDA.
+pub(crate) fn open(_ordinal: usize) -> Result<Arc<dyn Driver>> {
     Err(KernelError::BuiltWithoutCuda)
 }
 
-/// The driver of GPU number `ordinal`.
-pub(crate) fn open(_ordinal: usize) -> Result<Arc<dyn Driver>> {
+/// How many GPUs there are.
+///
+/// # Errors
+/// Always: this binary was built without CUDA.
+pub(crate) fn device_count() -> Result<usize> {
     Err(KernelError::BuiltWithoutCuda)
 }

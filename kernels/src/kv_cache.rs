@@ -120,7 +120,11 @@ impl DeviceKv {
         }
         let rows = (shape.blocks + 1) * shape.kv_heads * shape.block_size;
         if u32::try_from(rows).is_err() {
-            return Err(KernelError::shape("kv cache", "blocks x KV heads x block size below 2^32", format!("{shape:?}")));
+            return Err(KernelError::shape(
+                "kv cache",
+                "blocks x KV heads x block size below 2^32",
+                format!("{shape:?}"),
+            ));
         }
         // Each plane begins at whole vectors.
         let plane_bytes = (rows * shape.head_dim * gpu.element.bytes()).next_multiple_of(256);

@@ -11,18 +11,19 @@
 //! format.rs      stored weight formats and their values
 //! cpu/           the CPU backend, one file per op
 //! limits.rs      what the machine allows: reads, products
-//! cuda/          the CUDA backend: one launch, or a few, per op, by a driver behind a trait
+//! cuda/          the CUDA backend: one launch, or a few, per op, by a driver behind a trait; cuda/real.rs is NVIDIA's driver,
+//!                and cuda_absent.rs stands in its place in a build without the feature `cuda`
 //! ```
 
 mod attention_plan;
 mod buffer;
 mod cpu;
 pub mod cuda;
-#[cfg(not(feature = "cuda"))]
-#[path = "cuda_absent.rs"]
-mod cuda_driver;
 #[cfg(feature = "cuda")]
 #[path = "cuda/real.rs"]
+mod cuda_driver;
+#[cfg(not(feature = "cuda"))]
+#[path = "cuda_absent.rs"]
 mod cuda_driver;
 mod device;
 mod error;

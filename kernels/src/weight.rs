@@ -124,7 +124,8 @@ impl Weight {
     /// `rows x cols` values that depend on the seed alone, uniform in `[-limit, limit)`, of the type that products on the device
     /// take without widening: for measuring. On the CPU they are BF16.
     pub fn random(device: &Device, rows: usize, cols: usize, seed: u64, limit: f32) -> Result<Weight> {
-        let empty = MatrixView { name: "random", format: Format::BF16, rows, cols, bytes: &[], row_order: RowOrder::Natural };
+        let empty =
+            MatrixView { name: "random", format: Format::BF16, rows, cols, bytes: &[], row_order: RowOrder::Natural };
         if rows.checked_mul(cols).and_then(|n| n.checked_mul(8)).is_none_or(|bytes| bytes > isize::MAX as usize) {
             return Err(KernelError::shape("random weights", "a size in range", format!("{rows} x {cols}")));
         }

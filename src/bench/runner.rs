@@ -71,8 +71,7 @@ impl Runner {
             context_max: room.contexts.iter().copied().max().unwrap_or(1) as usize,
         };
         let options = LoadOptions { precision: engine.precision, format: engine.device.load_format, limits };
-        let mut loaded =
-            kvern_models::load(device, files, &options, &mut |_| {})?;
+        let mut loaded = kvern_models::load(device, files, &options, &mut |_| {})?;
         let blocks = scattered(room.blocks(engine.block_size));
         let shape = loaded.kv_shape(blocks.len(), engine.block_size as usize, engine.kv_dtype);
         admit(shape.blocks as u64 * shape.block_bytes() as u64)?;

@@ -134,7 +134,8 @@ impl Wanted<'_> {
 
     /// What everything but the KV cache takes for steps of these limits.
     fn fixed(&self, gpu: &Device, limits: StepLimits) -> Result<Fixed, StartError> {
-        let counting = gpu.counting()?.ok_or_else(|| StartError::Unsupported("expected a GPU to account for".into()))?;
+        let counting =
+            gpu.counting()?.ok_or_else(|| StartError::Unsupported("expected a GPU to account for".into()))?;
         let load = LoadOptions { limits, ..self.load };
         let loaded = kvern_models::load(&counting, self.files, &load, &mut |_| {})?;
         let shape = self.shape(&loaded, 1);

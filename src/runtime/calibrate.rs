@@ -11,8 +11,8 @@
 //! A tenth of a second for a small model on two cores; the core corrects the rest while it runs. What K and V hold does not
 //! matter, so the cache is used as it is: nothing in it is in use yet.
 
-use kvern_core::CostModel;
 use super::team::Member;
+use kvern_core::CostModel;
 use kvern_kernels::KernelError;
 use kvern_models::{ForwardBatch, StepLimits};
 use std::time::{Duration, Instant};

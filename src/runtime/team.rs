@@ -7,9 +7,9 @@
 //! ```
 
 use super::{PoolLayout, SchedulingConfig, StartError, WorkerLayout, calibrate};
+use crate::admission::LOGPROBS_MAX;
 use crate::worker::{Mover, Worker, WorkerParts};
 use kvern_core::{CostModel, PoolId, Role, WorkerSpec};
-use crate::admission::LOGPROBS_MAX;
 use kvern_kernels::{Device, DeviceSampler, KvCache, KvShape};
 use kvern_models::{ForwardBatch, LoadedModel, Model, StepLimits};
 

@@ -125,9 +125,8 @@ mod tests {
     fn stop_tokens_are_forbidden_until_enough_have_come() {
         let params = params();
         let mut counts = TokenCounts::new(&[], &params);
-        let list = |counts: &TokenCounts| {
-            biases(&params, counts).map(|entry| (entry.token, entry.bias)).collect::<Vec<_>>()
-        };
+        let list =
+            |counts: &TokenCounts| biases(&params, counts).map(|entry| (entry.token, entry.bias)).collect::<Vec<_>>();
         let never = f32::NEG_INFINITY;
         assert_eq!(list(&counts), [(5, -1.0), (2, never), (9, never)]);
         counts.push(1, &params);

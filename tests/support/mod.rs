@@ -1,8 +1,8 @@
 //! A running engine over the default model, and requests on it, for the server tests.
 #![allow(clippy::unwrap_used, dead_code, unreachable_pub)]
 
-pub use kvern::config::{DeviceChoice, DeviceConfig, EngineConfig};
 pub use kvern::config::SchedulingConfig;
+pub use kvern::config::{DeviceChoice, DeviceConfig, EngineConfig};
 use kvern::request::{Engine, Request, SamplingParams, Terms, TokenEvent, TokenRx};
 pub use kvern::runtime::RuntimeOptions;
 use kvern::runtime::{self, Runtime};

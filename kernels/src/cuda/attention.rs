@@ -71,7 +71,10 @@ impl AttentionKernels {
             return Ok((AttentionKernels::F32 { attention: driver.kernel("kvern_attention_f32", 0)? }, 1));
         }
         if !HEAD_DIMS.contains(&dim) || heads.group() > launch::prefill_rows(dim) {
-            let expected = format!("heads of 64, 96, 128 or 256 values, at most {} per KV head, on a GPU", launch::prefill_rows(dim));
+            let expected = format!(
+                "heads of 64, 96, 128 or 256 values, at most {} per KV head, on a GPU",
+                launch::prefill_rows(dim)
+            );
             return Err(KernelError::shape("attention plan", expected, format!("{heads:?}")));
         }
         let shared = launch::decode_shared_bytes(dim) as u32;
@@ -94,7 +97,8 @@ impl DevicePlan {
             AttentionKernels::Tiles { .. } => launch::prefill_rows(heads.head_dim) / heads.group(),
         };
         let AttentionLimits { tokens_max, sequences_max, context_max, windows } = *limits;
-        let pieces = context_max.div_ceil(piece_len(context_max as u32) as usize).max(context_max.min(4096).div_ceil(256));
+        let pieces =
+            context_max.div_ceil(piece_len(context_max as u32) as usize).max(context_max.min(4096).div_ceil(256));
         let partials = match kernels {
             AttentionKernels::F32 { .. } => 0,
             AttentionKernels::Tiles { .. } => PARTIALS_MAX.max(pieces).min(pieces * sequences_max),
@@ -121,7 +125,11 @@ impl DevicePlan {
             tile_rows: tile_rows as u32,
             windows: windows.iter().map(window_plan).collect::<Result<_>>()?,
             prefill: PrefillPlan::default(),
-            tiles: StepArray::new(driver, "the plan of prefill attention", tokens_max.div_ceil(tile_rows) + sequences_max)?,
+            tiles: StepArray::new(
+                driver,
+                "the plan of prefill attention",
+                tokens_max.div_ceil(tile_rows) + sequences_max,
+            )?,
             tables: StepArray::new(driver, "block tables", table_entries)?,
             sums: DeviceMemory::new(driver, "partial results of attention", partial_values * 2 * 4)?,
             values: DeviceMemory::new(driver, "partial results of attention", partial_values * heads.head_dim * 4)?,
@@ -224,13 +232,7 @@ impl DevicePlan {
         }
     }
 
-    fn launch_tiles(
-        &self,
-        gpu: &CudaDevice,
-        kernel: Kernel,
-        shape: LaunchShape,
-        params: &PrefillParams,
-    ) -> Result<()> {
+    fn launch_tiles(&self, gpu: &CudaDevice, kernel: Kernel, shape: LaunchShape, params: &PrefillParams) -> Result<()> {
         if self.tiles.len() == 0 {
             return Ok(());
         }

@@ -27,13 +27,7 @@ struct Sides {
     out_stride: usize,
 }
 
-pub(crate) fn matmul(
-    gpu: &CudaDevice,
-    x: &Tensor,
-    w: &Weight,
-    bias: Option<&Tensor>,
-    out: &mut Tensor,
-) -> Result<()> {
+pub(crate) fn matmul(gpu: &CudaDevice, x: &Tensor, w: &Weight, bias: Option<&Tensor>, out: &mut Tensor) -> Result<()> {
     if x.rows() == 0 {
         return Ok(());
     }

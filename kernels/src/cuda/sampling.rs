@@ -70,9 +70,10 @@ impl DeviceSampler {
         let Backend::Cuda(gpu) = &device.backend else { return Ok(None) };
         const WHAT: &str = "the sampler's inputs";
         let entries = ENTRIES.min(rows_max.saturating_mul(vocab)).max(vocab);
-        let scratch = rows_max.checked_mul(vocab).and_then(|values| values.checked_mul(4)).ok_or_else(|| {
-            KernelError::shape("sampler", "sizes in range", format!("{rows_max} rows of {vocab}"))
-        })?;
+        let scratch = rows_max
+            .checked_mul(vocab)
+            .and_then(|values| values.checked_mul(4))
+            .ok_or_else(|| KernelError::shape("sampler", "sizes in range", format!("{rows_max} rows of {vocab}")))?;
         Ok(Some(DeviceSampler {
             rows: StepArray::new(&gpu.driver, WHAT, rows_max)?,
             biases: StepArray::new(&gpu.driver, WHAT, entries)?,
@@ -123,7 +124,8 @@ impl DeviceSampler {
         self.new_counts.extend(counts);
         let full = self.new_biases.len() > self.biases.capacity() || self.new_counts.len() > self.counts.capacity();
         if full && !self.new_rows.is_empty() {
-            let (own_biases, own_counts) = (self.new_biases.split_off(first_bias), self.new_counts.split_off(first_count));
+            let (own_biases, own_counts) =
+                (self.new_biases.split_off(first_bias), self.new_counts.split_off(first_count));
             self.flush(device, logits)?;
             (self.new_biases, self.new_counts) = (own_biases, own_counts);
             (row.bias_first, row.count_first) = (0, 0);
@@ -209,10 +211,10 @@ impl DeviceSampler {
         let tokens = &self.tokens.pinned.read()?[..count];
         let logprobs = if with_logprobs { self.logprobs.pinned.read()? } else { &[] };
         let logprob = |row: usize| logprobs.get(row * stride).copied().unwrap_or(f32::NAN);
-        let rows = tokens.iter().enumerate().map(|(row, &token)| SampledRow {
-            token: (token != NONE).then_some(token),
-            logprob: logprob(row),
-        });
+        let rows = tokens
+            .iter()
+            .enumerate()
+            .map(|(row, &token)| SampledRow { token: (token != NONE).then_some(token), logprob: logprob(row) });
         self.sampled.extend(rows);
         let top_tokens = if with_logprobs { self.top_tokens.pinned.read()? } else { &[] };
         for row in 0..count {

@@ -138,8 +138,7 @@ fn convert(format: Format, stored: &[u8], element: Element, out: &mut [u8]) {
     const VALUES: usize = 1024;
     let mut values = [0.0; VALUES];
     let block = format.block_elements().max(VALUES / 4);
-    let (stored_bytes, out_bytes) =
-        (block / format.block_elements() * format.block_bytes(), block * element.bytes());
+    let (stored_bytes, out_bytes) = (block / format.block_elements() * format.block_bytes(), block * element.bytes());
     for (stored, out) in stored.chunks(stored_bytes).zip(out.chunks_mut(out_bytes)) {
         let values = &mut values[..out.len() / element.bytes()];
         dequantize(format, stored, values).expect("rows are whole blocks, as was checked");
@@ -209,8 +208,15 @@ impl Loader {
     pub(super) fn new(driver: &Arc<dyn Driver>) -> Result<Self> {
         let cores = std::thread::available_parallelism().map_or(1, |n| n.get().min(THREADS_MAX));
         let threads = if driver.counts_only() { 1 } else { cores };
-        let stage = || Ok::<_, KernelError>(Stage { pinned: Pinned::new(driver, STAGE_BYTES)?, copied: Milestone::new(driver)? });
-        Ok(Loader { stages: [stage()?, stage()?], turn: 0, counts_only: driver.counts_only(), pool: Pool::new(threads)? })
+        let stage = || {
+            Ok::<_, KernelError>(Stage { pinned: Pinned::new(driver, STAGE_BYTES)?, copied: Milestone::new(driver)? })
+        };
+        Ok(Loader {
+            stages: [stage()?, stage()?],
+            turn: 0,
+            counts_only: driver.counts_only(),
+            pool: Pool::new(threads)?,
+        })
     }
 
     /// Has `rows` rows of `row_bytes` filled, each by `fill`, and copied to `to`. The copies are on the stream when it returns.

@@ -11,7 +11,8 @@ use crate::cpu::pair::Pair;
 use crate::ops::{self, Attention, RopeAndStore};
 use crate::reference::{self, Attend, Products};
 use crate::{
-    AttentionLimits, AttentionPlan, CpuIsa, CpuOptions, Device, HeadLayout, KvCache, KvDType, KvShape, RopeTable, SequenceBatch, Tensor,
+    AttentionLimits, AttentionPlan, CpuIsa, CpuOptions, Device, HeadLayout, KvCache, KvDType, KvShape, RopeTable,
+    SequenceBatch, Tensor,
 };
 
 /// One sequence: its shape, and the window.
@@ -68,7 +69,14 @@ impl Case {
         let store = |rows: &[f32], slots: &[u32], kv: &mut KvCache| {
             let mut rows = Tensor::from_f32(device, row_len, rows).unwrap();
             let positions = vec![0; slots.len()];
-            let args = RopeAndStore { heads, norm: None, rope: &rope, positions: (&positions).into(), slots: slots.into(), layer: 0 };
+            let args = RopeAndStore {
+                heads,
+                norm: None,
+                rope: &rope,
+                positions: (&positions).into(),
+                slots: slots.into(),
+                layer: 0,
+            };
             ops::rope_and_store(device, &args, &mut rows, kv).unwrap();
             rows
         };

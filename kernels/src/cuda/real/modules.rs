@@ -1,0 +1,206 @@
+//! The kernels in this binary, loaded when the device is opened, and found by their names.
+//!
+//! The driver loads code lazily, at a kernel's first launch if it may; [`Modules::find`] has it loaded then and there,
+//! because a capture must not load anything.
+
+use std::collections::HashMap;
+use std::ffi::{CString, c_int};
+use std::num::NonZeroU32;
+use std::sync::{Mutex, PoisonError};
+
+use cudarc::driver::sys::{self, CUfunction_attribute as Attribute, CUresult};
+
+use super::context::Context;
+use super::table::{Raw, Table};
+use crate::cuda::driver::{LaunchShape, Layout};
+use crate::{KernelError, Result};
+
+/// Most kernels that are found; there are some 100 in all.
+const KERNELS_MAX: usize = 1024;
+
+/// Gives bytes an alignment, which `include_bytes!` does not.
+#[repr(C, align(64))]
+struct Aligned<T>(T);
+
+/// Names of source files and what they were compiled to, by `build.rs`.
+static FATBINS: &[(&str, &[u8])] = include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
+
+/// A kernel that can be launched.
+struct Entry {
+    name: String,
+    function: Raw<sys::CUfunc_st>,
+    /// Bytes of its parameter struct.
+    param_bytes: usize,
+}
+
+/// What is known of a kernel's name.
+struct Named {
+    number: u32,
+    /// Dynamic shared memory that launches may ask for.
+    shared_bytes: u32,
+}
+
+/// The modules of a context.
+pub(super) struct Modules {
+    loaded: Vec<Raw<sys::CUmod_st>>,
+    kernels: Table<Entry>,
+    by_name: Mutex<HashMap<String, Named>>,
+}
+
+impl Modules {
+    /// Loads all kernels of this binary into the current context.
+    pub(super) fn load(context: &Context) -> Result<Self> {
+        if FATBINS.is_empty() {
+            let text = "expected CUDA kernels in this binary, found none: it was built without `make cuda`";
+            return Err(KernelError::Unsupported(text.into()));
+        }
+        let mut modules = Modules {
+            loaded: Vec::with_capacity(FATBINS.len()),
+            kernels: Table::new("kernels", KERNELS_MAX),
+            by_name: Mutex::new(HashMap::new()),
+        };
+        for (name, bytes) in FATBINS {
+            let mut module = std::ptr::null_mut();
+            // SAFETY: the bytes are a fatbin, whose header says how long it is; the context is current.
+            let status = unsafe { sys::cuModuleLoadData(&raw mut module, bytes.as_ptr().cast()) };
+            context.check(format_args!("cuModuleLoadData of {name}"), status)?;
+            modules.loaded.push(Raw(module));
+        }
+        Ok(modules)
+    }
+
+    /// The kernel of a name, loaded and ready for launches with so much dynamic shared memory.
+    pub(super) fn find(&self, context: &Context, name: &str, shared_bytes: u32) -> Result<u32> {
+        let mut by_name = self.by_name.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = match by_name.get_mut(name) {
+            Some(known) => known,
+            None => {
+                let known = self.open(context, name)?;
+                by_name.entry(name.to_owned()).or_insert(known)
+            }
+        };
+        if shared_bytes > known.shared_bytes {
+            let function = self.kernels.get(known.number).function.0;
+            let value = c_int::try_from(shared_bytes).unwrap_or(c_int::MAX);
+            let attribute = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: the function is of a module that is loaded as long as this lives.
+            let status = unsafe { sys::cuFuncSetAttribute(function, attribute, value) };
+            context.check(format_args!("{shared_bytes} bytes of shared memory for {name}"), status)?;
+            known.shared_bytes = shared_bytes;
+        }
+        Ok(known.number)
+    }
+
+    /// Finds a kernel for the first time.
+    fn open(&self, context: &Context, name: &str) -> Result<Named> {
+        let function = self.function(context, name)?;
+        // SAFETY: the function is of a module that is loaded as long as this lives.
+        context.check(format_args!("cuFuncLoad of {name}"), unsafe { sys::cuFuncLoad(function) })?;
+        let (mut offset, mut param_bytes) = (0, 0);
+        // SAFETY: as above; the pointers are to locals of the types that are written.
+        let status = unsafe { sys::cuFuncGetParamInfo(function, 0, &raw mut offset, &raw mut param_bytes) };
+        context.check(format_args!("cuFuncGetParamInfo of {name}"), status)?;
+        let attribute = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        let mut shared_bytes: c_int = 0;
+        // SAFETY: as above.
+        let status = unsafe { sys::cuFuncGetAttribute(&raw mut shared_bytes, attribute, function) };
+        context.check(format_args!("cuFuncGetAttribute of {name}"), status)?;
+        let entry = || Ok(Entry { name: name.to_owned(), function: Raw(function), param_bytes });
+        Ok(Named { number: self.kernels.add(entry)?, shared_bytes: u32::try_from(shared_bytes).unwrap_or(0) })
+    }
+
+    /// The function of a name in whichever module has it.
+    fn function(&self, context: &Context, name: &str) -> Result<sys::CUfunction> {
+        let unknown = || KernelError::Unsupported(format!("expected a CUDA kernel of this binary, found {name:?}"));
+        let c_name = CString::new(name).map_err(|_| unknown())?;
+        for module in &self.loaded {
+            let mut function = std::ptr::null_mut();
+            // SAFETY: the module is loaded as long as this lives, and the name ends with a zero.
+            match unsafe { sys::cuModuleGetFunction(&raw mut function, module.0, c_name.as_ptr()) } {
+                CUresult::CUDA_ERROR_NOT_FOUND => {}
+                status => {
+                    context.check(format_args!("cuModuleGetFunction of {name}"), status)?;
+                    return Ok(function);
+                }
+            }
+        }
+        Err(unknown())
+    }
+
+    /// Blocks of a kernel that a multiprocessor holds at once.
+    pub(super) fn blocks(&self, context: &Context, kernel: u32, threads: u32, shared_bytes: u32) -> Result<NonZeroU32> {
+        let entry = self.kernels.get(kernel);
+        let mut blocks: c_int = 0;
+        let threads = c_int::try_from(threads).unwrap_or(c_int::MAX);
+        // SAFETY: the function is of a loaded module; the pointer is to a local of the type that is written.
+        let status = unsafe {
+            sys::cuOccupancyMaxActiveBlocksPerMultiprocessor(
+                &raw mut blocks,
+                entry.function.0,
+                threads,
+                shared_bytes as usize,
+            )
+        };
+        context.check(format_args!("cuOccupancyMaxActiveBlocksPerMultiprocessor of {}", entry.name), status)?;
+        u32::try_from(blocks).ok().and_then(NonZeroU32::new).ok_or_else(|| {
+            KernelError::Unsupported(format!(
+                "expected room on a multiprocessor for a block of {} with {threads} threads and {shared_bytes} bytes \
+                 of shared memory, found none",
+                entry.name
+            ))
+        })
+    }
+
+    /// Puts a launch on a stream.
+    ///
+    /// # Safety
+    /// As [`Driver::launch`](crate::cuda::driver::Driver::launch).
+    pub(super) unsafe fn launch(
+        &self,
+        context: &Context,
+        stream: sys::CUstream,
+        (kernel, shape): (u32, LaunchShape),
+        (params, layout): (&[u8], &Layout),
+    ) -> Result<()> {
+        let entry = self.kernels.get(kernel);
+        // The driver would read past the end of what is too short.
+        if params.len() != layout.bytes || params.len() != entry.param_bytes {
+            let expected = format!("{} bytes of parameters for {}", entry.param_bytes, entry.name);
+            let found = format!("{} for {} of {}", params.len(), layout.name, layout.bytes);
+            return Err(KernelError::shape("launch", expected, found));
+        }
+        // One parameter: the struct. The driver copies it before it returns.
+        let mut arguments = [params.as_ptr().cast_mut().cast()];
+        let LaunchShape { grid: [x, y], threads, shared_bytes } = shape;
+        // SAFETY: the function is of a loaded module, takes one parameter, and that is as long as it takes it to be;
+        // the rest is the caller's.
+        let status = unsafe {
+            sys::cuLaunchKernel(
+                entry.function.0,
+                x,
+                y,
+                1,
+                threads,
+                1,
+                1,
+                shared_bytes,
+                stream,
+                arguments.as_mut_ptr(),
+                std::ptr::null_mut(),
+            )
+        };
+        context.check(
+            format_args!("launch of {} [{x} x {y} blocks of {threads}, {shared_bytes} bytes]", entry.name),
+            status,
+        )
+    }
+}
+
+impl Drop for Modules {
+    fn drop(&mut self) {
+        for module in self.loaded.drain(..) {
+            // SAFETY: loaded once by `load`, into the context that is current; nothing runs any more.
+            let _ = unsafe { sys::cuModuleUnload(module.0) };
+        }
+    }
+}

@@ -1,0 +1,129 @@
+#!/usr/bin/env python3
+"""Compares the server on a GPU with transformers on the same GPU, over the HTTP API.
+
+f32: greedy tokens must be the same, but where two are as likely as each other. bf16: the server's own tokens are given
+to transformers in f32, which is the truth, and in bf16, which is the measure: the server's log-probabilities may be
+off the truth as far as those of transformers in bf16 are, times a factor.
+"""
+
+import sys
+
+import torch
+import transformers
+
+import server
+
+TOKENS = 64
+# Log-probabilities of two tokens that count as one as likely as the other, in f32.
+TIE = 2e-3
+# How many times as far off the truth as transformers the server may be, on average and at most.
+FACTORS = (1.5, 3.0)
+# And what it may be off in any case: transformers may be right by luck.
+FLOORS = (1e-3, 2e-2)
+
+
+def load(folder, dtype: torch.dtype):
+    """The model in `dtype`. Not cast after loading: rotary frequencies have to stay as the library keeps them."""
+    for name in ("dtype", "torch_dtype"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", **{name: dtype})
+        if next(model.parameters()).dtype == dtype:
+            return model.to("cuda").eval()
+    sys.exit(f"expected weights in {dtype}, found {next(model.parameters()).dtype}")
+
+
+class Vocabulary:
+    """Ids of tokens by their texts, where a text has one."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))], clean_up_tokenization_spaces=False)
+        self.ids = {}
+        for token, text in enumerate(texts):
+            self.ids[text] = None if text in self.ids else token
+
+    def prompt(self, text: str) -> "list[int]":
+        return self.tokenizer(text)["input_ids"]
+
+    def known(self, texts: "list[str]") -> "list[int]":
+        """Ids of the first tokens; it ends at a text that several have, as pieces of a character do."""
+        found = []
+        for text in texts:
+            token = self.ids.get(text)
+            if token is None:
+                break
+            found.append(token)
+        return found
+
+
+@torch.inference_mode()
+def logprobs(model, prompt: "list[int]", answer: "list[int]") -> torch.Tensor:
+    """[answer, vocabulary]: of every token at every place of the answer, in f32."""
+    ids = torch.tensor([prompt + answer], device="cuda")
+    logits = model(ids, use_cache=False).logits[0, len(prompt) - 1:-1].float()
+    return torch.log_softmax(logits, dim=-1)
+
+
+def ask(options, dtype: str, prompts: "list[list[int]]") -> "list[dict]":
+    flags = ["--device", options.device, "--dtype", dtype, *options.flag]
+    log = options.logs / f"server-agree-{dtype}.log"
+    with server.running(options.kvern, options.model, flags, log) as running:
+        return [running.complete(prompt, TOKENS, 1)["logprobs"] for prompt in prompts]
+
+
+def check_f32(options, truth, vocabulary: Vocabulary, prompts: "list[list[int]]") -> bool:
+    same, compared, wrong = 0, 0, []
+    for prompt, found in zip(prompts, ask(options, "f32", prompts)):
+        answer = vocabulary.known(found["tokens"])
+        if not answer:
+            wrong.append(f"expected tokens of the vocabulary, found {found['tokens'][:4]}")
+            continue
+        expected = logprobs(truth, prompt, answer)
+        # Given the server's own tokens so far, each must be the likeliest, or as likely as that.
+        gaps = expected.max(dim=-1).values - expected.gather(1, torch.tensor(answer, device="cuda")[:, None])[:, 0]
+        same += int((gaps == 0).sum())
+        compared += len(answer)
+        wrong += [f"token {at} is {vocabulary.tokenizer.decode([answer[at]])!r}, {gap:.4f} behind the likeliest"
+                  for at, gap in enumerate(gaps.tolist()) if gap > TIE]
+    good = not wrong and compared > 0
+    print(f"f32: {same} of {compared} tokens are transformers' own: {'pass' if good else 'FAIL'}")
+    print("".join(f"  {text}\n" for text in wrong), end="")
+    return good
+
+
+def check_bf16(options, truth, peer, vocabulary: Vocabulary, prompts: "list[list[int]]") -> bool:
+    ours, theirs = [], []
+    for prompt, found in zip(prompts, ask(options, "bf16", prompts)):
+        answer = vocabulary.known(found["tokens"])
+        if not answer:
+            continue
+        chosen = torch.tensor(answer, device="cuda")[:, None]
+        exact = logprobs(truth, prompt, answer).gather(1, chosen)[:, 0]
+        said = torch.tensor(found["token_logprobs"][:len(answer)], device="cuda")
+        ours.append((said - exact).abs())
+        theirs.append((logprobs(peer, prompt, answer).gather(1, chosen)[:, 0] - exact).abs())
+    if not ours:
+        print("bf16: expected tokens of the vocabulary, found none: FAIL")
+        return False
+    ours, theirs = torch.cat(ours), torch.cat(theirs)
+    good = True
+    for name, of, factor, floor in zip(("mean", "max"), (torch.mean, torch.max), FACTORS, FLOORS):
+        found, limit = of(ours).item(), max(floor, factor * of(theirs).item())
+        good = good and found <= limit
+        print(f"bf16, {name} over {len(ours)} tokens: off by {found:.5f}, "
+              f"transformers in bf16 by {of(theirs).item():.5f} (limit {limit:.5f}): "
+              f"{'pass' if found <= limit else 'FAIL'}")
+    return good
+
+
+def main() -> None:
+    options = server.arguments(__doc__.splitlines()[0]).parse_args()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    vocabulary = Vocabulary(transformers.AutoTokenizer.from_pretrained(options.model))
+    prompts = [vocabulary.prompt(text) for text in server.PROMPTS]
+    truth, peer = load(options.model, torch.float32), load(options.model, torch.bfloat16)
+    results = [check_f32(options, truth, vocabulary, prompts), check_bf16(options, truth, peer, vocabulary, prompts)]
+    sys.exit(not all(results))
+
+
+if __name__ == "__main__":
+    main()

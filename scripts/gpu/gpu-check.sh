@@ -1,0 +1,113 @@
+#!/usr/bin/env bash
+# Everything that a machine with a GPU can check of this build: facts, start-up, answers beside those of the CPU and of
+# transformers, memory errors, speed beside the machine's limits. Runs all of it, whatever fails, and ends in one table.
+#
+#   gpu-check.sh [WEIGHTS]    WEIGHTS: a folder of SmolLM2-135M-Instruct (config, tokenizer, safetensors); without
+#                             it the checks of answers are skipped
+#
+# OUT is the folder for every step's output (./results). KVERN is the binary (beside this file). DEVICE is cuda:0. CHECKS
+# names the checks to run, by spaces (all): for a machine that is lent for minutes.
+# Needs nvidia-smi, Python 3 with torch and, for the answers, transformers; compute-sanitizer where there is one.
+set -uo pipefail
+
+here=$(cd "$(dirname "$0")" && pwd)
+scripts=$here/scripts/gpu
+[ -d "$scripts" ] || scripts=$here
+KVERN=${KVERN:-$here/kvern}
+OUT=${OUT:-results}
+DEVICE=${DEVICE:-cuda:0}
+PYTHON=${PYTHON:-python3}
+CHECKS=${CHECKS:-}
+weights=${1:-}
+mkdir -p "$OUT"
+table=$OUT/table.txt
+printf '%-28s %-22s %8s\n' check result seconds >"$table"
+failures=0
+
+# The row of a check.
+row() {
+    printf '%-28s %-22s %8s\n' "$1" "$2" "$3" >>"$table"
+}
+
+# check NAME SECONDS_MAX COMMAND...: runs a check; its output goes to a file of its name, its end to the terminal.
+check() {
+    local name=$1 limit=$2 began status result
+    shift 2
+    wanted "$name" || return 0
+    echo "== $name"
+    began=$SECONDS
+    timeout --kill-after=10 "$limit" "$@" >"$OUT/$name.txt" 2>&1
+    status=$?
+    case $status in
+    0) result=pass ;;
+    124 | 137) result="FAIL: over $limit s" ;;
+    *) result="FAIL: status $status" ;;
+    esac
+    [ "$status" -eq 0 ] || failures=$((failures + 1))
+    tail -n 12 "$OUT/$name.txt"
+    row "$name" "$result" $((SECONDS - began))
+}
+
+# Whether a check is among those asked for.
+wanted() {
+    case " ${CHECKS:-$1} " in
+    *" $1 "*) return 0 ;;
+    *) return 1 ;;
+    esac
+}
+
+skip() {
+    wanted "$1" || return 0
+    echo "== $1: skipped, $2"
+    row "$1" "skipped: $2" -
+}
+
+# check, if the weights are there.
+answers() {
+    if [ -n "$weights" ]; then check "$@"; else skip "$1" "no weights"; fi
+}
+
+if folder=$("$PYTHON" "$scripts/libraries.py" 2>"$OUT/libraries.txt"); then
+    export LD_LIBRARY_PATH=${folder:+$folder:}${LD_LIBRARY_PATH:-}
+    echo "libcublasLt: ${folder:-found by the loader}"
+else
+    cat "$OUT/libraries.txt"
+fi
+
+bench() {
+    local shape=$1
+    shift
+    check "bench-$shape" 900 "$PYTHON" "$scripts/roofline.py" --kvern "$KVERN" --model "$scripts/shapes/$shape" \
+        --device "$DEVICE" --flag=--load-format=dummy --flag=--max-num-batched-tokens=8192 \
+        --out "$OUT/bench-$shape.json" "$@"
+}
+
+check gpu 60 nvidia-smi
+facts=name,driver_version,memory.total,memory.used,clocks.sm,clocks.max.sm,clocks.mem,power.limit,mig.mode.current
+check gpu-facts 60 nvidia-smi --query-gpu="$facts" --format=csv
+check version 30 "$KVERN" --version
+# Small, so that a build that does not open the device is known before anything long.
+tiny=("$KVERN" bench "$scripts/shapes/smollm2-135m" --device "$DEVICE" --load-format dummy --rounds 1)
+check opens 120 "${tiny[@]}" --steps 4 --decode 2x64 --prefill 96
+served=(--kvern "$KVERN" --model "$weights" --device "$DEVICE" --logs "$OUT")
+answers start 300 "$PYTHON" "$scripts/server.py" "${served[@]}"
+answers cuda-and-cpu 900 "$PYTHON" "$scripts/devices.py" "${served[@]}"
+answers transformers 900 "$PYTHON" "$scripts/agree.py" "${served[@]}"
+for tool in memcheck racecheck; do
+    if command -v compute-sanitizer >/dev/null; then
+        check "$tool" 900 compute-sanitizer --tool "$tool" --error-exitcode 9 "${tiny[@]}" --steps 2 --decode 3x70 \
+            --prefill 100
+    else
+        skip "$tool" "no compute-sanitizer"
+    fi
+done
+bench llama-3.1-8b
+bench llama-3.2-1b
+bench qwen3-0.6b
+
+echo
+cat "$table"
+if [ "$failures" -ne 0 ]; then
+    echo "$failures failed; the output of each is in $OUT"
+    exit 1
+fi

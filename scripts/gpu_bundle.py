@@ -1,0 +1,90 @@
+#!/usr/bin/env python3
+"""Gathers what a machine with a GPU, without Rust and network, needs to check this build into target/gpu-bundle.
+
+    kvern              the release build with the feature cuda and its kernels, stripped
+    gpu-check.sh       runs everything and ends in one table
+    scripts/gpu        what that script runs, and configurations for made-up weights
+    BUNDLE.txt         commit, day, versions, checksum of the binary
+
+Fails where the binary is larger than 45 MiB or the bundle larger than 60 MiB. --kvern takes a binary that is built.
+"""
+
+import argparse
+import datetime
+import hashlib
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import cuda_toolchain
+
+ROOT = cuda_toolchain.ROOT
+BUNDLE = ROOT / "target" / "gpu-bundle"
+SCRIPTS = ROOT / "scripts" / "gpu"
+MIB = 1 << 20
+BINARY_BYTES_MAX = 45 * MIB
+BUNDLE_BYTES_MAX = 60 * MIB
+
+
+def run(*command, **options) -> str:
+    """What a command prints; its failure is this script's."""
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False, **options)
+    if done.returncode != 0:
+        sys.exit(f"{' '.join(map(str, command))} ended with {done.returncode}")
+    return done.stdout.strip()
+
+
+def build() -> pathlib.Path:
+    """The release build with all kernels in it."""
+    needed = {**os.environ, "KVERN_REQUIRE_CUDA": "1"}
+    print(run(sys.executable, ROOT / "scripts" / "cuda_kernels.py", "--quiet", env=needed))
+    cargo = os.environ.get("CARGO", "cargo")
+    run(cargo, "build", "--release", "--locked", "--package", "kvern", "--features", "cuda", env=needed)
+    return pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "release" / "kvern"
+
+
+def libc_min(binary: bytes) -> str:
+    """The C library's version that the binary asks for."""
+    found = {tuple(map(int, version.split(b"."))) for version in re.findall(rb"GLIBC_(\d+\.\d+(?:\.\d+)?)", binary)}
+    return ".".join(map(str, max(found))) if found else "none"
+
+
+def facts(binary: bytes) -> str:
+    rows = {
+        "commit": run("git", "describe", "--always", "--dirty", "--abbrev=12"),
+        "day": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "compiler of kernels": ", ".join(cuda_toolchain.PINS),
+        "compiler": run(os.environ.get("RUSTC", "rustc"), "--version"),
+        "C library, at least": libc_min(binary),
+        "kvern, bytes": str(len(binary)),
+        "kvern, sha256": hashlib.sha256(binary).hexdigest(),
+    }
+    return "".join(f"{name:22} {value}\n" for name, value in rows.items())
+
+
+def gather(built: pathlib.Path) -> None:
+    shutil.rmtree(BUNDLE, ignore_errors=True)
+    shutil.copytree(SCRIPTS, BUNDLE / "scripts" / "gpu", ignore=shutil.ignore_patterns("__pycache__", "gpu-check.sh"))
+    shutil.copy2(SCRIPTS / "gpu-check.sh", BUNDLE)
+    run(os.environ.get("STRIP", "strip"), "--strip-all", "-o", BUNDLE / "kvern", built)
+    binary = (BUNDLE / "kvern").read_bytes()
+    (BUNDLE / "BUNDLE.txt").write_text(facts(binary))
+    size = sum(file.stat().st_size for file in BUNDLE.rglob("*") if file.is_file())
+    print(f"{BUNDLE.relative_to(ROOT)}: kvern {len(binary) / MIB:.1f} MiB, {size / MIB:.1f} MiB in all")
+    for name, found, most in (("kvern", len(binary), BINARY_BYTES_MAX), ("the bundle", size, BUNDLE_BYTES_MAX)):
+        if found > most:
+            sys.exit(f"expected {name} of at most {most / MIB:.0f} MiB, found {found / MIB:.1f} MiB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kvern", type=pathlib.Path, help="a binary that is built already, with the feature cuda")
+    options = parser.parse_args()
+    gather(options.kvern or build())
+
+
+if __name__ == "__main__":
+    main()
