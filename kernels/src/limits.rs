@@ -78,10 +78,13 @@ impl Gauge {
     /// Allocates and fills 512 MiB, to be read.
     ///
     /// # Errors
-    /// [`BuiltWithoutCuda`](KernelError::BuiltWithoutCuda) for a device that is not the CPU;
-    /// [`Unsupported`](KernelError::Unsupported) where the memory is refused.
+    /// [`Unsupported`](KernelError::Unsupported) for a device that is not the CPU, and where the memory is refused.
     pub fn new(device: &Device) -> Result<Gauge> {
-        let Backend::Cpu(_) = &device.backend else { return Err(KernelError::BuiltWithoutCuda) };
+        let Backend::Cpu(_) = &device.backend else {
+            return Err(KernelError::Unsupported(
+                "limits are measured of a CPU only; scripts/gpu/roofline.py has those of a GPU".into(),
+            ));
+        };
         let mut memory = Buffer::zeros(READ_LEN)?;
         // Untouched pages are all one page, which caches hold.
         memory.fill(1.0);
