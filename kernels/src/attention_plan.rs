@@ -191,9 +191,9 @@ impl AttentionPlan {
     ) -> Result<()> {
         self.rows = 0;
         if let (Some(plan), Backend::Cuda(gpu)) = (&mut self.device, &device.backend) {
-            let KvShape { blocks, block_size, .. } = kv.shape();
+            let shape @ KvShape { blocks, block_size, .. } = kv.shape();
             let rows = check_batch(self.tokens_max, batch, kv)?;
-            plan.update(gpu, batch, block_size, padded)?;
+            plan.update(gpu, batch, &shape, padded)?;
             (self.rows, self.blocks, self.block_size) = (padded.unwrap_or(rows), blocks, block_size);
             return Ok(());
         }

@@ -250,12 +250,6 @@ impl KvCache {
         }
     }
 
-    /// The slot to which rows that nobody asked for are written; see [`StepInputs::update`](crate::StepInputs::update).
-    #[must_use]
-    pub fn scratch_slot(&self) -> u32 {
-        (self.shape.blocks * self.shape.block_size) as u32
-    }
-
     /// The shape it was made with.
     #[must_use]
     pub fn shape(&self) -> KvShape {

@@ -48,6 +48,6 @@ pub use format::{Format, dequantize};
 pub use kv_cache::{KvCache, KvDType, KvShape};
 pub use rope_table::RopeTable;
 pub use step_graphs::StepGraphs;
-pub use step_inputs::{Indices, StepIndices, StepInputs, StepRows};
+pub use step_inputs::{Indices, KNOWN, SampledTokens, StepIndices, StepInputs, StepRows};
 pub use tensor::Tensor;
 pub use weight::{MatrixView, Precision, RowOrder, Weight};

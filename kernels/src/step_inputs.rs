@@ -1,10 +1,14 @@
 //! A step's numbers where a device's ops read them: on the host they are borrowed, to a GPU they are copied, once per step.
 
+use std::sync::Arc;
+
+pub use kvern_cuda_abi::NONE as KNOWN;
 use kvern_cuda_abi::Ptr;
 
 use crate::cuda::inputs::DeviceInputs;
+use crate::cuda::memory::DeviceMemory;
 use crate::device::Backend;
-use crate::{Device, KernelError, Result};
+use crate::{AttentionPlan, Device, KernelError, Result, SequenceBatch};
 
 /// Row numbers, positions, slots or token ids for an op.
 #[derive(Clone, Copy, Debug)]
@@ -84,7 +88,14 @@ pub struct StepRows<'a> {
     pub slots: &'a [u32],
     /// `[S]`: rows whose logits are wanted.
     pub sample_rows: &'a [u32],
+    /// `[B]`, or empty: where a sequence's one token is that which the last step sampled, its place among that step's sampled
+    /// rows, and then its id is not read; [`KNOWN`] elsewhere. A GPU's alone.
+    pub last_sampled: &'a [u32],
 }
+
+/// The tokens that a step has sampled, on a GPU, where the next step finds them.
+#[derive(Clone)]
+pub struct SampledTokens(pub(crate) Option<Arc<DeviceMemory>>);
 
 /// As [`StepRows`], for ops.
 #[derive(Clone, Copy, Debug)]
@@ -107,20 +118,26 @@ impl StepInputs {
         }))
     }
 
-    /// Brings `rows` to the device. On a GPU ids, positions and slots are its caller's promise: kernels do not check them.
+    /// Brings `rows` of a planned batch to the device, to be [built](Self::build) there. On a GPU ids, positions and slots are its
+    /// caller's promise: kernels do not check them.
     ///
     /// `padded` is what [`StepGraphs::padded_rows`](crate::StepGraphs::padded_rows) said: so many rows there are then, and as
-    /// many are sampled; those that were not asked for compute nothing that is read, and write K and V to `scratch_slot`.
+    /// many are sampled; those that were not asked for compute nothing that is read, and write K and V to a block of the cache that is for that.
     pub fn update<'a>(
         &mut self,
         device: &Device,
         rows: &StepRows<'a>,
+        batch: &SequenceBatch<'_>,
+        plan: &AttentionPlan,
         padded: Option<usize>,
-        scratch_slot: u32,
     ) -> Result<StepIndices<'a>> {
-        let StepRows { ids, positions, slots, sample_rows } = *rows;
+        let StepRows { ids, positions, slots, sample_rows, last_sampled } = *rows;
         match (&mut self.0, &device.backend) {
-            (Some(inputs), Backend::Cuda(gpu)) => inputs.update(gpu, rows, padded, scratch_slot),
+            (Some(inputs), Backend::Cuda(gpu)) => inputs.update(gpu, rows, batch, plan.on_device()?, padded),
+            _ if !last_sampled.is_empty() => {
+                let expected = "tokens that are known, on the CPU";
+                Err(KernelError::shape("step inputs", expected, "some that only the last step knows"))
+            }
             _ => Ok(StepIndices {
                 ids: ids.into(),
                 positions: positions.into(),
@@ -128,6 +145,20 @@ impl StepInputs {
                 sample_rows: sample_rows.into(),
             }),
         }
+    }
+
+    /// Makes positions, slots, and the ids that only the device knows, of what was brought: the first launch of a step.
+    pub fn build(&self, device: &Device) -> Result<()> {
+        match (&self.0, &device.backend) {
+            (Some(inputs), Backend::Cuda(gpu)) => inputs.build(gpu),
+            _ => Ok(()),
+        }
+    }
+
+    /// Where the sampler leaves the tokens that `last_sampled` is about.
+    #[must_use]
+    pub fn sampled_tokens(&self) -> SampledTokens {
+        SampledTokens(self.0.as_ref().map(DeviceInputs::sampled_tokens))
     }
 
     /// Bytes held on a GPU.

@@ -1,6 +1,6 @@
 //! Checks of a forward pass's input, done once for all layers: O(tokens + sequences).
 
-use kvern_kernels::{HeadLayout, KernelError, KvShape};
+use kvern_kernels::{HeadLayout, KNOWN, KernelError, KvShape};
 
 use crate::{ForwardBatch, StepLimits};
 
@@ -54,6 +54,9 @@ fn check_lengths(batch: &ForwardBatch<'_>, bounds: &BatchBounds) -> Result<(), K
     exactly("slot_mapping", batch.slot_mapping.len(), tokens)?;
     exactly("cu_seqlens_q", batch.cu_seqlens_q.len(), sequences + 1)?;
     exactly("block_tables", batch.block_tables.len(), sequences.saturating_mul(batch.block_table_stride))?;
+    if !batch.last_sampled.is_empty() {
+        exactly("last_sampled", batch.last_sampled.len(), sequences)?;
+    }
     let (first, last) = (batch.cu_seqlens_q[0], batch.cu_seqlens_q[sequences]);
     ensure(first == 0 && last as usize == tokens, "cu_seqlens_q", || {
         (format!("0 to {tokens}"), format!("{first} to {last}"))
@@ -71,6 +74,12 @@ fn check_sequence(
     ensure(begin < end && end <= tokens, "cu_seqlens_q", || {
         (format!("ascending up to {tokens}"), format!("{begin}, then {end}"))
     })?;
+    if let Some(&place) = batch.last_sampled.get(sequence).filter(|&&place| place != KNOWN) {
+        let most = bounds.limits.sequences_max;
+        ensure(end - begin == 1 && (place as usize) < most, "last_sampled", || {
+            (format!("a place below {most} for one token"), format!("{place} for {}", end - begin))
+        })?;
+    }
     let context = batch.context_lens[sequence] as usize;
     let covered = batch.block_table_stride.saturating_mul(kv.block_size);
     let context_max = bounds.limits.context_max.min(covered);
@@ -132,6 +141,7 @@ mod tests {
         block_tables: &[5, u32::MAX, 3, 8],
         block_table_stride: 2,
         sample_rows: &[2, 3],
+        last_sampled: &[],
     };
 
     #[test]
@@ -166,6 +176,15 @@ mod tests {
             (ForwardBatch { sample_rows: &[0, 1, 2], ..GOOD }, "sample_rows: expected 0 to 2 entries, found 3"),
             (ForwardBatch { sample_rows: &[3, 2], ..GOOD }, "sample_rows: expected ascending rows below 4, found 2"),
             (ForwardBatch { sample_rows: &[4], ..GOOD }, "sample_rows: expected ascending rows below 4, found 4"),
+            (ForwardBatch { last_sampled: &[0], ..GOOD }, "last_sampled: expected 2 to 2 entries, found 1"),
+            (
+                ForwardBatch { last_sampled: &[0, KNOWN], ..GOOD },
+                "last_sampled: expected a place below 2 for one token, found 0 for 3",
+            ),
+            (
+                ForwardBatch { last_sampled: &[KNOWN, 2], ..GOOD },
+                "last_sampled: expected a place below 2 for one token, found 2 for 1",
+            ),
         ];
         for (batch, expected) in table {
             let message = check(batch, &BOUNDS, &KV).unwrap_err().to_string();

@@ -22,7 +22,7 @@ pub use error::LoadError;
 pub use load::{LoadedModel, load};
 pub use weights::Weights;
 
-use kvern_kernels::{Device, KernelError, KvCache, Precision, Tensor};
+use kvern_kernels::{Device, KernelError, KvCache, Precision, SampledTokens, Tensor};
 
 /// The input of one forward pass; borrowed for one step. T tokens of B sequences, S of whose rows are sampled.
 #[derive(Clone, Copy, Debug)]
@@ -42,6 +42,9 @@ pub struct ForwardBatch<'a> {
     pub block_table_stride: usize,
     /// `[S]`: rows of `input_ids` whose logits are wanted, ascending.
     pub sample_rows: &'a [u32],
+    /// `[B]`, or empty where all tokens are known: for a sequence of one token that the last step sampled and only the device
+    /// knows, its place among that step's sampled rows; [`KNOWN`](kvern_kernels::KNOWN) for others.
+    pub last_sampled: &'a [u32],
 }
 
 /// Most of everything in one step; workspace is allocated for it once.
@@ -63,6 +66,9 @@ pub trait Model: Send {
     /// Another model over the same weights, with a workspace of its own, that computes on `device`: of the same kind and
     /// level as the device that the weights were packed for. Costs the workspace's memory, and no time.
     fn twin(&self, device: &Device) -> Result<Box<dyn Model>, KernelError>;
+
+    /// Where the sampler of this model's logits leaves its tokens, so that `last_sampled` finds them.
+    fn sampled_tokens(&self) -> SampledTokens;
 
     /// Readies decode steps over `kv` to be put on the device as one, where that gains something: then each of a ladder of batch
     /// sizes is run and captured, and `progress` hears how many are done of how many. What `kv` holds is lost.

@@ -60,6 +60,7 @@ fn forward_allocates_nothing() {
             block_tables: &[0, 1],
             block_table_stride: 2,
             sample_rows: &[19],
+            last_sampled: &[],
         };
         let decode = ForwardBatch {
             input_ids: &[1, 2],
@@ -70,6 +71,7 @@ fn forward_allocates_nothing() {
             block_tables: &[0, 1, 4, 0],
             block_table_stride: 2,
             sample_rows: &[0, 1],
+            last_sampled: &[],
         };
         for (name, batch) in [("prompt", &prompt), ("decode", &decode)] {
             let before = ALLOCATIONS.load(Ordering::Relaxed);

@@ -98,6 +98,7 @@ impl Steps<'_> {
             block_tables: &tables,
             block_table_stride: blocks,
             sample_rows: &rows,
+            last_sampled: &[],
         };
         let mut fastest = Duration::MAX;
         for _ in 0..runs {

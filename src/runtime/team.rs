@@ -55,14 +55,14 @@ impl Team {
             WorkerLayout::Mixed => {
                 let kv = KvCache::new(&device, shape)?;
                 let spec = WorkerSpec { role: Role::Mixed, pool: PoolId(0) };
-                let sampler = sampler(&device, limits, vocab_size)?;
+                let sampler = sampler(&device, model.as_ref(), limits, vocab_size)?;
                 let members = vec![Member { spec, device, model, kv, sampler, vocab_size }];
                 Ok(Team { members, pools: vec![shape.blocks as u32], mover: None })
             }
             WorkerLayout::Split => {
                 let mut team = Team::split(&device, model.as_ref(), shape, wanted)?;
                 for member in &mut team.members {
-                    member.sampler = sampler(&member.device, limits, vocab_size)?;
+                    member.sampler = sampler(&member.device, member.model.as_ref(), limits, vocab_size)?;
                     member.vocab_size = vocab_size;
                 }
                 Ok(team)
@@ -160,6 +160,7 @@ impl Member {
                 block_tables: &[0],
                 block_table_stride: 1,
                 sample_rows: &[length - 1],
+                last_sampled: &[],
             };
             self.forward(&batch)?;
         }
@@ -184,6 +185,12 @@ impl Member {
 }
 
 /// What samples on the device; `None` where the worker does.
-fn sampler(device: &Device, limits: StepLimits, vocab_size: usize) -> Result<Option<DeviceSampler>, StartError> {
-    Ok(DeviceSampler::new(device, limits.sequences_max, vocab_size, LOGPROBS_MAX)?)
+fn sampler(
+    device: &Device,
+    model: &dyn Model,
+    limits: StepLimits,
+    vocab_size: usize,
+) -> Result<Option<DeviceSampler>, StartError> {
+    let tokens = model.sampled_tokens();
+    Ok(DeviceSampler::new(device, tokens, limits.sequences_max, vocab_size, LOGPROBS_MAX)?)
 }

@@ -108,6 +108,7 @@ impl BatchBuffers {
             block_tables: &self.block_tables,
             block_table_stride: self.block_table_stride,
             sample_rows: &self.sample_rows,
+            last_sampled: &[],
         }
     }
 }

@@ -4,37 +4,40 @@ use super::sampler::TokenCounts;
 use super::{SequenceSampling, StepOutput};
 use crate::request::{SamplingParams, TokenLogprobs};
 use kvern_core::{RequestId, Sampled, StepPlan, TokenId};
-use kvern_kernels::{Device, DeviceSampler, KernelError, SampleBias, SampleCount, SampleRow, Tensor};
+use kvern_kernels::{DeviceSampler, KernelError, SampleBias, SampleCount, SampleRow};
 use std::collections::HashMap;
 use std::sync::Arc;
 
-/// Draws a token for each slice that samples, its logits being the rows of `logits` in order.
-pub(super) fn sample_rows(
-    device: &Device,
+/// Brings to the sampler how each slice that samples is sampled, in order.
+pub(super) fn push_rows(
     sampler: &mut DeviceSampler,
     sequences: &HashMap<RequestId, Arc<SequenceSampling>>,
     plan: &StepPlan,
-    logits: &Tensor,
-    output: &mut StepOutput<'_>,
-) -> Result<(), KernelError> {
+) {
     sampler.begin();
-    let sampling = || plan.slices.iter().filter(|slice| slice.sample);
-    let sequence = |request: &RequestId| sequences.get(request);
-    for slice in sampling() {
+    for slice in plan.slices.iter().filter(|slice| slice.sample) {
         let position = slice.start + slice.tokens.len() as u32;
-        match sequence(&slice.request) {
+        match sequences.get(&slice.request) {
             Some(sequence) => sequence.with_counts(position, |params, counts| {
-                let row = sample_row(params, position);
-                sampler.push(device, logits, row, biases(params, counts), seen(counts))
-            })?,
+                sampler.push(sample_row(params, position), biases(params, counts), seen(counts));
+            }),
             // Nobody wants its token; its row is passed over.
-            None => sampler.push(device, logits, greedy_row(position), [].into_iter(), [].into_iter())?,
+            None => sampler.push(greedy_row(position), [].into_iter(), [].into_iter()),
         }
     }
-    let rows = sampler.finish(device, logits)?.to_vec();
-    for (at, (slice, row)) in sampling().zip(&rows).enumerate() {
+}
+
+/// Waits for the tokens of the oldest step that the sampler has under way, which is `plan`.
+pub(super) fn take_rows(
+    sampler: &mut DeviceSampler,
+    sequences: &HashMap<RequestId, Arc<SequenceSampling>>,
+    plan: &StepPlan,
+    output: &mut StepOutput<'_>,
+) -> Result<(), KernelError> {
+    let rows = sampler.finish()?.to_vec();
+    for (at, (slice, row)) in plan.slices.iter().filter(|slice| slice.sample).zip(&rows).enumerate() {
         let position = slice.start + slice.tokens.len() as u32;
-        let Some(sequence) = sequence(&slice.request) else {
+        let Some(sequence) = sequences.get(&slice.request) else {
             output.sampled.push((slice.request, Sampled::Failed));
             continue;
         };

@@ -209,6 +209,8 @@ impl Worker {
         if error.is_some() {
             logprobs.clear();
             sampled.clear();
+            // What is still under way is of no use; a device that is lost was found so above.
+            let _ = self.sampler.as_mut().map_or(Ok(()), DeviceSampler::abandon);
         }
         let device_us = started.elapsed().as_micros() as u64;
         StepResult { plan, sampled, changes, logprobs, device_us, error }
@@ -220,16 +222,15 @@ impl Worker {
         sampled: &mut Vec<(RequestId, Sampled)>,
         logprobs: &mut Vec<(RequestId, Box<TokenLogprobs>)>,
     ) -> Result<(), KernelError> {
+        if self.sampler.is_some() {
+            self.launch(plan)?;
+            return self.land(plan, &mut StepOutput { sampled, logprobs });
+        }
         let batch = self.batch.fill(plan);
         let rows = batch.sample_rows.len();
         let logits = self.model.forward(&batch, &mut self.kv)?;
         if rows == 0 {
-            // A step is done when the device has done it.
-            return self.device.synchronize();
-        }
-        if let Some(sampler) = &mut self.sampler {
-            let mut output = StepOutput { sampled, logprobs };
-            return device_sampling::sample_rows(&self.device, sampler, &self.sequences, plan, logits, &mut output);
+            return Ok(());
         }
         sample_rows(&self.device, &self.lanes, &self.sequences, plan, logits);
         let mut lanes: Vec<_> =
@@ -243,6 +244,34 @@ impl Worker {
             logprobs.extend(draw.logprobs.map(|l| (slice.request, l)));
         }
         Ok(())
+    }
+}
+
+impl Worker {
+    /// Puts a step on the device. How its rows are sampled goes first, so that nothing of it waits for the forward pass.
+    fn launch(&mut self, plan: &StepPlan) -> Result<(), KernelError> {
+        let batch = self.batch.fill(plan);
+        let samples = !batch.sample_rows.is_empty();
+        if let Some(sampler) = self.sampler.as_mut().filter(|_| samples) {
+            device_sampling::push_rows(sampler, &self.sequences, plan);
+            sampler.upload(&self.device)?;
+        }
+        let logits = self.model.forward(&batch, &mut self.kv)?;
+        match self.sampler.as_mut().filter(|_| samples) {
+            Some(sampler) => sampler.launch(&self.device, logits),
+            None => Ok(()),
+        }
+    }
+
+    /// Waits for the oldest step on the device, which is `plan`.
+    fn land(&mut self, plan: &StepPlan, output: &mut StepOutput<'_>) -> Result<(), KernelError> {
+        match &mut self.sampler {
+            Some(sampler) if plan.slices.iter().any(|slice| slice.sample) => {
+                device_sampling::take_rows(sampler, &self.sequences, plan, output)
+            }
+            // A step is done when the device has done it.
+            _ => self.device.synchronize(),
+        }
     }
 }
 

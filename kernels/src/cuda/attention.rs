@@ -14,7 +14,7 @@ use super::memory::{DeviceMemory, Milestone, StepArray};
 use super::{CudaDevice, shape};
 use crate::attention_plan::{AttentionLimits, RESERVED_BLOCK_SIZE, sequences};
 use crate::ops::Attention;
-use crate::{HeadLayout, KernelError, KvCache, Result, SequenceBatch, Tensor};
+use crate::{HeadLayout, KernelError, KvCache, KvShape, Result, SequenceBatch, Tensor};
 
 /// Head sizes that kernels on matrix units were compiled for, and the most of the f32 one.
 const HEAD_DIMS: [usize; 4] = [64, 96, 128, 256];
@@ -58,6 +58,9 @@ pub(crate) struct DevicePlan {
     decode_queries: Vec<DecodeQuery>,
     prefill_queries: Vec<PrefillQuery>,
     table_entries: Vec<u32>,
+    /// Where each sequence's table begins.
+    table_starts: Vec<u32>,
+    block_size: usize,
 }
 
 impl AttentionKernels {
@@ -115,7 +118,7 @@ impl DevicePlan {
         };
         // Short contexts have room for blocks of any size.
         let blocks_max = context_max.div_ceil(RESERVED_BLOCK_SIZE).max(context_max.min(SHORT_CONTEXT));
-        let table_entries = sequences_max.checked_mul(blocks_max);
+        let table_entries = sequences_max.checked_mul(blocks_max).and_then(|entries| entries.checked_add(1));
         let table_entries = table_entries.ok_or_else(|| {
             KernelError::shape("attention plan", "sizes in range", format!("{sequences_max} x {context_max}"))
         })?;
@@ -137,6 +140,8 @@ impl DevicePlan {
             decode_queries: Vec::with_capacity(sequences_max),
             prefill_queries: Vec::with_capacity(sequences_max),
             table_entries: Vec::with_capacity(table_entries),
+            table_starts: Vec::with_capacity(sequences_max),
+            block_size: 1,
             kernels,
         })
     }
@@ -153,18 +158,21 @@ impl DevicePlan {
         &mut self,
         gpu: &CudaDevice,
         batch: &SequenceBatch<'_>,
-        block_size: usize,
+        kv: &KvShape,
         padded: Option<usize>,
     ) -> Result<()> {
+        self.block_size = kv.block_size;
+        self.table_starts.clear();
         self.decode_queries.clear();
         self.prefill_queries.clear();
         self.table_entries.clear();
         let tiles_only = matches!(self.kernels, AttentionKernels::F32 { .. });
         for sequence in sequences(batch) {
             let table = self.table_entries.len() as u32;
-            let blocks = sequence.context.div_ceil(block_size);
+            let blocks = sequence.context.div_ceil(kv.block_size);
             let entries = &batch.block_tables[sequence.index * batch.block_table_stride..][..blocks];
             self.table_entries.extend_from_slice(entries);
+            self.table_starts.push(table);
             let (row, context) = (sequence.first_row as u32, sequence.context as u32);
             let rows = sequence.queries as u32;
             if rows == 1 && !tiles_only {
@@ -173,8 +181,26 @@ impl DevicePlan {
                 self.prefill_queries.push(PrefillQuery { row, rows, position: context - rows, table });
             }
         }
+        self.table_entries.push(kv.blocks as u32);
         self.prefill.update(&self.prefill_queries, self.tile_rows);
         self.bring(gpu, padded)
+    }
+
+    /// The step's block tables on the device, where each sequence's begins, and where one begins that is the cache's spare block.
+    pub(crate) fn tables(&self) -> Ptr {
+        self.tables.ptr()
+    }
+
+    pub(crate) fn table_starts(&self) -> &[u32] {
+        &self.table_starts
+    }
+
+    pub(crate) fn spare_table(&self) -> u32 {
+        self.table_entries.len() as u32 - 1
+    }
+
+    pub(crate) fn block_size(&self) -> usize {
+        self.block_size
     }
 
     /// The plan's arrays to the device.

@@ -1,68 +1,140 @@
-//! A step's ids, positions, slots and sampled rows on a device.
+//! A step's inputs on a device: the host brings ids and what each sequence's rows are; positions, slots, and ids that only the
+//! device knows yet, are made there.
 
-use super::CudaDevice;
-use super::memory::{Milestone, StepArray};
+use std::sync::Arc;
+
+use kvern_cuda_abi::{NONE, Ptr, SequenceSlice, StepInputsParams};
+
+use super::attention::DevicePlan;
+use super::memory::{DeviceMemory, Milestone, StepArray};
+use super::{CudaDevice, shape};
+use crate::attention_plan::sequences;
 use crate::step_inputs::{Indices, StepIndices, StepRows};
-use crate::{KernelError, Result};
+use crate::{KernelError, Result, SequenceBatch};
 
-/// Arrays of fixed place, filled for each step.
+/// Threads that go over the rows of one sequence.
+const THREADS: usize = 128;
+
+/// Arrays of fixed place, made anew for each step.
 pub(crate) struct DeviceInputs {
     ids: StepArray<u32>,
-    positions: StepArray<u32>,
-    slots: StepArray<u32>,
     sample_rows: StepArray<u32>,
+    slices: StepArray<SequenceSlice>,
+    positions: DeviceMemory,
+    slots: DeviceMemory,
+    context_lens: DeviceMemory,
+    sampled_tokens: Arc<DeviceMemory>,
     copied: Milestone,
+    new_slices: Vec<SequenceSlice>,
+    /// Of the cache and the tables of the step.
+    block_tables: Ptr,
+    block_size: u32,
 }
 
 impl DeviceInputs {
     pub(crate) fn new(gpu: &CudaDevice, tokens_max: usize, sequences_max: usize) -> Result<Self> {
-        let array = |len| StepArray::new(&gpu.driver, "a step's inputs", len);
+        const WHAT: &str = "a step's inputs";
+        let memory = |len: usize| DeviceMemory::new(&gpu.driver, WHAT, len * size_of::<u32>());
         Ok(DeviceInputs {
-            ids: array(tokens_max)?,
-            positions: array(tokens_max)?,
-            slots: array(tokens_max)?,
-            sample_rows: array(sequences_max)?,
+            ids: StepArray::new(&gpu.driver, WHAT, tokens_max)?,
+            sample_rows: StepArray::new(&gpu.driver, WHAT, sequences_max)?,
+            slices: StepArray::new(&gpu.driver, WHAT, sequences_max)?,
+            positions: memory(tokens_max)?,
+            slots: memory(tokens_max)?,
+            context_lens: memory(sequences_max)?,
+            sampled_tokens: Arc::new(memory(sequences_max)?),
             copied: Milestone::new(&gpu.driver)?,
+            new_slices: Vec::with_capacity(sequences_max),
+            block_tables: Ptr::NULL,
+            block_size: 1,
         })
     }
 
     pub(crate) fn bytes(&self) -> usize {
-        [&self.ids, &self.positions, &self.slots, &self.sample_rows].map(StepArray::bytes).iter().sum()
+        let arrays = self.ids.bytes() + self.sample_rows.bytes() + self.slices.bytes();
+        let made = [&self.positions, &self.slots, &self.context_lens, &*self.sampled_tokens];
+        arrays + made.map(DeviceMemory::bytes).iter().sum::<usize>()
+    }
+
+    pub(crate) fn sampled_tokens(&self) -> Arc<DeviceMemory> {
+        Arc::clone(&self.sampled_tokens)
     }
 
     pub(crate) fn update<'a>(
         &mut self,
         gpu: &CudaDevice,
         rows: &StepRows<'_>,
+        batch: &SequenceBatch<'_>,
+        plan: &DevicePlan,
         padded: Option<usize>,
-        scratch_slot: u32,
     ) -> Result<StepIndices<'a>> {
-        let StepRows { ids, positions, slots, sample_rows } = *rows;
-        let live = ids.len();
-        if positions.len() != live || slots.len() != live || padded.is_some_and(|padded| padded < live) {
-            let found = format!("{live}, {} and {}, {padded:?} padded", positions.len(), slots.len());
-            return Err(KernelError::shape("step inputs", "as many ids as positions and slots", found));
+        const OP: &str = "step inputs";
+        let StepRows { ids, sample_rows, last_sampled, .. } = *rows;
+        let (live, planned) = (ids.len(), batch.cu_seqlens_q.last().copied().unwrap_or(0) as usize);
+        if live != planned || padded.is_some_and(|padded| padded < live) {
+            let found = format!("{live} ids, {padded:?} padded");
+            return Err(KernelError::shape(OP, format!("{planned} ids, as planned"), found));
         }
+        self.lay_out(batch, last_sampled, plan, padded);
         let (count, sampled) = (padded.unwrap_or(live), padded.unwrap_or(sample_rows.len()));
         self.copied.wait()?;
-        let Self { ids: to_ids, positions: to_positions, slots: to_slots, sample_rows: to_sampled, copied } = self;
-        for (array, values, count, pad) in [
-            (to_ids, ids, count, 0),
-            (to_positions, positions, count, 0),
-            (to_slots, slots, count, scratch_slot),
-            (to_sampled, sample_rows, sampled, 0),
-        ] {
-            let value = |row: usize| values.get(row).copied().unwrap_or(pad);
-            // SAFETY: the last copies are done, as `copied` says, and the arrays are this stream's own.
-            unsafe { array.fill(gpu.stream, (0..count).map(value))? };
+        let entry = |values: &[u32], row: usize| values.get(row).copied().unwrap_or(0);
+        // SAFETY: the last copies are done, as `copied` says, and the arrays are this stream's own.
+        unsafe {
+            self.ids.fill(gpu.stream, (0..count).map(|row| entry(ids, row)))?;
+            self.sample_rows.fill(gpu.stream, (0..sampled).map(|row| entry(sample_rows, row)))?;
+            self.slices.fill(gpu.stream, self.new_slices.iter().copied())?;
         }
-        copied.set(gpu.stream)?;
-        let indices = |array: &StepArray<u32>| Indices::device(array.ptr(), array.len());
+        self.copied.set(gpu.stream)?;
+        (self.block_tables, self.block_size) = (plan.tables(), plan.block_size() as u32);
         Ok(StepIndices {
-            ids: indices(&self.ids),
-            positions: indices(&self.positions),
-            slots: indices(&self.slots),
-            sample_rows: indices(&self.sample_rows),
+            ids: Indices::device(self.ids.ptr(), count),
+            positions: Indices::device(self.positions.ptr(), count),
+            slots: Indices::device(self.slots.ptr(), count),
+            sample_rows: Indices::device(self.sample_rows.ptr(), sampled),
         })
+    }
+
+    /// What each sequence's rows are; padding is a row each at the start of a table that is the cache's spare block.
+    fn lay_out(&mut self, batch: &SequenceBatch<'_>, last_sampled: &[u32], plan: &DevicePlan, padded: Option<usize>) {
+        self.new_slices.clear();
+        self.new_slices.extend(sequences(batch).zip(plan.table_starts()).map(|(sequence, &table)| SequenceSlice {
+            row: sequence.first_row as u32,
+            rows: sequence.queries as u32,
+            start: (sequence.context - sequence.queries) as u32,
+            table,
+            sampled: last_sampled.get(sequence.index).copied().unwrap_or(NONE),
+        }));
+        let live = self.new_slices.len();
+        let spare = plan.spare_table();
+        self.new_slices.extend((live..padded.unwrap_or(live)).map(|row| SequenceSlice {
+            row: row as u32,
+            rows: 1,
+            start: 0,
+            table: spare,
+            sampled: NONE,
+        }));
+    }
+
+    pub(crate) fn build(&self, gpu: &CudaDevice) -> Result<()> {
+        let sequences = self.slices.len();
+        if sequences == 0 {
+            return Ok(());
+        }
+        let params = StepInputsParams {
+            slices: self.slices.ptr(),
+            block_tables: self.block_tables,
+            last_sampled: self.sampled_tokens.ptr(),
+            ids: self.ids.ptr(),
+            positions: self.positions.ptr(),
+            slots: self.slots.ptr(),
+            context_lens: self.context_lens.ptr(),
+            sequences: sequences as u32,
+            table_stride: 1,
+            block_size: self.block_size,
+            pad: 0,
+        };
+        // SAFETY: slices are of rows that there is room for, and of tables that the plan has brought.
+        unsafe { gpu.launch(gpu.kernels.step_inputs, shape([sequences, 1], THREADS), &params) }
     }
 }

@@ -25,6 +25,7 @@ pub(crate) struct Kernels {
     pub(super) rope_store: Kernel,
     pub(super) fill: Kernel,
     pub(super) sample: Kernel,
+    pub(super) step_inputs: Kernel,
     pub(super) gemv: [Kernel; 4],
     blocks: [BlockKernels; 5],
 }
@@ -55,6 +56,7 @@ impl Kernels {
             rope_store: find("rope_store")?,
             fill: find("fill")?,
             sample: driver.kernel("kvern_sample", 0)?,
+            step_inputs: driver.kernel("kvern_step_inputs", 0)?,
             gemv: [one?, two?, four?, eight?],
             blocks: [q4_0?, q4_1?, q8_0?, q4_k?, q6_k?],
         })

@@ -103,14 +103,17 @@ impl<T: Copy> Pinned<T> {
         unsafe { self.driver.copy_to_device(stream, to, self.start, len * size_of::<T>()) }
     }
 
-    /// Puts a copy of `len` values at `from` to here on a stream.
+    /// Puts a copy of `len` values at `from` to the values from the `first` on, on a stream.
     ///
     /// # Safety
     /// There are as many at `from`, and nothing is used here until the copy is known to be done.
-    pub(crate) unsafe fn copy_from(&mut self, stream: Stream, from: Ptr, len: usize) -> Result<()> {
-        assert!(len <= self.len, "{len} of {} pinned values", self.len);
+    pub(crate) unsafe fn copy_from(&mut self, stream: Stream, from: Ptr, first: usize, len: usize) -> Result<()> {
+        assert!(first + len <= self.len, "{len} of {} pinned values after {first}", self.len);
         // SAFETY: the target is as long; the rest is the caller's promise.
-        unsafe { self.driver.copy_to_host(stream, self.start, from, len * size_of::<T>()) }
+        unsafe {
+            let to = self.start.add(first * size_of::<T>());
+            self.driver.copy_to_host(stream, to, from, len * size_of::<T>())
+        }
     }
 }
 

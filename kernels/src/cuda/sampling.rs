@@ -1,5 +1,9 @@
 //! Logits to tokens on a device, so that they need not come to the host: the last thing of a step, and what it waits for.
 
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::Arc;
+
 use kvern_cuda_abi::{NONE, Ptr, SampleParams, TokenBias, TokenCount, launch};
 pub use kvern_cuda_abi::{SampleRow, TokenBias as SampleBias, TokenCount as SampleCount};
 
@@ -7,6 +11,7 @@ use super::driver::Element;
 use super::memory::{DeviceMemory, Milestone, Pinned, StepArray};
 use super::{CudaDevice, shape};
 use crate::device::Backend;
+use crate::step_inputs::SampledTokens;
 use crate::{Device, KernelError, Result, Tensor};
 
 /// Entries of bias, and of counts, that one launch has room for, unless the vocabulary is larger: of one row each token has at
@@ -23,69 +28,96 @@ pub struct SampledRow {
 }
 
 /// Draws tokens from logits on a GPU. Semantics are those of the server's CPU sampler.
+///
+/// A step's rows are [pushed](Self::push) and [uploaded](Self::upload) before its forward pass is launched, so that the next
+/// step's can be while it runs; [`launch`](Self::launch) follows the forward pass, and [`finish`](Self::finish) waits for the
+/// oldest step that was launched. Two may be under way.
 pub struct DeviceSampler {
     rows: StepArray<SampleRow>,
     biases: StepArray<TokenBias>,
     counts: StepArray<TokenCount>,
-    /// What was pushed since the last launch.
+    /// The uploads of rows, biases and counts.
+    copied: Milestone,
+    /// What was pushed for the next launch.
     new_rows: Vec<SampleRow>,
     new_biases: Vec<TokenBias>,
     new_counts: Vec<TokenCount>,
+    /// The rows of them that are on the device.
+    staged: Range<usize>,
     scratch: DeviceMemory,
-    tokens: Results<u32>,
-    logprobs: Results<f32>,
-    top_tokens: Results<u32>,
-    done: Milestone,
+    tokens: Arc<DeviceMemory>,
+    logprobs: DeviceMemory,
+    top_tokens: DeviceMemory,
+    results: [Results; 2],
+    /// Launched and not finished, the oldest first: which results, and how many rows.
+    launched: VecDeque<Launched>,
     top_max: usize,
     vocab: usize,
-    /// Of the last step, by row.
+    /// Of the step that was finished last, by row.
     sampled: Vec<SampledRow>,
     top: Vec<(u32, f32)>,
 }
 
-/// An array that a kernel writes and the host reads.
-struct Results<T: Copy> {
-    device: DeviceMemory,
-    pinned: Pinned<T>,
+/// A step's results on their way to the host.
+struct Results {
+    tokens: Pinned<u32>,
+    logprobs: Pinned<f32>,
+    top_tokens: Pinned<u32>,
+    done: Milestone,
 }
 
-impl<T: Copy> Results<T> {
-    fn new(gpu: &CudaDevice, len: usize) -> Result<Self> {
-        let device = DeviceMemory::new(&gpu.driver, "sampled tokens", len * size_of::<T>())?;
-        Ok(Results { device, pinned: Pinned::new(&gpu.driver, len.max(1))? })
-    }
+#[derive(Clone, Copy)]
+struct Launched {
+    results: usize,
+    rows: usize,
+    with_logprobs: bool,
+}
 
-    /// # Safety
-    /// Nothing reads or writes the host's side until the copy is known to be done.
-    unsafe fn fetch(&mut self, gpu: &CudaDevice, len: usize) -> Result<()> {
-        // SAFETY: both sides are as long; the rest is the caller's promise.
-        unsafe { self.pinned.copy_from(gpu.stream, self.device.ptr(), len) }
+impl Results {
+    fn new(gpu: &CudaDevice, rows_max: usize, top_max: usize) -> Result<Self> {
+        Ok(Results {
+            tokens: Pinned::new(&gpu.driver, rows_max)?,
+            logprobs: Pinned::new(&gpu.driver, rows_max * (top_max + 1))?,
+            top_tokens: Pinned::new(&gpu.driver, (rows_max * top_max).max(1))?,
+            done: Milestone::new(&gpu.driver)?,
+        })
     }
 }
 
 impl DeviceSampler {
     /// For up to `rows_max` rows of `vocab` logits, with up to `top_max` likeliest tokens each; `None` on the CPU, whose
-    /// sampler is the server's.
-    pub fn new(device: &Device, rows_max: usize, vocab: usize, top_max: usize) -> Result<Option<Self>> {
-        let Backend::Cuda(gpu) = &device.backend else { return Ok(None) };
-        const WHAT: &str = "the sampler's inputs";
+    /// sampler is the server's. Tokens also go to `tokens`, those of the model whose logits are sampled.
+    pub fn new(
+        device: &Device,
+        tokens: SampledTokens,
+        rows_max: usize,
+        vocab: usize,
+        top_max: usize,
+    ) -> Result<Option<Self>> {
+        let (Backend::Cuda(gpu), SampledTokens(Some(tokens))) = (&device.backend, tokens) else { return Ok(None) };
+        const INPUTS: &str = "the sampler's inputs";
+        const OUTPUTS: &str = "sampled tokens";
         let entries = ENTRIES.min(rows_max.saturating_mul(vocab)).max(vocab);
-        let scratch = rows_max
-            .checked_mul(vocab)
-            .and_then(|values| values.checked_mul(4))
-            .ok_or_else(|| KernelError::shape("sampler", "sizes in range", format!("{rows_max} rows of {vocab}")))?;
+        let scratch = rows_max.checked_mul(vocab).and_then(|values| values.checked_mul(4));
+        let (Some(scratch), true) = (scratch, tokens.bytes() >= rows_max * size_of::<u32>()) else {
+            let found = format!("{rows_max} rows of {vocab}");
+            return Err(KernelError::shape("sampler", "sizes in range, as of the model's steps", found));
+        };
         Ok(Some(DeviceSampler {
-            rows: StepArray::new(&gpu.driver, WHAT, rows_max)?,
-            biases: StepArray::new(&gpu.driver, WHAT, entries)?,
-            counts: StepArray::new(&gpu.driver, WHAT, entries)?,
+            rows: StepArray::new(&gpu.driver, INPUTS, rows_max)?,
+            biases: StepArray::new(&gpu.driver, INPUTS, entries)?,
+            counts: StepArray::new(&gpu.driver, INPUTS, entries)?,
+            copied: Milestone::new(&gpu.driver)?,
             new_rows: Vec::with_capacity(rows_max),
             new_biases: Vec::new(),
             new_counts: Vec::new(),
+            staged: 0..0,
             scratch: DeviceMemory::new(&gpu.driver, "the sampler's scratch", scratch)?,
-            tokens: Results::new(gpu, rows_max)?,
-            logprobs: Results::new(gpu, rows_max * (top_max + 1))?,
-            top_tokens: Results::new(gpu, rows_max * top_max)?,
-            done: Milestone::new(&gpu.driver)?,
+            tokens,
+            logprobs: DeviceMemory::new(&gpu.driver, OUTPUTS, rows_max * (top_max + 1) * size_of::<f32>())?,
+            top_tokens: DeviceMemory::new(&gpu.driver, OUTPUTS, rows_max * top_max * size_of::<u32>())?,
+            results: [Results::new(gpu, rows_max, top_max)?, Results::new(gpu, rows_max, top_max)?],
+            launched: VecDeque::with_capacity(2),
             top_max,
             vocab,
             sampled: Vec::with_capacity(rows_max),
@@ -93,86 +125,108 @@ impl DeviceSampler {
         }))
     }
 
-    /// Bytes held on the device.
-    #[must_use]
-    pub fn bytes(&self) -> usize {
-        let inputs = self.rows.bytes() + self.biases.bytes() + self.counts.bytes() + self.scratch.bytes();
-        let outputs = [&self.tokens.device, &self.logprobs.device, &self.top_tokens.device];
-        inputs + outputs.map(DeviceMemory::bytes).iter().sum::<usize>()
-    }
-
     /// Begins a step's sampling.
     pub fn begin(&mut self) {
         self.new_rows.clear();
         self.new_biases.clear();
         self.new_counts.clear();
-        self.sampled.clear();
-        self.top.clear();
+        self.staged = 0..0;
     }
 
-    /// How the next row of `logits` is sampled. `row`'s places in the lists are set here; tokens of each list are distinct.
+    /// How the next row is sampled. `row`'s places in the lists are set here; tokens of each list are distinct.
     pub fn push(
         &mut self,
-        device: &Device,
-        logits: &Tensor,
         mut row: SampleRow,
         biases: impl Iterator<Item = TokenBias>,
         counts: impl Iterator<Item = TokenCount>,
-    ) -> Result<()> {
-        let (first_bias, first_count) = (self.new_biases.len(), self.new_counts.len());
+    ) {
+        (row.bias_first, row.count_first) = (self.new_biases.len() as u32, self.new_counts.len() as u32);
         self.new_biases.extend(biases);
         self.new_counts.extend(counts);
-        let full = self.new_biases.len() > self.biases.capacity() || self.new_counts.len() > self.counts.capacity();
-        if full && !self.new_rows.is_empty() {
-            let (own_biases, own_counts) =
-                (self.new_biases.split_off(first_bias), self.new_counts.split_off(first_count));
-            self.flush(device, logits)?;
-            (self.new_biases, self.new_counts) = (own_biases, own_counts);
-            (row.bias_first, row.count_first) = (0, 0);
-        } else {
-            (row.bias_first, row.count_first) = (first_bias as u32, first_count as u32);
-        }
         row.bias_count = self.new_biases.len() as u32 - row.bias_first;
         row.count_count = self.new_counts.len() as u32 - row.count_first;
         row.top_logprobs = row.top_logprobs.min(self.top_max as u32);
         self.new_rows.push(row);
-        Ok(())
     }
 
-    /// Samples what was pushed, waits for it, and gives the tokens of all rows since [`begin`](Self::begin).
-    pub fn finish(&mut self, device: &Device, logits: &Tensor) -> Result<&[SampledRow]> {
-        self.flush(device, logits)?;
-        Ok(&self.sampled)
+    /// Puts what was pushed on its way to the device.
+    pub fn upload(&mut self, device: &Device) -> Result<()> {
+        let gpu = own_gpu(device)?;
+        self.stage(gpu)
     }
 
-    /// The likeliest tokens of a row that asked for `count`, with their log-probabilities, likeliest first.
-    #[must_use]
-    pub fn top(&self, row: usize, count: usize) -> &[(u32, f32)] {
-        let count = count.min(self.top_max).min(self.vocab);
-        self.top.get(row * self.top_max..row * self.top_max + count).unwrap_or(&[])
-    }
-
-    /// Launches for the rows that were pushed since the last time, and takes their results.
-    fn flush(&mut self, device: &Device, logits: &Tensor) -> Result<()> {
-        let Backend::Cuda(gpu) = &device.backend else {
-            return Err(KernelError::shape("sampler", "the GPU that it was made for", device.describe()));
-        };
-        let (first, count) = (self.sampled.len(), self.new_rows.len());
-        if count == 0 {
+    /// Uploads as many rows after those that were staged as there is room for with their entries.
+    fn stage(&mut self, gpu: &CudaDevice) -> Result<()> {
+        let first = self.staged.end;
+        let Some(base) = self.new_rows.get(first).copied() else {
+            self.staged = first..first;
             return Ok(());
+        };
+        let fits = |row: &SampleRow| {
+            let biases = row.bias_first + row.bias_count - base.bias_first;
+            let counts = row.count_first + row.count_count - base.count_first;
+            biases as usize <= self.biases.capacity() && counts as usize <= self.counts.capacity()
+        };
+        let count = self.new_rows[first..].iter().take_while(|row| fits(row)).count();
+        if count == 0 {
+            let expected = format!("at most {} biases, and counts, of one row", self.counts.capacity());
+            return Err(KernelError::shape(
+                "sampler",
+                expected,
+                format!("{} and {}", base.bias_count, base.count_count),
+            ));
         }
-        if first + count > logits.rows() || logits.cols() != self.vocab || logits.element() != Element::F32 {
-            let expected = format!("{} rows of {} F32 logits", first + count, self.vocab);
+        self.staged = first..first + count;
+        let last = self.new_rows[self.staged.end - 1];
+        let biases = &self.new_biases[base.bias_first as usize..(last.bias_first + last.bias_count) as usize];
+        let counts = &self.new_counts[base.count_first as usize..(last.count_first + last.count_count) as usize];
+        let rows = self.new_rows[self.staged.clone()].iter().map(|row| SampleRow {
+            bias_first: row.bias_first - base.bias_first,
+            count_first: row.count_first - base.count_first,
+            ..*row
+        });
+        self.copied.wait()?;
+        // SAFETY: the last copies are done, and the arrays are this stream's own.
+        unsafe {
+            self.rows.fill(gpu.stream, rows)?;
+            self.biases.fill(gpu.stream, biases.iter().copied())?;
+            self.counts.fill(gpu.stream, counts.iter().copied())?;
+        }
+        self.copied.set(gpu.stream)
+    }
+
+    /// Samples what was pushed, of the first rows of `logits`.
+    ///
+    /// # Errors
+    /// Two steps are under way already, or the logits are not those of what was pushed.
+    pub fn launch(&mut self, device: &Device, logits: &Tensor) -> Result<()> {
+        let gpu = own_gpu(device)?;
+        let rows = self.new_rows.len();
+        if rows > logits.rows() || logits.cols() != self.vocab || logits.element() != Element::F32 {
+            let expected = format!("{rows} rows of {} F32 logits", self.vocab);
             let found = format!("{} of {} {}", logits.rows(), logits.cols(), logits.element());
             return Err(KernelError::shape("sampler", expected, found));
         }
-        let wants_logprobs = self.new_rows.iter().any(|row| row.wants_logprob != 0);
-        // SAFETY: the last launch's results were waited for, so its copies are done.
-        unsafe {
-            self.rows.fill(gpu.stream, self.new_rows.iter().copied())?;
-            self.biases.fill(gpu.stream, self.new_biases.iter().copied())?;
-            self.counts.fill(gpu.stream, self.new_counts.iter().copied())?;
+        let results = match self.launched.iter().map(|launched| launched.results).collect::<Vec<_>>()[..] {
+            [] => 0,
+            [taken] => 1 - taken,
+            _ => return Err(KernelError::shape("sampler", "at most two steps under way", "a third")),
+        };
+        let with_logprobs = self.new_rows.iter().any(|row| row.wants_logprob != 0);
+        while !self.staged.is_empty() {
+            self.launch_staged(gpu, logits, results, with_logprobs)?;
+            self.stage(gpu)?;
         }
+        self.results[results].done.set(gpu.stream)?;
+        self.launched.push_back(Launched { results, rows, with_logprobs });
+        Ok(())
+    }
+
+    fn launch_staged(&mut self, gpu: &CudaDevice, logits: &Tensor, results: usize, with_logprobs: bool) -> Result<()> {
+        let Range { start: first, .. } = self.staged;
+        let (count, stride) = (self.staged.len(), self.top_max + 1);
+        let (tokens, logprobs) = (self.tokens.at(first * 4), self.logprobs.at(first * stride * 4));
+        let top_tokens = self.top_tokens.at(first * self.top_max * 4);
         let params = SampleParams {
             logits: Ptr(logits.ptr().0 + (first * self.vocab * 4) as u64),
             scratch: self.scratch.ptr(),
@@ -180,49 +234,71 @@ impl DeviceSampler {
             biases: self.biases.ptr(),
             counts: self.counts.ptr(),
             mask: Ptr::NULL,
-            tokens: self.tokens.device.ptr(),
-            logprobs: self.logprobs.device.ptr(),
-            top_tokens: self.top_tokens.device.ptr(),
+            tokens,
+            logprobs,
+            top_tokens,
             vocab: self.vocab as u32,
             top_stride: self.top_max as u32,
         };
+        let Results { tokens: to_tokens, logprobs: to_logprobs, top_tokens: to_top, .. } = &mut self.results[results];
         // SAFETY: there are as many logits, and room for the results of `rows_max` rows, which are not fewer. Nobody touches the
         // host's results before `done`.
         unsafe {
             gpu.launch(gpu.kernels.sample, shape([count, 1], launch::SAMPLE_THREADS), &params)?;
-            self.tokens.fetch(gpu, count)?;
-            if wants_logprobs {
-                self.logprobs.fetch(gpu, count * (self.top_max + 1))?;
-                self.top_tokens.fetch(gpu, count * self.top_max)?;
+            to_tokens.copy_from(gpu.stream, tokens, first, count)?;
+            if with_logprobs {
+                to_logprobs.copy_from(gpu.stream, logprobs, first * stride, count * stride)?;
+                to_top.copy_from(gpu.stream, top_tokens, first * self.top_max, count * self.top_max)?;
             }
         }
-        self.done.set(gpu.stream)?;
-        self.done.wait()?;
-        self.take(count, wants_logprobs)?;
-        self.new_rows.clear();
-        self.new_biases.clear();
-        self.new_counts.clear();
         Ok(())
     }
 
-    /// Results from pinned memory, which the next step's overwrite.
-    fn take(&mut self, count: usize, with_logprobs: bool) -> Result<()> {
-        let stride = self.top_max + 1;
-        let tokens = &self.tokens.pinned.read()?[..count];
-        let logprobs = if with_logprobs { self.logprobs.pinned.read()? } else { &[] };
-        let logprob = |row: usize| logprobs.get(row * stride).copied().unwrap_or(f32::NAN);
-        let rows = tokens
-            .iter()
-            .enumerate()
-            .map(|(row, &token)| SampledRow { token: (token != NONE).then_some(token), logprob: logprob(row) });
-        self.sampled.extend(rows);
-        let top_tokens = if with_logprobs { self.top_tokens.pinned.read()? } else { &[] };
-        for row in 0..count {
-            for n in 0..self.top_max {
-                let token = top_tokens.get(row * self.top_max + n).copied().unwrap_or(NONE);
-                self.top.push((token, logprobs.get(row * stride + 1 + n).copied().unwrap_or(f32::NAN)));
-            }
+    /// Waits for the oldest step under way, and gives the tokens of its rows.
+    ///
+    /// # Errors
+    /// The device failed, or none is under way.
+    pub fn finish(&mut self) -> Result<&[SampledRow]> {
+        let Some(Launched { results, rows, with_logprobs }) = self.launched.pop_front() else {
+            return Err(KernelError::shape("sampler", "a step under way", "none"));
+        };
+        let Results { tokens, logprobs, top_tokens, done } = &mut self.results[results];
+        done.wait()?;
+        let (stride, top_max) = (self.top_max + 1, self.top_max);
+        let tokens = &tokens.read()?[..rows];
+        let (logprobs, top_tokens) =
+            if with_logprobs { (logprobs.read()?, top_tokens.read()?) } else { (&[][..], &[][..]) };
+        let logprob = |at: usize| logprobs.get(at).copied().unwrap_or(f32::NAN);
+        self.sampled.clear();
+        self.sampled.extend(tokens.iter().enumerate().map(|(row, &token)| SampledRow {
+            token: (token != NONE).then_some(token),
+            logprob: logprob(row * stride),
+        }));
+        self.top.clear();
+        let places = (0..if with_logprobs { rows } else { 0 }).flat_map(|row| (0..top_max).map(move |n| (row, n)));
+        self.top.extend(places.map(|(row, n)| (top_tokens[row * top_max + n], logprob(row * stride + 1 + n))));
+        Ok(&self.sampled)
+    }
+
+    /// Forgets the steps under way, once they are done: what they give is of no use.
+    pub fn abandon(&mut self) -> Result<()> {
+        while !self.launched.is_empty() {
+            self.finish()?;
         }
         Ok(())
+    }
+
+    /// The likeliest tokens of a row of the step that was finished last, with their log-probabilities, likeliest first.
+    #[must_use]
+    pub fn top(&self, row: usize, count: usize) -> &[(u32, f32)] {
+        let count = count.min(self.top_max).min(self.vocab);
+        self.top.get(row * self.top_max..row * self.top_max + count).unwrap_or(&[])
+    }
+}
+
+fn own_gpu(device: &Device) -> Result<&CudaDevice> {
+    match &device.backend {
+        Backend::Cuda(gpu) => Ok(gpu),
+        Backend::Cpu(_) => Err(KernelError::shape("sampler", "the GPU that it was made for", device.describe())),
     }
 }

@@ -6,8 +6,8 @@
 use std::sync::Arc;
 
 use kvern_kernels::{
-    AttentionLimits, AttentionPlan, Device, HeadLayout, KernelError, KvCache, RopeTable, SequenceBatch, StepGraphs,
-    StepInputs, StepRows, Tensor, ops,
+    AttentionLimits, AttentionPlan, Device, HeadLayout, KernelError, KvCache, RopeTable, SampledTokens, SequenceBatch,
+    StepGraphs, StepInputs, StepRows, Tensor, ops,
 };
 
 use super::attention::Step;
@@ -183,14 +183,22 @@ impl Model for Decoder {
             positions: batch.positions,
             slots: batch.slot_mapping,
             sample_rows: batch.sample_rows,
+            last_sampled: batch.last_sampled,
         };
         let padded = graphs.padded_rows(&sequences, kv);
-        let inputs = inputs.update(device, &rows, padded, kv.scratch_slot())?;
         plan.update(device, &sequences, kv, padded)?;
-        let step = Step { device, rope, plan, inputs };
-        graphs.run(device, padded, kv, |kv| parts.compute(&step, workspace, kv))?;
+        let indices = inputs.update(device, &rows, &sequences, plan, padded)?;
+        let step = Step { device, rope, plan, inputs: indices };
+        graphs.run(device, padded, kv, |kv| {
+            inputs.build(device)?;
+            parts.compute(&step, workspace, kv)
+        })?;
         workspace.logits.set_rows(batch.sample_rows.len());
         Ok(&workspace.logits)
+    }
+
+    fn sampled_tokens(&self) -> SampledTokens {
+        self.inputs.sampled_tokens()
     }
 
     fn capture(&mut self, kv: &mut KvCache, progress: &mut dyn FnMut(usize, usize)) -> Result<(), KernelError> {
@@ -209,6 +217,7 @@ impl Model for Decoder {
                 block_tables: &zeros,
                 block_table_stride: 1,
                 sample_rows: &ends[..rows],
+                last_sampled: &[],
             };
             // Once as it is, because what is loaded at first use cannot be loaded during a capture.
             self.forward(&batch, kv)?;

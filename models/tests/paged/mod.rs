@@ -67,6 +67,7 @@ pub(crate) fn step<'m>(
         block_tables: &tables,
         block_table_stride: stride,
         sample_rows,
+        last_sampled: &[],
     };
     model.forward(&batch, kv).unwrap()
 }
