@@ -99,13 +99,20 @@ pub struct AttentionLimits<'a> {
     pub context_max: usize,
     /// The windows that layers have, each once; `None` is all positions. The CPU takes any.
     pub windows: &'a [Option<u32>],
+    /// Bytes of K and V that a GPU reads once instead of for each sequence, in a decode step whose sequences begin alike, from
+    /// which on it does so: [`SHARED_PREFIX_BYTES`] where nothing else is known.
+    pub shared_prefix_bytes: u64,
 }
+
+/// What a GPU reads in about half a millisecond: as much as the host takes longer to launch such a step kernel by kernel.
+pub const SHARED_PREFIX_BYTES: u64 = 1 << 30;
 
 impl AttentionLimits<'_> {
     /// For layers that see all positions.
     #[must_use]
     pub fn new(tokens_max: usize, sequences_max: usize, context_max: usize) -> Self {
-        AttentionLimits { tokens_max, sequences_max, context_max, windows: &[None] }
+        let shared_prefix_bytes = SHARED_PREFIX_BYTES;
+        AttentionLimits { tokens_max, sequences_max, context_max, windows: &[None], shared_prefix_bytes }
     }
 }
 
@@ -181,21 +188,21 @@ impl AttentionPlan {
 
     /// Checks the batch against `kv` (block ids in range, tables long enough) and plans it. With `padded` rows, as
     /// [`StepGraphs::padded_rows`](crate::StepGraphs::padded_rows) said, the plan is for as many: those beyond the batch's see
-    /// nothing.
+    /// nothing. Gives the rows that hold: none where the plan has to be launched kernel by kernel.
     pub fn update(
         &mut self,
         device: &Device,
         batch: &SequenceBatch<'_>,
         kv: &KvCache,
         padded: Option<usize>,
-    ) -> Result<()> {
+    ) -> Result<Option<usize>> {
         self.rows = 0;
         if let (Some(plan), Backend::Cuda(gpu)) = (&mut self.device, &device.backend) {
             let shape @ KvShape { blocks, block_size, .. } = kv.shape();
             let rows = check_batch(self.tokens_max, batch, kv)?;
-            plan.update(gpu, batch, &shape, padded)?;
+            let padded = plan.update(gpu, batch, &shape, padded)?;
             (self.rows, self.blocks, self.block_size) = (padded.unwrap_or(rows), blocks, block_size);
-            return Ok(());
+            return Ok(padded);
         }
         let Backend::Cpu(cpu) = &device.backend else {
             return Err(KernelError::shape("attention plan", "a plan of the GPU", "one of the CPU"));
@@ -224,7 +231,7 @@ impl AttentionPlan {
             }
         }
         self.tasks.sort_unstable_by_key(|task| (usize::MAX - task.cost(), task.row, task.kv_head, task.splits.start));
-        Ok(())
+        Ok(None)
     }
 
     /// Adds a task, in pieces if it costs more than `task_cost` and there is room for the pieces' partial results.

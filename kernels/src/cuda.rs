@@ -14,6 +14,7 @@
 //! weights.rs    stored matrices to the device, through pinned memory
 //! inputs.rs     a step's ids, positions, slots and sampled rows
 //! attention.rs  the division of a step's attention, and its launches
+//! prefix.rs     sequences of a step that begin with the same blocks
 //! graphs.rs     launches of decode steps, captured once per batch size
 //! sampling.rs   logits to tokens
 //! ```
@@ -28,6 +29,7 @@ pub(crate) mod inputs;
 mod kernels;
 pub(crate) mod memory;
 mod ops;
+mod prefix;
 mod products;
 pub(crate) mod sampling;
 pub(crate) mod weights;

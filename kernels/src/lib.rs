@@ -38,7 +38,7 @@ mod step_inputs;
 mod tensor;
 mod weight;
 
-pub use attention_plan::{AttentionLimits, AttentionPlan, HeadLayout, SequenceBatch};
+pub use attention_plan::{AttentionLimits, AttentionPlan, HeadLayout, SHARED_PREFIX_BYTES, SequenceBatch};
 pub use cuda::account::Allocations;
 pub use cuda::driver::Element;
 pub use cuda::sampling::{DeviceSampler, SampleBias, SampleCount, SampleRow, SampledRow};

@@ -87,6 +87,16 @@ impl DecodePlan {
         self.deal_out(workers);
     }
 
+    /// Whether there is room for the partial results of a plan with these prefixes and no window.
+    #[must_use]
+    pub fn has_room(&self, queries: &[DecodeQuery], prefixes: &[SharedPrefix]) -> bool {
+        let own = |query: &DecodeQuery| u64::from(query.context.div_ceil(piece_len(query.context)));
+        let all: u64 = queries.iter().map(own).sum();
+        let shared =
+            prefixes.iter().map(|prefix| u64::from(prefix.count) * u64::from(prefix.len.div_ceil(PREFIX_PIECE)));
+        self.partials_max.is_none_or(|most| all + shared.sum::<u64>() <= u64::from(most))
+    }
+
     /// Plans anew, where the K and V of shared prefixes are read once for all rows that share one, `tile_rows` of them at a
     /// time. How such a row is cut depends on its prefix too: its bits are those of any batch in which it shares as much.
     ///

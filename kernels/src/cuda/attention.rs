@@ -1,16 +1,18 @@
 //! The division of a step's attention on a device, and its launches.
 //!
 //! Rows of sequences with one query go to the decode kernel, cut into pieces that are dealt out evenly; longer queries go to
-//! the prefill kernel in tiles. What differs between layers is the window alone, so there is a division for each window that
+//! the prefill kernel in tiles. Where decodes begin with the same blocks, and many of them, those go to the cascade kernel,
+//! which reads them once. What differs between layers is the window alone, so there is a division for each window that
 //! the model has. The f32 kernel, the oracle, takes tiles for all.
 
 use kvern_cuda_abi::{
-    DecodeItem, DecodeMerge, DecodeParams, DecodePlan, DecodeQuery, PrefillParams, PrefillPlan, PrefillQuery,
-    PrefillTile, Ptr, launch, piece_len,
+    CascadeParams, CascadeRow, CascadeTile, DecodeItem, DecodeMerge, DecodeParams, DecodePlan, DecodeQuery,
+    PrefillParams, PrefillPlan, PrefillQuery, PrefillTile, Ptr, launch, piece_len,
 };
 
 use super::driver::{Driver, Element, Kernel, LaunchShape};
 use super::memory::{DeviceMemory, Milestone, StepArray};
+use super::prefix::SharedPrefixes;
 use super::{CudaDevice, shape};
 use crate::attention_plan::{AttentionLimits, RESERVED_BLOCK_SIZE, sequences};
 use crate::ops::Attention;
@@ -29,7 +31,7 @@ const SHORT_CONTEXT: usize = 4096;
 /// The kernels for one size of heads.
 enum AttentionKernels {
     F32 { attention: Kernel },
-    Tiles { decode: Kernel, merge: Kernel, prefill: Kernel },
+    Tiles { decode: Kernel, merge: Kernel, prefill: Kernel, cascade: Kernel },
 }
 
 /// Decode's pieces under one window.
@@ -39,6 +41,8 @@ struct WindowPlan {
     items: StepArray<DecodeItem>,
     starts: StepArray<u32>,
     merges: StepArray<DecodeMerge>,
+    cascade_rows: StepArray<CascadeRow>,
+    cascade_tiles: StepArray<CascadeTile>,
 }
 
 /// Room for the division of any step within the limits, at fixed addresses.
@@ -55,6 +59,11 @@ pub(crate) struct DevicePlan {
     sums: DeviceMemory,
     values: DeviceMemory,
     copied: Milestone,
+    /// Prefixes that decodes share, and from how many bytes of saved reads on they are read once.
+    prefixes: SharedPrefixes,
+    shared_prefix_bytes: u64,
+    /// Query rows of a tile of the cascade kernel.
+    cascade_rows: u32,
     decode_queries: Vec<DecodeQuery>,
     prefill_queries: Vec<PrefillQuery>,
     table_entries: Vec<u32>,
@@ -87,7 +96,8 @@ impl AttentionKernels {
         let blocks = fit * driver.properties().multiprocessors;
         let workers = launch::decode_workers(blocks, heads.kv_heads, heads.group());
         let (merge, prefill) = (named("decode_merge", 0)?, named("prefill", launch::prefill_shared_bytes(dim) as u32)?);
-        Ok((AttentionKernels::Tiles { decode, merge, prefill }, workers as u32))
+        let cascade = named("cascade", launch::cascade_shared_bytes(dim) as u32)?;
+        Ok((AttentionKernels::Tiles { decode, merge, prefill, cascade }, workers as u32))
     }
 }
 
@@ -99,7 +109,7 @@ impl DevicePlan {
             AttentionKernels::F32 { .. } => F32_TILE_ROWS,
             AttentionKernels::Tiles { .. } => launch::prefill_rows(heads.head_dim) / heads.group(),
         };
-        let AttentionLimits { tokens_max, sequences_max, context_max, windows } = *limits;
+        let AttentionLimits { tokens_max, sequences_max, context_max, windows, shared_prefix_bytes } = *limits;
         let pieces =
             context_max.div_ceil(piece_len(context_max as u32) as usize).max(context_max.min(4096).div_ceil(256));
         let partials = match kernels {
@@ -114,6 +124,9 @@ impl DevicePlan {
                 items: StepArray::new(driver, WHAT, partials + sequences_max)?,
                 starts: StepArray::new(driver, WHAT, workers as usize + 1)?,
                 merges: StepArray::new(driver, WHAT, sequences_max)?,
+                cascade_rows: StepArray::new(driver, WHAT, sequences_max)?,
+                // A piece of a prefix is a partial result of each of its rows, and tiles are of some rows.
+                cascade_tiles: StepArray::new(driver, WHAT, partials)?,
             })
         };
         // Short contexts have room for blocks of any size.
@@ -137,6 +150,9 @@ impl DevicePlan {
             sums: DeviceMemory::new(driver, "partial results of attention", partial_values * 2 * 4)?,
             values: DeviceMemory::new(driver, "partial results of attention", partial_values * heads.head_dim * 4)?,
             copied: Milestone::new(driver)?,
+            prefixes: SharedPrefixes::default(),
+            shared_prefix_bytes,
+            cascade_rows: (launch::cascade_rows(heads.head_dim) / heads.group()) as u32,
             decode_queries: Vec::with_capacity(sequences_max),
             prefill_queries: Vec::with_capacity(sequences_max),
             table_entries: Vec::with_capacity(table_entries),
@@ -148,19 +164,23 @@ impl DevicePlan {
 
     /// Bytes held on the device.
     pub(crate) fn bytes(&self) -> usize {
-        let windows = self.windows.iter().map(|own| own.items.bytes() + own.starts.bytes() + own.merges.bytes());
+        let windows = self.windows.iter().map(|own| {
+            let cascade = own.cascade_rows.bytes() + own.cascade_tiles.bytes();
+            own.items.bytes() + own.starts.bytes() + own.merges.bytes() + cascade
+        });
         let arrays = self.tiles.bytes() + self.tables.bytes() + self.sums.bytes() + self.values.bytes();
         windows.sum::<usize>() + arrays
     }
 
-    /// Plans a batch that was checked. `padded`: launches are as large as for so many sequences of one query each.
+    /// Plans a batch that was checked. `padded`: launches are as large as for so many sequences of one query each, unless they
+    /// share prefixes that are worth more; gives what holds.
     pub(crate) fn update(
         &mut self,
         gpu: &CudaDevice,
         batch: &SequenceBatch<'_>,
         kv: &KvShape,
         padded: Option<usize>,
-    ) -> Result<()> {
+    ) -> Result<Option<usize>> {
         self.block_size = kv.block_size;
         self.table_starts.clear();
         self.decode_queries.clear();
@@ -183,7 +203,25 @@ impl DevicePlan {
         }
         self.table_entries.push(kv.blocks as u32);
         self.prefill.update(&self.prefill_queries, self.tile_rows);
-        self.bring(gpu, padded)
+        let shares = self.find_prefixes(kv);
+        let padded = padded.filter(|_| !shares);
+        self.bring(gpu, padded)?;
+        Ok(padded)
+    }
+
+    /// Whether decodes share prefixes that are worth to be read once; if not, there are none.
+    fn find_prefixes(&mut self, kv: &KvShape) -> bool {
+        self.prefixes.find(&mut self.decode_queries, &self.table_entries, kv.block_size);
+        let token_bytes = (kv.block_bytes() / kv.block_size) as u64;
+        let fits = |own: &WindowPlan| own.plan.has_room(&self.decode_queries, &self.prefixes.found);
+        let is_worth = !self.prefixes.found.is_empty()
+            && self.cascade_rows > 0
+            && self.prefixes.saved_tokens.saturating_mul(token_bytes) >= self.shared_prefix_bytes
+            && self.windows.iter().filter(|own| own.window.is_none()).all(fits);
+        if !is_worth {
+            self.prefixes.found.clear();
+        }
+        is_worth
     }
 
     /// The step's block tables on the device, where each sequence's begins, and where one begins that is the cache's spare block.
@@ -219,8 +257,13 @@ impl DevicePlan {
             self.tiles.fill(gpu.stream, (0..tile_count).map(tile))?;
         }
         for own in &mut self.windows {
-            let WindowPlan { window, plan, items, starts, merges } = own;
-            plan.update(&self.decode_queries, *window, self.workers);
+            let WindowPlan { window, plan, items, starts, merges, cascade_rows, cascade_tiles } = own;
+            let prefixes = self.prefixes.found.as_slice();
+            if window.is_none() && !prefixes.is_empty() {
+                plan.update_shared(&self.decode_queries, prefixes, self.cascade_rows, self.workers);
+            } else {
+                plan.update(&self.decode_queries, *window, self.workers);
+            }
             let merge_count = if self.decode_queries.is_empty() { 0 } else { padded.unwrap_or(plan.merges.len()) };
             let no_merge = DecodeMerge { row: 0, first: 0, count: 0 };
             let merge = |at: usize| plan.merges.get(at).copied().unwrap_or(no_merge);
@@ -229,6 +272,8 @@ impl DevicePlan {
                 items.fill(gpu.stream, plan.items.iter().copied())?;
                 starts.fill(gpu.stream, plan.starts.iter().copied())?;
                 merges.fill(gpu.stream, (0..merge_count).map(merge))?;
+                cascade_rows.fill(gpu.stream, plan.cascade_rows.iter().copied())?;
+                cascade_tiles.fill(gpu.stream, plan.cascade_tiles.iter().copied())?;
             }
         }
         self.copied.set(gpu.stream)
@@ -248,8 +293,8 @@ impl DevicePlan {
                 let grid = [self.tiles.len(), args.heads.heads];
                 self.launch_tiles(gpu, attention, shape(grid, 128), &self.prefill_params(args, qkv, kv, layer, out))
             }
-            AttentionKernels::Tiles { decode, merge, prefill } => {
-                self.launch_decode(gpu, [decode, merge], args, &(qkv, kv, layer, &*out))?;
+            AttentionKernels::Tiles { decode, merge, prefill, cascade } => {
+                self.launch_decode(gpu, [decode, merge, cascade], args, &(qkv, kv, layer, &*out))?;
                 let grid = [self.tiles.len(), args.heads.kv_heads];
                 let shared = launch::prefill_shared_bytes(args.heads.head_dim);
                 let shape = with_shared(shape(grid, launch::PREFILL_THREADS), shared);
@@ -269,7 +314,7 @@ impl DevicePlan {
     fn launch_decode(
         &self,
         gpu: &CudaDevice,
-        [decode, merge]: [Kernel; 2],
+        [decode, merge, cascade]: [Kernel; 3],
         args: &Attention<'_>,
         (qkv, kv, (k_cache, v_cache), out): &(&Tensor, &KvCache, (Ptr, Ptr), &Tensor),
     ) -> Result<()> {
@@ -299,6 +344,9 @@ impl DevicePlan {
             qkv_stride: args.heads.row_len() as u32,
             scale_log2: args.scale * std::f32::consts::LOG2_E,
         };
+        if own.cascade_tiles.len() > 0 {
+            self.launch_cascade(gpu, cascade, own, &params, args.heads)?;
+        }
         let tiles = launch::decode_head_tiles(args.heads.group());
         let grid = [self.workers as usize, kv_heads * tiles];
         let decode_shape = with_shared(shape(grid, launch::DECODE_THREADS), launch::decode_shared_bytes(head_dim));
@@ -310,6 +358,36 @@ impl DevicePlan {
             }
             gpu.launch(merge, shape([own.merges.len(), heads], head_dim), &params)
         }
+    }
+
+    /// Shared prefixes, whose partial results the merge of decode takes with the others.
+    fn launch_cascade(
+        &self,
+        gpu: &CudaDevice,
+        kernel: Kernel,
+        own: &WindowPlan,
+        decode: &DecodeParams,
+        heads: HeadLayout,
+    ) -> Result<()> {
+        let params = CascadeParams {
+            qkv: decode.qkv,
+            k_cache: decode.k_cache,
+            v_cache: decode.v_cache,
+            tiles: own.cascade_tiles.ptr(),
+            rows: own.cascade_rows.ptr(),
+            block_tables: decode.block_tables,
+            sums: decode.sums,
+            values: decode.values,
+            heads: decode.heads,
+            kv_heads: decode.kv_heads,
+            block_size: decode.block_size,
+            table_stride: decode.table_stride,
+            qkv_stride: decode.qkv_stride,
+            scale_log2: decode.scale_log2,
+        };
+        let shape = shape([own.cascade_tiles.len(), heads.kv_heads], launch::PREFILL_THREADS);
+        // SAFETY: as of decode.
+        unsafe { gpu.launch(kernel, with_shared(shape, launch::cascade_shared_bytes(heads.head_dim)), &params) }
     }
 
     fn prefill_params(

@@ -128,7 +128,8 @@ impl Decoder {
         };
         let StepLimits { tokens_max, sequences_max, context_max } = limits;
         let windows = config.distinct_windows();
-        let attention = AttentionLimits { tokens_max, sequences_max, context_max, windows: &windows };
+        let attention =
+            AttentionLimits { windows: &windows, ..AttentionLimits::new(tokens_max, sequences_max, context_max) };
         let RopeFrequencies { inv_freq, scale } = config.rope.frequencies(context_max);
         Ok(Decoder {
             device: device.clone(),
@@ -186,7 +187,7 @@ impl Model for Decoder {
             last_sampled: batch.last_sampled,
         };
         let padded = graphs.padded_rows(&sequences, kv);
-        plan.update(device, &sequences, kv, padded)?;
+        let padded = plan.update(device, &sequences, kv, padded)?;
         let indices = inputs.update(device, &rows, &sequences, plan, padded)?;
         let step = Step { device, rope, plan, inputs: indices };
         graphs.run(device, padded, kv, |kv| {
