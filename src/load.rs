@@ -51,7 +51,8 @@ pub fn load(config: &Config, names: &[String]) -> Result<Loaded, LoadFailure> {
         _ => (SchedulingConfig::default(), None),
     };
     let served_model_name = names[0].clone();
-    let options = RuntimeOptions { engine: config.engine.clone(), scheduling, served_model_name, record };
+    let options =
+        RuntimeOptions { engine: config.engine.clone(), scheduling, served_model_name, record, plan_ahead: false };
     let bar = progress_bar();
     let runtime = runtime::start(&files, &options, &mut |progress| {
         bar.set_length(progress.total_bytes);

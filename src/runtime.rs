@@ -33,6 +33,9 @@ pub struct RuntimeOptions {
     pub served_model_name: String,
     /// Where the core's inputs are recorded.
     pub record: Option<RecordConfig>,
+    /// Plans decode steps ahead on a CPU, which gains nothing by it: for tests.
+    #[doc(hidden)]
+    pub plan_ahead: bool,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -230,7 +233,8 @@ fn spawn(
     let (ended, has_ended) = oneshot::channel();
     let (mut senders, mut threads, mut killed) = (Vec::new(), Vec::new(), Vec::new());
     for (number, worker) in workers.into_iter().enumerate() {
-        let (steps, commands) = sync_channel(1);
+        // A step, and the one ahead of it.
+        let (steps, commands) = sync_channel(2);
         let (reporter, kill) = (handle.reporter(), Arc::new(AtomicBool::new(false)));
         senders.push(steps);
         killed.push(Arc::clone(&kill));
@@ -302,6 +306,7 @@ fn core_config(options: &RuntimeOptions, max_model_len: u32, shape: CoreShape) -
         prefix_caching: options.engine.prefix_caching,
         classes: options.scheduling.classes.iter().map(promise).collect(),
         cost: shape.cost,
+        plan_ahead: options.plan_ahead,
         ..CoreConfig::mixed(1, options.engine.block_size)
     }
 }

@@ -146,6 +146,7 @@ impl Runner {
                 table_len: 0,
                 blocks: block..block + sequence.blocks.len() as u32,
                 sample,
+                last_sampled: false,
             });
         }
         self.loaded.model.forward(&self.batch.fill(plan), &mut self.kv).map(drop)

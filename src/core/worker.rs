@@ -24,7 +24,7 @@ pub(crate) struct Worker {
     running: Vec<(ClassId, Arrival, RequestIndex)>,
     /// Requests whose blocks are on their way to this worker: they will run here.
     pub(crate) num_arriving: u32,
-    /// The step in flight; `None` when the worker is idle.
+    /// The step in flight, which is reported next; `None` when the worker is idle.
     pub(crate) step: Option<StepId>,
     /// The slices of the step in flight; empty when the worker is idle.
     pub(crate) planned: Vec<PlannedSlice>,

@@ -2,8 +2,10 @@
 //!
 //! It also keeps the block table of each request, because plans bring only what is new in them: see [`kvern_core::SeqSlice`].
 //! Every plan must come here, in order, also one whose step then fails. O(tokens + blocks of the step's tables).
+//!
+//! And what the last step sampled, for a step that was planned before that was known ([`kvern_core::LAST_SAMPLED`]).
 
-use kvern_core::{RequestId, StepPlan};
+use kvern_core::{RequestId, Sampled, SeqSlice, StepPlan, TokenId};
 use kvern_models::{ForwardBatch, StepLimits};
 use std::collections::HashMap;
 
@@ -14,6 +16,10 @@ const SPARE_MAX: usize = 64;
 #[derive(Debug)]
 pub(crate) struct BatchBuffers {
     block_size: u32,
+    /// Those of a step that was planned ahead; others have theirs in the plan.
+    input_ids: Vec<TokenId>,
+    /// In the order of its slices; empty when it failed.
+    last_sampled: Vec<(RequestId, Sampled)>,
     positions: Vec<u32>,
     slot_mapping: Vec<u32>,
     cu_seqlens_q: Vec<u32>,
@@ -32,6 +38,8 @@ impl BatchBuffers {
         let stride = limits.context_max.div_ceil(block_size as usize);
         BatchBuffers {
             block_size,
+            input_ids: Vec::with_capacity(limits.sequences_max),
+            last_sampled: Vec::with_capacity(limits.sequences_max),
             positions: Vec::with_capacity(limits.tokens_max),
             slot_mapping: Vec::with_capacity(limits.tokens_max),
             cu_seqlens_q: Vec::with_capacity(limits.sequences_max + 1),
@@ -71,6 +79,34 @@ impl BatchBuffers {
         longest
     }
 
+    /// What the step that was last laid out has sampled. One that fails says nothing.
+    pub(crate) fn note(&mut self, sampled: &[(RequestId, Sampled)]) {
+        self.last_sampled.clear();
+        self.last_sampled.extend_from_slice(sampled);
+    }
+
+    /// Fills in the tokens of a step that was planned before they were known; `false` for any other.
+    ///
+    /// # Panics
+    /// When the step before has sampled nothing for one of the slices: it failed, and so does this one.
+    fn resolve(&mut self, plan: &StepPlan) -> bool {
+        self.input_ids.clear();
+        let is_ahead = plan.slices.iter().any(|slice| slice.last_sampled);
+        if is_ahead {
+            // The slices of both steps are in the same order.
+            let mut last = self.last_sampled.iter();
+            let token = |slice: &SeqSlice| match last.find(|(request, _)| *request == slice.request) {
+                Some((_, Sampled::Token(token))) => *token,
+                // The request has ended; nobody asks for what comes of it.
+                Some((_, Sampled::Failed)) => 0,
+                None => panic!("{:?} goes on with a token that the last step did not sample", slice.request),
+            };
+            self.input_ids.extend(plan.slices.iter().map(token));
+        }
+        self.last_sampled.clear();
+        is_ahead
+    }
+
     /// Lays out `plan`. Block tables are padded with block 0 to the longest of the step; padding is never read.
     pub(crate) fn fill<'a>(&'a mut self, plan: &'a StepPlan) -> ForwardBatch<'a> {
         self.positions.clear();
@@ -80,6 +116,7 @@ impl BatchBuffers {
         self.block_tables.clear();
         self.sample_rows.clear();
         self.block_table_stride = self.keep_tables(plan);
+        let is_ahead = self.resolve(plan);
         self.cu_seqlens_q.push(0);
         for slice in &plan.slices {
             let table = &self.tables[&slice.request];
@@ -100,7 +137,7 @@ impl BatchBuffers {
             }
         }
         ForwardBatch {
-            input_ids: &plan.tokens,
+            input_ids: if is_ahead { &self.input_ids } else { &plan.tokens },
             positions: &self.positions,
             slot_mapping: &self.slot_mapping,
             cu_seqlens_q: &self.cu_seqlens_q,
@@ -142,6 +179,7 @@ mod tests {
                 table_len: part.table_len,
                 blocks: block..block + part.blocks.len() as u32,
                 sample: part.tokens == 1,
+                last_sampled: false,
             });
         }
         plan
@@ -193,5 +231,29 @@ mod tests {
         assert!(unknown.is_err(), "a table that goes on must be there");
         // The next plan brings it whole.
         assert_eq!(buffers.fill(&plan(&first)).block_tables, [7]);
+    }
+
+    #[test]
+    fn goes_on_with_what_was_sampled() {
+        let mut buffers = BatchBuffers::new(LIMITS, 4);
+        let first = |request, blocks| Part { request, start: 2, tokens: 1, table_len: 0, blocks };
+        let ahead = |requests: &[u64]| {
+            let part = |request: &u64| Part { request: *request, start: 3, tokens: 1, table_len: 1, blocks: &[] };
+            let mut plan = plan(&requests.iter().map(part).collect::<Vec<_>>());
+            plan.slices.iter_mut().for_each(|slice| slice.last_sampled = true);
+            plan.tokens.fill(kvern_core::LAST_SAMPLED);
+            plan
+        };
+        let known = plan(&[first(1, &[7]), first(2, &[4]), first(3, &[9])]);
+        assert_eq!(buffers.fill(&known).input_ids, [2, 2, 2]);
+        let sampled = |request, result| (RequestId(request), result);
+        buffers.note(&[sampled(1, Sampled::Token(11)), sampled(2, Sampled::Failed), sampled(3, Sampled::Token(13))]);
+        assert_eq!(buffers.fill(&ahead(&[2, 3])).input_ids, [0, 13]);
+        // That step says nothing, so it has failed.
+        let unknown = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            buffers.fill(&ahead(&[3]));
+        }));
+        assert!(unknown.is_err(), "what was sampled two steps ago is not what goes on");
+        assert_eq!(buffers.fill(&known).input_ids, [2, 2, 2]);
     }
 }

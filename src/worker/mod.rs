@@ -24,7 +24,7 @@ use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-/// A step and what changed since the last one. Sent only to an idle worker, so a channel of one is enough.
+/// A step and what changed since the last one. Sent to a worker that is idle, or at one step, so a channel of two is enough.
 #[derive(Debug)]
 pub struct StepCommand {
     pub plan: StepPlan,
@@ -203,6 +203,7 @@ impl Worker {
             sampled.push((slice.request, draw.sampled));
             logprobs.extend(draw.logprobs.map(|l| (slice.request, l)));
         }
+        self.batch.note(sampled);
         Ok(())
     }
 }

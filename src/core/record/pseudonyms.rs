@@ -12,7 +12,7 @@
 //! prompts by their hash: both follow the prefix. And a sampled token is looked for in the request's stop tokens: one that
 //! ends its request becomes [`STOP`], which alone is the recorded stop set and no other token's pseudonym. A stop token that
 //! comes before `min_new_tokens` does not end the request and may come to stand in a published block: it is a token like any
-//! other. The one that ends the request is never computed, so it is in no block.
+//! other. The one that ends the request is computed by a step ahead at most, of which nothing is published, so it is in none.
 //!
 //! Tokens of public blocks do not depend on the salt. The one equality that is lost is that of two prompts under one salt of
 //! which different numbers of blocks are public: a quarantine takes them for one.
