@@ -2,8 +2,9 @@
 //! that knows both the core and the workers.
 //!
 //! One thread. Everything that happens reaches it through one bounded inbox; a turn drains the inbox, withdraws requests
-//! whose clients have gone, plans a step for each idle worker, and tells the streams what came of it. Cost of a turn:
-//! O(inputs + streams + workers) with a few nanoseconds a stream.
+//! whose clients have gone, plans a step for each idle worker, and where the core is made for it a step ahead for those that
+//! are at one, and tells the streams what came of it. Cost of a turn: O(inputs + streams + workers) with a few nanoseconds a
+//! stream.
 
 mod handle;
 mod links;
@@ -65,7 +66,7 @@ pub(crate) struct EngineParts {
     pub(crate) core: Core,
     pub(crate) recorder: Option<Recorder>,
     pub(crate) inbox: Receiver<Message>,
-    /// To the idle workers, in the core's order; they report to the inbox.
+    /// To the idle workers, in the core's order; they report to the inbox. Each takes two commands without waiting.
     pub(crate) workers: Vec<SyncSender<StepCommand>>,
     /// To the thread that moves blocks between pools, where there are several.
     pub(crate) mover: Option<SyncSender<Transfer>>,
@@ -79,12 +80,13 @@ impl EngineLoop {
     #[must_use]
     pub(crate) fn new(parts: EngineParts) -> Self {
         let EngineParts { core, recorder, inbox, workers, mover, shared, telemetry, target_saturation } = parts;
+        let steps_max = if core.plans_ahead() { 2 } else { 1 };
         EngineLoop {
             core,
             recorder,
             streams: Streams::new(Arc::clone(&shared), Arc::clone(&telemetry)),
             inbox,
-            links: Links::new(workers),
+            links: Links::new(workers, steps_max),
             mover,
             moving: Vec::new(),
             dying: Vec::new(),
@@ -274,7 +276,20 @@ impl EngineLoop {
             if let Some(plan) = self.links.idle_plan(worker) {
                 self.start_step(worker, plan);
             }
+            if let Some(plan) = self.links.plan_ahead(worker) {
+                self.start_ahead(worker, plan);
+            }
         }
+    }
+
+    fn start_ahead(&mut self, worker: WorkerId, mut plan: StepPlan) {
+        let planned = self.core.plan_ahead(worker, &mut plan);
+        if let Some(recorder) = &mut self.recorder {
+            recorder.planned_ahead(worker, &plan, planned);
+            // There never are any; the digest comes with them.
+            recorder.effects(&[]);
+        }
+        if planned { self.links.start(worker, plan) } else { self.links.keep(worker, plan) }
     }
 
     fn start_step(&mut self, worker: WorkerId, mut plan: StepPlan) {

@@ -54,7 +54,8 @@ pub fn load(config: &Config, names: &[String]) -> Result<Loaded, LoadFailure> {
         _ => (SchedulingConfig::default(), None),
     };
     let served_model_name = names[0].clone();
-    let options = RuntimeOptions { engine: config.engine.clone(), scheduling, served_model_name, record };
+    let options =
+        RuntimeOptions { engine: config.engine.clone(), scheduling, served_model_name, record, plan_ahead: None };
     let (weights, steps) = (progress_bar(WEIGHTS_BAR), progress_bar(STEPS_BAR));
     let runtime = runtime::start(&files, &options, &mut |progress| match progress {
         StartProgress::Weights(progress) => {

@@ -101,7 +101,14 @@ impl Recorder {
         }
     }
 
-    /// All effects of the input or the call of `plan` before.
+    /// A call of `plan_ahead`, whatever it gave.
+    pub fn planned_ahead(&mut self, worker: WorkerId, plan: &StepPlan, is_planned: bool) {
+        if self.full.is_some() {
+            self.encoder.planned_ahead(worker, plan, is_planned, &mut self.buffer);
+        }
+    }
+
+    /// All effects of the input or the call of `plan` or `plan_ahead` before.
     pub fn effects(&mut self, effects: &[Effect]) {
         if self.full.is_none() {
             return;

@@ -136,7 +136,7 @@ impl Run {
     fn take(&mut self, replay: &mut Replay, entry: Entry) -> Option<End> {
         match &entry {
             Entry::Digest(_) => {}
-            Entry::Plan(_) => self.at = self.entries,
+            Entry::Plan(_) | Entry::PlanAhead(_) => self.at = self.entries,
             Entry::Input(input) => {
                 self.at = self.entries;
                 self.now = self.now.max(input.at);

@@ -34,6 +34,9 @@ pub struct RuntimeOptions {
     pub served_model_name: String,
     /// Where the core's inputs are recorded.
     pub record: Option<RecordConfig>,
+    /// Whether decode steps are planned ahead; `None` is on a GPU. A CPU gains nothing by it: for tests.
+    #[doc(hidden)]
+    pub plan_ahead: Option<bool>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -130,6 +133,7 @@ pub fn start_on(
         context_max: max_model_len as usize,
     };
     let load = LoadOptions { precision: options.engine.precision, format: options.engine.device.load_format, limits };
+    let plan_ahead = options.plan_ahead.unwrap_or(device.is_gpu());
     let wanted = Wanted { files, load, options, max_model_len };
     let gpu_room = if device.is_gpu() { Some(wanted.on_gpu(&device)?) } else { None };
     let loaded = kvern_models::load(&device, files, &load, &mut |done| progress(StartProgress::Weights(done)))?;
@@ -151,8 +155,8 @@ pub fn start_on(
         kv_reason: reason,
         table,
     };
-    let ready = team.warm(limits, &mut |done, total| progress(StartProgress::Capture { done, total }))?;
-    let core_limits = CoreLimits { max_model_len, step_tokens_max: limits.tokens_max as u32 };
+    let ready = team.warm(limits, plan_ahead, &mut |done, total| progress(StartProgress::Capture { done, total }))?;
+    let core_limits = CoreLimits { max_model_len, step_tokens_max: limits.tokens_max as u32, plan_ahead };
     let Running { handle, threads, ended, killed } = spawn(ready, options, core_limits, &account)?;
     Ok(Runtime { handle, config: model_config, max_model_len, account, ended, threads, killed })
 }
@@ -162,6 +166,7 @@ pub fn start_on(
 struct CoreLimits {
     max_model_len: u32,
     step_tokens_max: u32,
+    plan_ahead: bool,
 }
 
 fn model_len(config: &ModelConfig, options: &RuntimeOptions) -> Result<u32, StartError> {
@@ -201,7 +206,8 @@ fn spawn(
     let (ended, has_ended) = oneshot::channel();
     let (mut senders, mut threads, mut killed) = (Vec::new(), Vec::new(), Vec::new());
     for (number, worker) in workers.into_iter().enumerate() {
-        let (steps, commands) = sync_channel(1);
+        // A step, and the one ahead of it.
+        let (steps, commands) = sync_channel(2);
         let (reporter, kill) = (handle.reporter(), Arc::new(AtomicBool::new(false)));
         senders.push(steps);
         killed.push(Arc::clone(&kill));
@@ -273,6 +279,7 @@ fn core_config(options: &RuntimeOptions, limits: CoreLimits, shape: CoreShape) -
         prefix_caching: options.engine.prefix_caching,
         classes: options.scheduling.classes.iter().map(promise).collect(),
         cost: shape.cost,
+        plan_ahead: limits.plan_ahead,
         ..CoreConfig::mixed(1, options.engine.block_size)
     }
 }

@@ -53,7 +53,11 @@ fn try_on_gpu(options: &RuntimeOptions, shim: Options) -> (Arc<ShimDriver>, Resu
 }
 
 fn on_gpu(options: &RuntimeOptions) -> (Arc<ShimDriver>, Runtime) {
-    let (driver, runtime) = try_on_gpu(options, Options::default());
+    on_gpu_like(options, Options::default())
+}
+
+fn on_gpu_like(options: &RuntimeOptions, shim: Options) -> (Arc<ShimDriver>, Runtime) {
+    let (driver, runtime) = try_on_gpu(options, shim);
     (driver, runtime.unwrap_or_else(|error| panic!("{error}")))
 }
 
@@ -103,6 +107,43 @@ fn a_gpu_says_what_the_cpu_says() {
         assert!(allocations.is_empty(), "nothing allocates after the start: {allocations:?}");
         runtime.join();
         assert_eq!(driver.refusals(), Vec::<String>::new());
+    }
+}
+
+/// Steps are launched before the one before them has ended, whatever runs when.
+#[test]
+fn steps_go_ahead_of_the_host() {
+    // Nothing that needs the last token's id on the host.
+    let plain = |mut ask: Ask| {
+        ask.sampling.repetition_penalty = 1.0;
+        ask.sampling.presence_penalty = 0.0;
+        ask.sampling.min_tokens = 0;
+        ask.max_new_tokens += 8;
+        ask
+    };
+    let asks: Vec<Ask> = asks().into_iter().map(plain).collect();
+    let (_, in_turns) = on_gpu(&RuntimeOptions { plan_ahead: Some(false), ..small() });
+    let expected = together(&in_turns, &asks);
+    in_turns.join();
+    let lazy = |seed| Options { lazy: true, seed, ..Options::default() };
+    for shim in [Options::default(), lazy(1), lazy(2)] {
+        let (driver, runtime) = on_gpu_like(&small(), shim);
+        driver.clear_log();
+        assert_eq!(tokens(&together(&runtime, &asks)), tokens(&expected), "{shim:?}");
+        runtime.join();
+        assert_eq!(driver.refusals(), Vec::<String>::new());
+        // Two steps between two waits for tokens.
+        let log = driver.log();
+        let events: Vec<bool> = log
+            .iter()
+            .filter_map(|line| match line {
+                line if line.starts_with("graph ") => Some(true),
+                line if line.starts_with("synchronize ") => Some(false),
+                _ => None,
+            })
+            .collect();
+        let ahead = events.windows(2).filter(|pair| pair[0] && pair[1]).count();
+        assert!(ahead > 0, "no step was launched ahead: {log:?}");
     }
 }
 

@@ -1,10 +1,12 @@
 //! Who computes a request is invisible: separate prefill and decode workers, over one KV pool or a pool each, say what one
-//! worker says, and go on when one of them dies.
+//! worker says, and go on when one of them dies. So is when a step is planned: workers whose steps are planned before the
+//! tokens of the last are known say the same.
 #![allow(clippy::unwrap_used)]
 
 mod support;
 
-use kvern::config::{PoolLayout, WorkerLayout};
+use kvern::config::{PoolLayout, RecordConfig, WorkerLayout};
+use kvern::replay::replay;
 use kvern::request::{Engine, TokenEvent};
 use kvern::runtime::Runtime;
 use kvern_core::FinishReason;
@@ -83,4 +85,96 @@ fn without_workers_every_stream_ends() {
         assert!(!finished, "nobody was left to finish it");
     }
     runtime.join();
+}
+
+/// 32 requests without penalties, as no step is planned ahead of one with them; a third of them find a stop token.
+fn plain_asks() -> Vec<Ask> {
+    let mut asks = mixed_asks();
+    for ask in &mut asks {
+        (ask.sampling.repetition_penalty, ask.sampling.frequency_penalty) = (1.0, 0.0);
+    }
+    let mixed = start(&options());
+    let answers = together(&mixed, &asks);
+    mixed.join();
+    for (ask, answer) in asks.iter_mut().zip(&answers).step_by(3) {
+        ask.sampling.stop_tokens = vec![answer.tokens[answer.tokens.len() / 2]];
+    }
+    asks
+}
+
+fn answers(asks: &[Ask]) -> Vec<Answer> {
+    let mixed = start(&options());
+    let answers = together(&mixed, asks);
+    mixed.join();
+    answers
+}
+
+/// Does with a server that plans ahead what `run` says, and checks that steps were, and that all of it can be repeated.
+fn ahead(workers: WorkerLayout, pools: PoolLayout, engine: EngineConfig, run: impl Fn(&Runtime)) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("ahead.rec");
+    let scheduling = SchedulingConfig { workers, pools, ..SchedulingConfig::default() };
+    let record = Some(RecordConfig { path: path.clone(), bytes_max: 1 << 30, prompts: false });
+    let runtime = start(&RuntimeOptions { engine, scheduling, record, plan_ahead: Some(true), ..options() });
+    run(&runtime);
+    runtime.join();
+    let outcome = replay(std::fs::File::open(&path).unwrap(), "recording").unwrap();
+    assert!(outcome.is_same(), "{workers:?}, {pools:?}: {:?}", outcome.end);
+    assert!(outcome.replayed.steps_ahead > 5, "{workers:?}, {pools:?}: {outcome:?}");
+}
+
+#[test]
+fn steps_ahead_say_what_steps_one_by_one_say() {
+    let asks = plain_asks();
+    let expected = answers(&asks);
+    let stopped = expected.iter().filter(|answer| answer.reason == FinishReason::Stop).count();
+    assert!(stopped >= 10, "{stopped} requests found their stop token");
+    let layouts = [
+        (WorkerLayout::Mixed, PoolLayout::Shared),
+        (WorkerLayout::Split, PoolLayout::Shared),
+        (WorkerLayout::Split, PoolLayout::Apart),
+    ];
+    for (workers, pools) in layouts {
+        ahead(workers, pools, engine(), |runtime| {
+            assert_eq!(tokens(&together(runtime, &asks)), tokens(&expected), "{workers:?}, {pools:?}, cold");
+            assert_eq!(tokens(&together(runtime, &asks)), tokens(&expected), "{workers:?}, {pools:?}, warm");
+        });
+    }
+    let block = 2 * 30 * 16 * 3 * 64 * 2;
+    let memory = EngineConfig { kv_cache_memory_bytes: Some(20 * block), max_model_len: Some(320), ..engine() };
+    ahead(WorkerLayout::Mixed, PoolLayout::Shared, memory, |runtime| {
+        assert_eq!(tokens(&together(runtime, &asks)), tokens(&expected), "under preemption");
+        assert!(metric(&runtime.handle, "vllm:num_preemptions_total") > 0.0, "memory was meant to be too tight");
+    });
+    // With penalties beside them, there is none ahead while those run.
+    let mixed: Vec<Ask> = mixed_asks().into_iter().take(8).chain(asks.into_iter().skip(8)).collect();
+    let expected = answers(&mixed);
+    ahead(WorkerLayout::Mixed, PoolLayout::Shared, engine(), |runtime| {
+        assert_eq!(tokens(&together(runtime, &mixed)), tokens(&expected), "with penalties");
+    });
+}
+
+#[test]
+fn steps_ahead_outlive_clients_that_leave_and_workers_that_die() {
+    let asks = plain_asks();
+    let expected = answers(&asks);
+    ahead(WorkerLayout::Split, PoolLayout::Shared, engine(), |runtime| {
+        let streams: Vec<_> = asks.iter().map(|ask| submit(&runtime.handle, ask)).collect();
+        let mut streams: Vec<_> = streams.into_iter().map(Some).collect();
+        // Every fifth client leaves at its second token.
+        for stream in streams.iter_mut().step_by(5) {
+            let mut leaving = stream.take().unwrap();
+            for _ in 0..3 {
+                leaving.blocking_recv();
+            }
+        }
+        runtime.kill_worker(DECODE);
+        for (at, stream) in streams.into_iter().enumerate() {
+            if let Some(stream) = stream {
+                assert_eq!(collect(stream).tokens, expected[at].tokens, "request {at}");
+            }
+        }
+        assert_eq!(tokens(&together(runtime, &asks)), tokens(&expected), "on the prefill worker alone");
+        assert!(runtime.handle.health().live);
+    });
 }

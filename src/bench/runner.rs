@@ -88,7 +88,7 @@ impl Runner {
             device: device.clone(),
             chunk: engine.step_tokens_max(device),
             plan: StepPlan::empty(),
-            batch: BatchBuffers::new(limits, engine.block_size),
+            batch: BatchBuffers::new(limits, engine.block_size, false),
             loaded,
         })
     }
@@ -154,6 +154,7 @@ impl Runner {
                 table_len: 0,
                 blocks: block..block + sequence.blocks.len() as u32,
                 sample,
+                last_sampled: false,
             });
         }
         self.loaded.model.forward(&self.batch.fill(plan), &mut self.kv).map(drop)

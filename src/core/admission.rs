@@ -58,6 +58,8 @@ impl Engine {
         let rest =
             self.workers.iter().filter(|worker| worker.is_alive && worker.spec.role != Role::Decode).map(|worker| {
                 let end = worker.planned_at.0.saturating_add(worker.predicted_us);
+                let ahead_us = if worker.ahead.step.is_some() { worker.ahead.predicted_us } else { 0 };
+                let end = end.saturating_add(ahead_us);
                 if worker.step.is_some() { end.saturating_sub(self.now.0) } else { 0 }
             });
         rest.min().unwrap_or(0)

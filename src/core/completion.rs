@@ -42,6 +42,12 @@ impl Engine {
         mut sampled: Vec<(RequestId, Sampled)>,
         effects: &mut Vec<Effect>,
     ) {
+        if self.workers[usize::from(worker.0)].has_failed {
+            self.step_failed(worker, step, &sampled, effects);
+            sampled.clear();
+            self.keep_spare(sampled);
+            return;
+        }
         let mut planned = self.take_planned(worker, step);
         let state = &self.workers[usize::from(worker.0)];
         let pool = state.pool();
@@ -58,9 +64,20 @@ impl Engine {
                 assert!(request == expected, "{worker:?} reports {request:?} where {expected:?} was planned");
                 result
             });
+            if self.requests[slice.index].is_over {
+                if planted!(self, TellOfOver)
+                    && let Some(Sampled::Token(token)) = result
+                {
+                    let request = &self.requests[slice.index];
+                    effects.push(Effect::Token { request: request.id, index: request.num_new(), token });
+                }
+                self.land_over(slice.index, result == Some(Sampled::Failed));
+                continue;
+            }
             let reason = self.slice_done(pool, slice, result, &mut due, effects);
             let request = &self.requests[slice.index];
-            if reason.is_some() || request.yields {
+            let goes = reason.is_some() || (request.yields && !request.in_flight);
+            if goes {
                 // Who waits again does so behind what it was charged, and blocks are published before they are given back.
                 due.charge(&mut self.tenants, &mut self.waiting);
                 if self.filled.pop_if(|last| *last == slice.index).is_some() {
@@ -75,7 +92,9 @@ impl Engine {
                     }
                     self.finish(slice.index, reason, effects);
                 }
-                None if request.yields => self.preempt(slice.index, effects),
+                None if goes => self.preempt(slice.index, effects),
+                // It is in the step ahead, too, and goes where it must after that.
+                None if request.in_flight => {}
                 None if hands_off && slice.sample && !request.stays => self.make_ready(worker, slice.index),
                 None => {}
             }
@@ -84,7 +103,14 @@ impl Engine {
         self.publish_filled(pool);
         assert!(results.next().is_none(), "{worker:?} reports more results than {step:?} has slices that sample");
         drop(results);
-        self.workers[usize::from(worker.0)].planned = planned;
+        let state = &mut self.workers[usize::from(worker.0)];
+        state.planned = planned;
+        state.advance(self.now);
+        self.keep_spare(sampled);
+    }
+
+    /// Keeps an emptied vector for a `StepDone` to come.
+    fn keep_spare(&mut self, sampled: Vec<(RequestId, Sampled)>) {
         if self.spare.len() < self.workers.len() {
             self.spare.push(sampled);
         }
@@ -111,7 +137,7 @@ impl Engine {
         let publishes_failed = planted!(self, PublishFailed);
         let request = &mut self.requests[slice.index];
         let pool = &mut self.pools[pool];
-        request.in_flight = false;
+        request.in_flight = std::mem::take(&mut request.is_ahead);
         request.is_suspect = false;
         request.num_computed += slice.num_tokens;
         let known = request.num_tokens();
@@ -164,30 +190,39 @@ impl Engine {
         }
     }
 
-    /// Forgets a request that is not in flight, wherever it is, and says its last word.
+    /// Forgets a request, wherever it is, and says its last word. One that is in flight is in a step that was planned ahead of
+    /// its end: its blocks and its place stay until that is reported.
     pub(crate) fn finish(&mut self, index: RequestIndex, reason: FinishReason, effects: &mut Vec<Effect>) {
         let request = &mut self.requests[index];
+        let stays = request.in_flight && !planted!(self, FreeAhead);
         if request.phase == Phase::Waiting {
             self.waiting.remove(request);
             self.tenants[request.tenant].waiting -= 1;
             self.changes += 1;
-        } else {
+        } else if !stays {
             if planted!(self, LeakOnCancel) && matches!(reason, FinishReason::Cancelled(_)) {
                 request.table.clear();
             }
             self.detach(index);
             self.note_finish();
         }
-        let request = self.requests.remove(index);
-        self.refund(&request);
+        let request = &self.requests[index];
+        let Request { id, class, tenant, deadline, .. } = *request;
+        let (usage, num_new, num_uncharged) = (request.usage(), request.num_new(), request.num_uncharged());
+        self.refund(class, tenant, num_uncharged);
         if matches!(reason, FinishReason::Stop | FinishReason::Length) {
-            self.note_output(request.num_new());
+            self.note_output(num_new);
         }
-        self.tenants[request.tenant].requests -= 1;
-        if let Some(deadline) = request.deadline {
+        self.tenants[tenant].requests -= 1;
+        if let Some(deadline) = deadline {
             self.deadlines.remove(&(deadline, index));
         }
-        let (request, usage) = (request.id, request.usage());
+        if stays {
+            self.requests.retire(index);
+        } else {
+            self.requests.remove(index);
+        }
+        let request = id;
         if planted!(self, FinishTwice) {
             effects.push(Effect::Finish { request, reason, usage });
         }
@@ -195,12 +230,11 @@ impl Engine {
     }
 
     /// Gives a tenant back what it was charged for prompt tokens that were never computed.
-    fn refund(&mut self, request: &Request) {
-        let tokens = u64::from(request.num_uncharged());
+    fn refund(&mut self, class: ClassId, tenant: TenantSlot, tokens: u32) {
         if tokens > 0 && !planted!(self, KeepCharge) {
-            let tenant = &mut self.tenants[request.tenant];
-            tenant.refunded += tokens;
-            self.waiting.refund(request.class, request.tenant, tenant.weight(), tokens);
+            let (tokens, settings) = (u64::from(tokens), &mut self.tenants[tenant]);
+            settings.refunded += tokens;
+            self.waiting.refund(class, tenant, settings.weight(), tokens);
         }
     }
 
@@ -208,7 +242,8 @@ impl Engine {
     pub(crate) fn detach(&mut self, index: RequestIndex) {
         let releases_twice = planted!(self, ReleaseTwice);
         let request = &mut self.requests[index];
-        assert!(!request.in_flight, "{}: {:?} goes while the device is at it", InvariantId::Kv3, request.id);
+        let is_at_rest = !request.in_flight || planted!(self, FreeAhead);
+        assert!(is_at_rest, "{}: {:?} goes while the device is at it", InvariantId::Kv3, request.id);
         let worker = match request.phase {
             Phase::Waiting => unreachable!("SCH-2: a waiting request is on no worker"),
             Phase::Running(worker) => {

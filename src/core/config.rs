@@ -43,6 +43,8 @@ pub struct CoreConfig {
     pub ride_along_tokens_max: u32,
     /// How long the prompt of a request that made a step fail is refused.
     pub quarantine: Micros,
+    /// Whether decode steps are planned while the one before is in flight; see [`crate::Engine::plan_ahead`].
+    pub plan_ahead: bool,
     /// What a step costs, as measured at start; corrected while running.
     pub cost: CostModel,
 }
@@ -69,6 +71,7 @@ impl CoreConfig {
             chunk_tokens_min: 16,
             ride_along_tokens_max: 64,
             quarantine: Micros(60_000_000),
+            plan_ahead: false,
             cost: CostModel::default(),
         }
     }

@@ -1,5 +1,6 @@
 //! The two verbs of the core, [`Engine::apply`] and [`Engine::plan`]: dispatch only. What follows from an input is in
-//! `intake.rs`, `completion.rs`, `suspects.rs` and `handoff.rs`, how a step is filled in `scheduler.rs`.
+//! `intake.rs`, `completion.rs`, `suspects.rs` and `handoff.rs`, how a step is filled in `scheduler.rs`, and the third verb,
+//! [`Engine::plan_ahead`], in `ahead.rs`.
 //!
 //! Owner: the server's engine thread. Nothing here locks, waits, reads a clock or draws a random number: equal calls in
 //! equal order give equal effects and plans (see `record.rs`). In the steady state of a running batch (nothing admitted,
@@ -137,8 +138,8 @@ impl Engine {
     /// O(slices) and, for each finished request, its blocks; `WorkerLost` O(requests + blocks).
     ///
     /// # Panics
-    /// When the caller breaks the protocol: a request id twice, a result of a step that is not in flight, a `StepDone` whose
-    /// `sampled` are not exactly the step's sampling slices in order, or a worker that does not exist, is lost twice or comes
+    /// When the caller breaks the protocol: a request id twice, a result of a step that is not in flight or of one that was
+    /// planned ahead of it, a `StepDone` whose `sampled` are not exactly the step's sampling slices in order, or a worker that does not exist, is lost twice or comes
     /// back unlost. No content of a [`crate::Submission`] panics, and a result of a transfer that is over is ignored.
     pub fn apply(&mut self, input: Timed<Input>, effects: &mut Vec<Effect>) {
         self.now = self.now.max(input.at);
@@ -148,7 +149,7 @@ impl Engine {
             Input::StepDone { worker, step, device_us, sampled } => {
                 self.step_done(worker, step, device_us, sampled, effects);
             }
-            Input::StepFailed { worker, step } => self.step_failed(worker, step, effects),
+            Input::StepFailed { worker, step } => self.step_failed(worker, step, &[], effects),
             Input::SetTenants(specs) => self.set_tenants(&specs),
             Input::Tick => {}
             Input::TransferDone { transfer } => self.transfer_done(transfer, effects),
@@ -161,14 +162,12 @@ impl Engine {
     }
 
     /// Fills `plan` with the next step of an idle worker; `false`, with an empty plan, when the worker is busy, lost, or has
-    /// nothing to run. The step is then in flight until its `StepDone`.
+    /// nothing to run. The step is then in flight until its `StepDone`, and [`Engine::plan_ahead`] may give the next one.
     ///
     /// # Panics
     /// When there is no such worker.
     pub fn plan(&mut self, worker: WorkerId, plan: &mut StepPlan, effects: &mut Vec<Effect>) -> bool {
-        plan.slices.clear();
-        plan.tokens.clear();
-        plan.blocks.clear();
+        plan.clear();
         let state = &mut self.workers[usize::from(worker.0)];
         if state.step.is_some() || !state.is_alive {
             return false;
@@ -185,10 +184,14 @@ impl Engine {
         let (taken, budget) = (plan.tokens.len(), self.config.step_tokens_max);
         assert!(taken <= budget as usize, "{}: {taken} tokens in a step of {budget}", InvariantId::Sch1);
         plan.worker = worker;
-        plan.step = StepId(self.next_step);
-        self.next_step += 1;
+        plan.step = self.new_step();
         self.workers[usize::from(worker.0)].step = Some(plan.step);
         true
+    }
+
+    pub(crate) fn new_step(&mut self) -> StepId {
+        self.next_step += 1;
+        StepId(self.next_step - 1)
     }
 
     /// SCH-5 of a worker that has just planned nothing.

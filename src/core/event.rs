@@ -24,7 +24,8 @@ pub enum Input {
         sampled: Vec<(RequestId, Sampled)>,
     },
     /// The step in flight failed as a whole. Its requests repeat it in halves, until the one that makes it fail is alone and
-    /// ends with an error.
+    /// ends with an error. A step that was planned ahead of it is still reported, one way or the other, and counts for nothing;
+    /// then only the failed one is repeated.
     StepFailed {
         worker: WorkerId,
         step: StepId,
@@ -65,6 +66,9 @@ pub struct Submission {
     pub min_new_tokens: u32,
     /// Tokens that finish the request (end of sequence among them, unless it is ignored), sorted.
     pub stop_tokens: Vec<TokenId>,
+    /// What is sampled depends on the tokens before it by more than the logits, so that no step of it can be planned ahead of
+    /// them: see [`crate::Engine::plan_ahead`].
+    pub needs_tokens: bool,
     /// Whose prefix cache it uses beyond its public blocks.
     pub salt: CacheSalt,
     /// The whole blocks within this many of the first prompt tokens are public: requests of any salt that say so of the same

@@ -100,6 +100,20 @@ pub(crate) enum Fault {
     AdvanceFailed,
     /// A prompt that made a step fail is not remembered.
     ForgetQuarantine,
+    /// The blocks of a request that ends are given back while the step ahead is at them.
+    FreeAhead,
+    /// What the step ahead sampled for a request that has ended is told.
+    TellOfOver,
+    /// Steps are planned ahead of a step that is ahead itself.
+    AheadTwice,
+    /// The step ahead computes the position of the step before it.
+    AheadAtLastToken,
+    /// What a step made that ran ahead of one that failed counts.
+    KeepAheadOfFailed,
+    /// Steps are planned ahead of tokens that the host must know.
+    AheadOfTokens,
+    /// Steps are planned ahead although somebody could start.
+    AheadOfWaiting,
 }
 
 /// Whether `fault` is planted in `$owner`, which has a field `fault: Option<Fault>` in tests.

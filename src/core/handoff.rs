@@ -177,10 +177,8 @@ impl Engine {
         assert!(state.is_alive, "{id:?} is lost twice");
         state.is_alive = false;
         state.is_stalled = false;
-        state.step = None;
         state.backlog = 0;
-        state.planned.clear();
-        state.suspects.clear();
+        state.drop_steps();
         let pool = state.pool();
         let is_here = |phase: Phase| match phase {
             Phase::Waiting => false,
@@ -193,8 +191,10 @@ impl Engine {
         for (_, index) in here {
             let request = &mut self.requests[index];
             request.in_flight = false;
+            request.is_ahead = false;
             request.is_suspect = false;
             match request.ending {
+                _ if request.is_over => self.land_over(index, false),
                 Some(reason) => self.finish(index, reason, effects),
                 None => self.preempt(index, effects),
             }

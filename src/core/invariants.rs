@@ -17,7 +17,7 @@ pub enum InvariantId {
     Kv1,
     /// A block's reference count is the number of block tables that hold it.
     Kv2,
-    /// No live block is free; the blocks of a slice in flight are live.
+    /// No live block is free; the blocks of a slice in flight, or ahead of it, are live.
     Kv3,
     /// A published block is full and is never rewritten.
     Kv4,
@@ -28,7 +28,7 @@ pub enum InvariantId {
     Sch1,
     /// Each request is in exactly one place.
     Sch2,
-    /// Computed tokens <= known tokens.
+    /// Computed tokens <= known tokens; a step ahead computes the one token after them.
     Sch3,
     /// No slice is empty.
     Sch4,
@@ -139,7 +139,9 @@ impl Engine {
         places += self.ready.len() + self.transfers.len();
         // Each place was a request's only possible one, so equal counts mean one place for each.
         sch2(places == self.requests.len(), "a request is in no place")?;
-        sch2(self.requests.iter().count() == places, "the store's ids and cells disagree")?;
+        let with_ids = self.requests.iter().filter(|(_, request)| !request.is_over).count();
+        sch2(self.requests.iter().count() == places, "the store's count and cells disagree")?;
+        sch2(self.requests.num_ids() == with_ids, "the store's ids and cells disagree")?;
         self.check_tenants()
     }
 
@@ -147,7 +149,7 @@ impl Engine {
     fn check_tenants(&self) -> Check {
         let sch2 = |holds, words: &str| ensure(holds, InvariantId::Sch2, || words.to_owned());
         for (slot, tenant) in self.tenants.iter() {
-            let own = || self.requests.iter().filter(|(_, request)| request.tenant == slot);
+            let own = || self.requests.iter().filter(|(_, request)| request.tenant == slot && !request.is_over);
             let waiting = own().filter(|(_, request)| request.phase == Phase::Waiting).count();
             let agrees = own().count() == tenant.requests as usize && waiting == tenant.waiting as usize;
             sch2(agrees, "a tenant's counts of requests are wrong")?;
@@ -162,6 +164,8 @@ impl Engine {
         ensure(*num_computed <= known, InvariantId::Sch3, || {
             format!("{id:?} computed {num_computed} of {known} tokens")
         })?;
+        let is_at_rest = !request.is_ahead && !request.is_over;
+        ensure(is_at_rest || *in_flight, InvariantId::Sch2, || format!("{id:?} is in a step ahead but not in flight"))?;
         let has_blocks = *phase != Phase::Waiting || (table.is_empty() && *num_computed == 0 && !in_flight);
         ensure(has_blocks, InvariantId::Sch2, || format!("{id:?} waits but holds blocks or is in flight"))?;
         let needed = num_computed.div_ceil(self.config.block_size);
@@ -182,7 +186,8 @@ impl Engine {
             };
             ensure(slice.num_tokens > 0, InvariantId::Sch4, || format!("{:?} has an empty slice", request.id))?;
             let end = request.num_computed + slice.num_tokens;
-            ensure(end <= request.num_tokens(), InvariantId::Sch3, || {
+            // What the step before sampled for one that is over was not taken, if it was cancelled.
+            ensure(end <= request.num_tokens() + u32::from(request.is_over), InvariantId::Sch3, || {
                 format!("{:?} computes unknown tokens", request.id)
             })?;
             let covered = request.table.len() as u32 >= end.div_ceil(self.config.block_size);
@@ -194,7 +199,33 @@ impl Engine {
         ensure(sum <= budget, InvariantId::Sch1, || format!("{sum} tokens in a step of {budget}"))?;
         let in_flight = worker.iter_running().filter(|(_, _, index)| self.requests[*index].in_flight).count();
         let consistent = in_flight == worker.planned.len() && worker.step.is_some() != worker.planned.is_empty();
-        ensure(consistent, InvariantId::Sch2, || "the step and the in-flight marks disagree".to_owned())
+        ensure(consistent, InvariantId::Sch2, || "the step and the in-flight marks disagree".to_owned())?;
+        self.check_ahead(worker)
+    }
+
+    /// The step ahead: some of those that decode, each with one token more.
+    fn check_ahead(&self, worker: &Worker) -> Check {
+        let ahead = &worker.ahead;
+        let is_there = ahead.step.is_some() || worker.has_failed;
+        let order = (worker.step.is_some() || !is_there) && is_there != ahead.planned.is_empty();
+        let order = order
+            && !(ahead.step.is_some() && worker.has_failed)
+            && ahead.step.is_none_or(|step| worker.step < Some(step));
+        ensure(order, InvariantId::Sch2, || format!("{:?} is ahead of {:?}", ahead.step, worker.step))?;
+        let marked = worker.iter_running().filter(|(_, _, index)| self.requests[*index].is_ahead).count();
+        ensure(marked == ahead.planned.len(), InvariantId::Sch2, || {
+            "the step ahead and its marks disagree".to_owned()
+        })?;
+        for slice in &ahead.planned {
+            let request = &self.requests[slice.index];
+            let before = worker.planned.iter().find(|before| before.index == slice.index);
+            let is_decode = request.remaining() == 1 && before.is_some_and(|before| before.num_tokens == 1);
+            let fits = is_decode && request.is_ahead && !request.is_over && slice.num_tokens == 1;
+            ensure(fits, InvariantId::Sch3, || format!("{:?} is ahead of unknown tokens", request.id))?;
+            let covered = request.table.len() as u32 >= (request.num_tokens() + 1).div_ceil(self.config.block_size);
+            ensure(covered, InvariantId::Kv3, || format!("{:?} is ahead outside of its blocks", request.id))?;
+        }
+        Ok(())
     }
 
     /// The block tables that a request has in a pool: one, or, where both sides of its transfer are there, two.

@@ -9,7 +9,8 @@
 //!     Transfer, Worker  handoff.rs   |
 //!                                    v
 //!   WorkerId ----> Engine::plan ---> StepPlan         scheduler.rs and prefill.rs fill it, preempt.rs and claim.rs
-//!                                                     make room, policy.rs chooses, visitors.rs keeps steps short
+//!                  Engine::plan_ahead                 make room, policy.rs chooses, visitors.rs keeps steps short;
+//!                                                     ahead.rs plans decodes before their tokens are known
 //!
 //!   state: request.rs (store), queue.rs (who waits, in order), tenants.rs, worker.rs (running list, step in flight),
 //!          kv/ (pools), cost.rs (what a step takes)
@@ -17,9 +18,10 @@
 //!   proof: invariants.rs, sim/ (tests only, with the mistakes of fault.rs planted), record/ and replay.rs
 //! ```
 //!
-//! What is absent: planning ahead of the device, and any knowledge of text, sampling or tensors.
+//! What is absent: planning more than one step ahead, and any knowledge of text, sampling or tensors.
 
 mod admission;
+mod ahead;
 mod claim;
 mod completion;
 mod config;

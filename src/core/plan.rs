@@ -3,6 +3,9 @@
 use crate::{BlockId, RequestId, StepId, TokenId, WorkerId};
 use std::ops::Range;
 
+/// Stands in [`StepPlan::tokens`] for a token that is not known yet: see [`SeqSlice::last_sampled`].
+pub const LAST_SAMPLED: TokenId = TokenId::MAX;
+
 /// One step of one worker. Slices index into the flat `tokens` and `blocks`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StepPlan {
@@ -43,6 +46,10 @@ pub struct SeqSlice {
     pub blocks: Range<u32>,
     /// Whether the last position's logits are sampled: true when the slice ends at the last known token.
     pub sample: bool,
+    /// The slice's one token is what this worker's previous step sampled for this request; in `tokens` is [`LAST_SAMPLED`].
+    /// Where that step sampled no token for it, or failed, the worker may compute whatever it likes, within the slice's blocks:
+    /// what comes of it is dropped. Only in plans of [`crate::Engine::plan_ahead`], and there in all slices.
+    pub last_sampled: bool,
 }
 
 impl StepPlan {
@@ -50,6 +57,12 @@ impl StepPlan {
     #[must_use]
     pub fn empty() -> Self {
         StepPlan { step: StepId(0), worker: WorkerId(0), slices: Vec::new(), tokens: Vec::new(), blocks: Vec::new() }
+    }
+
+    pub(crate) fn clear(&mut self) {
+        self.slices.clear();
+        self.tokens.clear();
+        self.blocks.clear();
     }
 
     #[must_use]

@@ -123,10 +123,11 @@ impl Engine {
         (standing, request.class, request.arrival)
     }
 
-    /// The requests that hold blocks of a pool, those that move to or from it too.
+    /// The requests that hold blocks of a pool, those that move to or from it too, but not those that are over.
     pub(crate) fn holders(&self, pool: usize) -> impl Iterator<Item = RequestIndex> + '_ {
         let on_pool = self.workers.iter().filter(move |worker| worker.pool() == pool);
         let running = on_pool.flat_map(|worker| worker.iter_running().map(|(_, _, index)| index));
+        let running = running.filter(|index| !self.requests[*index].is_over);
         let handed = self.ready.values().chain(self.transfers.values()).copied();
         let handed = handed.filter(move |index| match self.requests[*index].phase {
             Phase::Ready(at) => self.workers[usize::from(at.0)].pool() == pool,

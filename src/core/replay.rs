@@ -41,6 +41,9 @@ impl fmt::Display for Divergence {
 pub struct Replayed {
     pub inputs: u64,
     pub plans: u64,
+    /// Calls of `plan_ahead`, and those that gave a step.
+    pub plans_ahead: u64,
+    pub steps_ahead: u64,
     /// Calls of `plan` that gave a step.
     pub steps: u64,
     pub submitted: u64,
@@ -62,6 +65,22 @@ struct Seat {
     step: Option<StepId>,
     /// Requests of the step that sample, in order.
     sampling: Vec<RequestId>,
+    /// The same of the step ahead.
+    ahead: Option<StepId>,
+    sampling_ahead: Vec<RequestId>,
+}
+
+impl Seat {
+    /// Nothing is planned.
+    fn new(is_alive: bool) -> Self {
+        Seat { is_alive, step: None, sampling: Vec::new(), ahead: None, sampling_ahead: Vec::new() }
+    }
+
+    /// The step was reported: what is ahead of it is next.
+    fn advance(&mut self) {
+        self.step = self.ahead.take();
+        std::mem::swap(&mut self.sampling, &mut self.sampling_ahead);
+    }
 }
 
 /// A core that a recording is replayed on.
@@ -73,7 +92,7 @@ pub struct Replay {
     plan: StepPlan,
     effects: Vec<Effect>,
     is_planned: bool,
-    /// Of the last input or call of `plan`, until it is compared.
+    /// Of the last input or call of `plan` or `plan_ahead`, until it is compared.
     decided: Option<Digest>,
     replayed: Replayed,
 }
@@ -99,9 +118,8 @@ impl Replay {
         if tokens > REQUEST_TOKENS_MAX {
             return Err(format!("expected requests of at most {REQUEST_TOKENS_MAX} tokens, found {tokens}"));
         }
-        let seat = Seat { is_alive: true, step: None, sampling: Vec::new() };
         Ok(Replay {
-            seats: vec![seat; config.workers.len()],
+            seats: vec![Seat::new(true); config.workers.len()],
             engine: Engine::new(config),
             live: HashSet::new(),
             plan: StepPlan::empty(),
@@ -122,7 +140,7 @@ impl Replay {
         &self.replayed
     }
 
-    /// What the core decided on the last input or call of `plan`: its effects, and the step if one was planned.
+    /// What the core decided on the last input or call of `plan` or `plan_ahead`: its effects, and the step if one was planned.
     #[must_use]
     pub fn decision(&self) -> (&[Effect], Option<&StepPlan>) {
         (&self.effects, self.is_planned.then_some(&self.plan))
@@ -141,6 +159,10 @@ impl Replay {
             Entry::Plan(worker) => {
                 self.seat(worker).map_err(Divergence::Protocol)?;
                 self.plan(worker);
+            }
+            Entry::PlanAhead(worker) => {
+                self.seat(worker).map_err(Divergence::Protocol)?;
+                self.plan_ahead(worker);
             }
             Entry::Digest(recorded) => {
                 let decided = self.decided.take();
@@ -166,10 +188,8 @@ impl Replay {
                 replayed.submitted += 1;
                 self.live.insert(submission.request);
             }
-            Input::StepDone { worker, .. } | Input::StepFailed { worker, .. } => self.seat_mut(*worker).step = None,
-            Input::WorkerLost { worker } => {
-                *self.seat_mut(*worker) = Seat { is_alive: false, step: None, sampling: Vec::new() };
-            }
+            Input::StepDone { worker, .. } | Input::StepFailed { worker, .. } => self.seat_mut(*worker).advance(),
+            Input::WorkerLost { worker } => *self.seat_mut(*worker) = Seat::new(false),
             Input::WorkerBack { worker } => self.seat_mut(*worker).is_alive = true,
             Input::Cancel { .. }
             | Input::SetTenants(_)
@@ -194,6 +214,20 @@ impl Replay {
             seat.step = Some(self.plan.step);
             seat.sampling.clear();
             seat.sampling.extend(sampling);
+        }
+        self.decide();
+    }
+
+    fn plan_ahead(&mut self, worker: WorkerId) {
+        self.replayed.plans_ahead += 1;
+        self.effects.clear();
+        self.is_planned = self.engine.plan_ahead(worker, &mut self.plan);
+        if self.is_planned {
+            self.replayed.steps_ahead += 1;
+            let seat = &mut self.seats[usize::from(worker.0)];
+            seat.ahead = Some(self.plan.step);
+            seat.sampling_ahead.clear();
+            seat.sampling_ahead.extend(self.plan.slices.iter().map(|slice| slice.request));
         }
         self.decide();
     }

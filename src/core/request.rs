@@ -72,6 +72,12 @@ pub(crate) struct Request {
     pub(crate) num_published: u32,
     /// A transfer of it failed: it is computed where it decodes.
     pub(crate) stays: bool,
+    /// In the step ahead, too, of the one in flight.
+    pub(crate) is_ahead: bool,
+    /// It has ended and its id is free, but a step that was planned ahead is at its blocks.
+    pub(crate) is_over: bool,
+    /// Its last token must be known before the next is sampled.
+    pub(crate) needs_tokens: bool,
     /// Of the full blocks of `tokens`; empty when prefixes are not cached.
     pub(crate) hashes: Vec<BlockHash>,
     /// To be finished when the slice in flight, or the transfer, is reported back.
@@ -209,8 +215,9 @@ pub(crate) struct Requests {
 }
 
 impl Requests {
+    /// Those that are over, but in flight, among them.
     pub(crate) fn len(&self) -> usize {
-        self.by_id.len()
+        self.cells.len() - self.vacant.len()
     }
 
     pub(crate) fn find(&self, id: RequestId) -> Option<RequestIndex> {
@@ -228,11 +235,26 @@ impl Requests {
         index
     }
 
-    pub(crate) fn remove(&mut self, index: RequestIndex) -> Request {
+    pub(crate) fn remove(&mut self, index: RequestIndex) {
         let request = self.cells[index.0 as usize].take().expect("OUT-2: a finished request is finished again");
-        self.by_id.remove(&request.id);
+        if !request.is_over {
+            self.by_id.remove(&request.id);
+        }
         self.vacant.push(index);
-        request
+    }
+
+    /// A request has ended, and its cell is still needed.
+    pub(crate) fn retire(&mut self, index: RequestIndex) {
+        let request = self.cells[index.0 as usize].as_mut().expect("OUT-2: a finished request is finished again");
+        assert!(!request.is_over, "OUT-2: {:?} is finished again", request.id);
+        request.is_over = true;
+        request.deadline = None;
+        self.by_id.remove(&request.id);
+    }
+
+    /// Ids in use.
+    pub(crate) fn num_ids(&self) -> usize {
+        self.by_id.len()
     }
 
     pub(crate) fn get(&self, index: RequestIndex) -> Option<&Request> {

@@ -94,9 +94,7 @@ impl<'a> StepFiller<'a> {
         let worker = self.worker();
         worker.limit_us = limit_us;
         if !worker.planned.is_empty() {
-            (worker.work, worker.predicted_us, worker.planned_at) = (work, predicted_us, planned_at);
-            worker.mean_us =
-                if worker.mean_us == 0 { predicted_us } else { worker.mean_us - worker.mean_us / 8 + predicted_us / 8 };
+            worker.note_step(work, predicted_us, planned_at);
         }
         worker.backlog = backlog;
     }
@@ -193,6 +191,7 @@ impl<'a> StepFiller<'a> {
             table_len,
             blocks: first_block..plan.blocks.len() as u32,
             sample,
+            last_sampled: false,
         });
         if is_decode {
             self.work.add_decode(end);

@@ -9,7 +9,7 @@ use crate::queue::Candidate;
 use crate::request::{Phase, RequestIndex};
 use crate::scheduler::StepFiller;
 use crate::worker::Worker;
-use crate::{Effect, Engine, policy};
+use crate::{Effect, Engine, WorkerId, policy};
 
 /// What became of the attempt to start a waiting request.
 pub(crate) enum Start {
@@ -38,17 +38,7 @@ impl StepFiller<'_> {
 
     /// Whose turn it is, tenants at their ceiling passed over.
     pub(crate) fn candidate(&mut self) -> Option<Candidate> {
-        let ignores_ceilings = planted!(self.engine, IgnoreCeiling);
-        let Engine { requests, waiting, tenants, pools, workers, .. } = &mut *self.engine;
-        let worker = &workers[usize::from(self.id.0)];
-        let (pool, pool_id) = (&pools[self.pool], worker.spec.pool);
-        let candidate = waiting.next(|tenant, index| {
-            let live = pool.num_live_of(tenant);
-            let lacking = requests[index].lacking.filter(|(pool, _)| *pool == pool_id).map_or(1, |(_, blocks)| blocks);
-            ignores_ceilings
-                || pool.num_tables_of(tenant) == 0
-                || u64::from(live) + u64::from(lacking) <= u64::from(tenants[tenant].ceiling())
-        });
+        let candidate = self.engine.candidate(self.id);
         if candidate.is_none() {
             self.block();
         }
@@ -165,5 +155,22 @@ impl StepFiller<'_> {
             }
         }
         self.effects.push(Effect::Scheduled { request: request.id, worker: id, cached_tokens });
+    }
+}
+
+impl Engine {
+    /// Whose turn it is on a worker, tenants at their ceiling passed over.
+    pub(crate) fn candidate(&mut self, id: WorkerId) -> Option<Candidate> {
+        let ignores_ceilings = planted!(self, IgnoreCeiling);
+        let Engine { requests, waiting, tenants, pools, workers, .. } = self;
+        let worker = &workers[usize::from(id.0)];
+        let (pool, pool_id) = (&pools[worker.pool()], worker.spec.pool);
+        waiting.next(|tenant, index| {
+            let live = pool.num_live_of(tenant);
+            let lacking = requests[index].lacking.filter(|(pool, _)| *pool == pool_id).map_or(1, |(_, blocks)| blocks);
+            ignores_ceilings
+                || pool.num_tables_of(tenant) == 0
+                || u64::from(live) + u64::from(lacking) <= u64::from(tenants[tenant].ceiling())
+        })
     }
 }

@@ -10,7 +10,7 @@ use crate::fault::planted;
 use crate::kv::hash::prompt_hash;
 use crate::request::RequestIndex;
 use crate::worker::PlannedSlice;
-use crate::{Effect, Engine, FinishReason, Micros, StepId, WorkerId};
+use crate::{Effect, Engine, FinishReason, Micros, RequestId, Sampled, StepId, WorkerId};
 use std::collections::BTreeMap;
 
 /// Most prompts in quarantine; beyond it the one that would leave first does.
@@ -44,14 +44,33 @@ impl Quarantine {
 }
 
 impl Engine {
-    /// Puts the requests of the step in flight under suspicion, or ends the only one.
-    pub(crate) fn step_failed(&mut self, worker: WorkerId, step: StepId, effects: &mut Vec<Effect>) {
+    /// Puts the requests of the step in flight under suspicion, or ends the only one, once no step is ahead of it. `results` are
+    /// of such a step, behind one that failed.
+    pub(crate) fn step_failed(
+        &mut self,
+        worker: WorkerId,
+        step: StepId,
+        results: &[(RequestId, Sampled)],
+        effects: &mut Vec<Effect>,
+    ) {
+        let state = &mut self.workers[usize::from(worker.0)];
+        if state.has_failed {
+            self.drop_ahead(worker, results, effects);
+        } else if let Some(ahead) = state.ahead.step {
+            assert!(state.step == Some(step), "{worker:?} reports {step:?} but is at {:?}", state.step);
+            (state.step, state.ahead.step, state.has_failed) = (Some(ahead), None, true);
+            return;
+        }
         let mut planned = self.take_planned(worker, step);
         // Where others of the step have ended in the meantime, the one that is left was not alone in it.
         let was_alone = planned.len() == 1 || planted!(self, BlameAll);
         let mut group = Vec::with_capacity(planned.len());
         for slice in planned.drain(..) {
             let request = &mut self.requests[slice.index];
+            if request.is_over {
+                self.land_over(slice.index, was_alone);
+                continue;
+            }
             request.in_flight = false;
             request.is_suspect = false;
             // A step that failed may have failed before the worker kept its blocks.

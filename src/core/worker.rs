@@ -1,7 +1,8 @@
 //! What the core knows of one worker: what runs on it, the step that it is at, and what it suspects of failing.
 //!
-//! Owner: the engine. A worker is idle, at exactly one step, or lost.
+//! Owner: the engine. A worker is idle, at a step, at a step with one ahead of it, or lost.
 
+use crate::ahead::Ahead;
 use crate::cost::StepWork;
 use crate::request::{Arrival, Request, RequestIndex};
 use crate::tenants::TenantSlot;
@@ -23,10 +24,13 @@ pub(crate) struct Worker {
     running: Vec<(ClassId, Arrival, RequestIndex)>,
     /// Requests whose blocks are on their way to this worker: they will run here.
     pub(crate) num_arriving: u32,
-    /// The step in flight; `None` when the worker is idle.
+    /// The step in flight, which is reported next; `None` when the worker is idle.
     pub(crate) step: Option<StepId>,
     /// The slices of the step in flight; empty when the worker is idle.
     pub(crate) planned: Vec<PlannedSlice>,
+    pub(crate) ahead: Ahead,
+    /// The step of the slices has failed while one was ahead of it: `step` is that one, and its slices are still in `ahead`.
+    pub(crate) has_failed: bool,
     /// The work of the step in flight or, when idle, of the last one; its prediction, and when it was planned.
     pub(crate) work: StepWork,
     pub(crate) predicted_us: u64,
@@ -58,6 +62,8 @@ impl Worker {
             num_arriving: 0,
             step: None,
             planned: Vec::new(),
+            ahead: Ahead::default(),
+            has_failed: false,
             work: StepWork::default(),
             predicted_us: 0,
             mean_us: 0,
@@ -78,6 +84,13 @@ impl Worker {
 
     pub(crate) fn num_running(&self) -> usize {
         self.running.len()
+    }
+
+    /// A step goes into flight.
+    pub(crate) fn note_step(&mut self, work: StepWork, predicted_us: u64, now: Micros) {
+        (self.work, self.predicted_us, self.planned_at) = (work, predicted_us, now);
+        self.mean_us =
+            if self.mean_us == 0 { predicted_us } else { self.mean_us - self.mean_us / 8 + predicted_us / 8 };
     }
 
     /// Running requests, and those on their way here.

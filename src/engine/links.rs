@@ -1,6 +1,8 @@
 //! The engine's end of its workers: what each must be told with its next step, and whether it is there at all.
 //!
 //! Owner: the engine thread. A worker that is idle has its plan here, to be filled again; one that is at a step has it there.
+//! Where steps are planned ahead there are two plans for each worker, and it may have both. It takes them in order, and with
+//! each what was to be told since the one before: it forgets a request only after all steps that have it.
 
 use crate::worker::{SequenceChange, StepCommand};
 use kvern_core::{RequestId, Sampled, StepPlan, WorkerId};
@@ -11,10 +13,16 @@ pub(super) type Change = (WorkerId, SequenceChange);
 
 struct Link {
     commands: SyncSender<StepCommand>,
-    /// `None` while the worker has it, and once it is lost.
-    plan: Option<StepPlan>,
+    /// Those that the worker does not have; none once it is lost.
+    plans: Vec<StepPlan>,
+    /// Steps that the worker has.
+    num_started: usize,
+    /// Nobody has asked for a step ahead of the one that the worker is at.
+    is_unasked: bool,
     changes: Vec<SequenceChange>,
-    sampled: Vec<(RequestId, Sampled)>,
+    /// Empty, to be used again.
+    spare_changes: Vec<Vec<SequenceChange>>,
+    spare_sampled: Vec<Vec<(RequestId, Sampled)>>,
     is_lost: bool,
 }
 
@@ -22,13 +30,16 @@ struct Link {
 pub(super) struct Links(Vec<Link>);
 
 impl Links {
-    /// Each sender leads to an idle worker.
-    pub(super) fn new(workers: Vec<SyncSender<StepCommand>>) -> Self {
+    /// Each sender leads to an idle worker that takes this many steps at once: 1, or 2 with a step ahead.
+    pub(super) fn new(workers: Vec<SyncSender<StepCommand>>, steps_max: usize) -> Self {
         let link = |commands| Link {
             commands,
-            plan: Some(StepPlan::empty()),
+            plans: vec![StepPlan::empty(); steps_max],
+            num_started: 0,
+            is_unasked: false,
             changes: Vec::new(),
-            sampled: Vec::new(),
+            spare_changes: Vec::with_capacity(steps_max),
+            spare_sampled: Vec::with_capacity(steps_max),
             is_lost: false,
         };
         Links(workers.into_iter().map(link).collect())
@@ -54,14 +65,14 @@ impl Links {
 
     /// Whether any worker is at a step.
     pub(super) fn is_any_busy(&self) -> bool {
-        self.0.iter().any(|link| link.plan.is_none() && !link.is_lost)
+        self.0.iter().any(|link| link.num_started > 0 && !link.is_lost)
     }
 
     /// Nothing more comes from this worker, and nothing more is sent.
     pub(super) fn lose(&mut self, worker: WorkerId) {
         let link = self.link(worker);
         link.is_lost = true;
-        link.plan = None;
+        link.plans.clear();
         link.changes.clear();
     }
 
@@ -75,34 +86,44 @@ impl Links {
 
     /// The plan of an idle worker, to be filled, and then [started](Self::start) or [kept](Self::keep).
     pub(super) fn idle_plan(&mut self, worker: WorkerId) -> Option<StepPlan> {
-        self.link(worker).plan.take()
+        let link = self.link(worker);
+        if link.num_started == 0 { link.plans.pop() } else { None }
+    }
+
+    /// The plan for a step ahead of the one that the worker is at, once for each of those; then as an idle worker's.
+    pub(super) fn plan_ahead(&mut self, worker: WorkerId) -> Option<StepPlan> {
+        let link = self.link(worker);
+        let is_due = link.num_started == 1 && std::mem::take(&mut link.is_unasked);
+        if is_due { link.plans.pop() } else { None }
     }
 
     /// Nothing was planned.
     pub(super) fn keep(&mut self, worker: WorkerId, plan: StepPlan) {
-        self.link(worker).plan = Some(plan);
+        self.link(worker).plans.push(plan);
     }
 
     /// Sends a planned step.
     pub(super) fn start(&mut self, worker: WorkerId, plan: StepPlan) {
         let link = self.link(worker);
-        let changes = std::mem::take(&mut link.changes);
-        let command = StepCommand { plan, changes, sampled: std::mem::take(&mut link.sampled) };
+        link.num_started += 1;
+        link.is_unasked = true;
+        let changes = std::mem::replace(&mut link.changes, link.spare_changes.pop().unwrap_or_default());
+        let command = StepCommand { plan, changes, sampled: link.spare_sampled.pop().unwrap_or_default() };
         if link.commands.try_send(command).is_err() {
             // Its thread says so in the inbox, too; until then there is no plan to fill.
             tracing::error!(worker = worker.0, "a worker is gone");
         }
     }
 
-    /// Takes back what a step was made of; `sampled` is empty.
+    /// Takes back what a step was made of; `changes` and `sampled` are empty.
     pub(super) fn finish(&mut self, worker: WorkerId, parts: Parts) {
         let link = self.link(worker);
-        let Parts { plan, mut changes, sampled } = parts;
-        link.plan = Some(plan);
-        link.sampled = sampled;
-        // What was told meanwhile comes after nothing: the step emptied its list.
-        changes.append(&mut link.changes);
-        link.changes = changes;
+        let Parts { plan, changes, sampled } = parts;
+        link.num_started -= 1;
+        link.is_unasked = true;
+        link.plans.push(plan);
+        link.spare_changes.push(changes);
+        link.spare_sampled.push(sampled);
     }
 }
 

@@ -48,6 +48,7 @@ impl Streams {
             prompt: request.prompt,
             max_new_tokens: request.max_new_tokens,
             min_new_tokens: sampling.params.min_tokens,
+            needs_tokens: sampling.params.needs_tokens(),
             stop_tokens: sampling.params.stop_tokens.clone(),
             salt: request.terms.salt,
             shared_tokens: request.terms.shared_tokens,

@@ -2,7 +2,8 @@ use super::*;
 use crate::engine::EngineLimits;
 use crate::request::{Engine as _, Request, SamplingParams, Terms};
 use crate::telemetry::TelemetryInfo;
-use kvern_core::{CoreConfig, RequestId};
+use crate::worker::SequenceChange;
+use kvern_core::{CoreConfig, LAST_SAMPLED, RequestId, Sampled};
 use std::sync::mpsc::sync_channel;
 
 fn telemetry() -> Telemetry {
@@ -49,12 +50,16 @@ fn request(id: RequestId, prompt: Vec<u32>) -> Request {
 
 /// An engine whose worker takes steps and never reports one.
 fn stuck() -> (EngineLoop, EngineHandle, Receiver<StepCommand>) {
+    stuck_with(CoreConfig::mixed(8, 16))
+}
+
+fn stuck_with(config: CoreConfig) -> (EngineLoop, EngineHandle, Receiver<StepCommand>) {
     let telemetry = Arc::new(telemetry());
     let limits = EngineLimits { waiting_max: 1_000, stall_max: Duration::from_secs(60) };
     let (handle, inbox, shared) = EngineHandle::new(limits, Arc::clone(&telemetry));
-    let (steps, commands) = sync_channel(1);
+    let (steps, commands) = sync_channel(2);
     let engine = EngineLoop::new(EngineParts {
-        core: Core::new(CoreConfig::mixed(8, 16)),
+        core: Core::new(config),
         recorder: None,
         inbox,
         workers: vec![steps],
@@ -94,4 +99,50 @@ fn thousands_that_leave_at_once_are_cancelled_one_after_the_other() {
     };
     let thread = std::thread::Builder::new().stack_size(128 << 10).spawn(run).expect("a thread can be started");
     thread.join().expect("nobody panics");
+}
+
+/// The step's result with this token for each slice.
+fn result(command: StepCommand, token: u32) -> Message {
+    let StepCommand { plan, mut changes, mut sampled } = command;
+    changes.clear();
+    sampled.extend(plan.slices.iter().map(|slice| (slice.request, Sampled::Token(token))));
+    Message::StepDone(Box::new(StepResult { plan, sampled, changes, logprobs: Vec::new(), device_us: 1, error: None }))
+}
+
+#[test]
+fn a_worker_has_two_steps_and_forgets_a_request_after_both() {
+    let (mut engine, handle, commands) =
+        stuck_with(CoreConfig { plan_ahead: true, running_max: 1, ..CoreConfig::mixed(8, 16) });
+    let first = handle.next_id();
+    let sampling = SamplingParams { stop_tokens: vec![9], ..greedy() };
+    let mut events = handle.submit(Request { sampling, ..request(first, vec![1, 2]) }).expect("there is room");
+    let second = handle.next_id();
+    let _waits = handle.submit(request(second, vec![3, 4])).expect("there is room");
+    while engine.core.stats().waiting < 2 {
+        assert!(engine.take_messages());
+    }
+    engine.start_steps();
+    let prompt = commands.try_recv().expect("the prompt");
+    assert!(commands.try_recv().is_err(), "nothing is ahead of a prompt");
+    engine.take(result(prompt, 5));
+    engine.start_steps();
+    let (step, ahead) = (commands.try_recv().expect("a decode"), commands.try_recv().expect("the one ahead of it"));
+    assert_eq!((&step.plan.tokens[..], &ahead.plan.tokens[..]), (&[5][..], &[LAST_SAMPLED][..]));
+    engine.take(result(step, 9));
+    engine.start_steps();
+    assert!(commands.try_recv().is_err(), "it has ended, and its place is not free yet");
+    engine.take(result(ahead, 6));
+    engine.start_steps();
+    let next = commands.try_recv().expect("the other prompt");
+    assert!(matches!(next.changes[..], [
+        SequenceChange::Forget(old),
+        SequenceChange::Admit(new, _),
+    ] if (old, new) == (first, second)));
+    let mut tokens = Vec::new();
+    while let Ok(event) = events.try_recv() {
+        if let crate::request::TokenEvent::Token { token, .. } = event {
+            tokens.push(token);
+        }
+    }
+    assert_eq!(tokens, [5, 9]);
 }

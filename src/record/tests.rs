@@ -56,6 +56,7 @@ impl Driver {
             prompt,
             max_new_tokens: 40,
             min_new_tokens: 2,
+            needs_tokens: false,
             stop_tokens: vec![STOP],
             salt: CacheSalt(u128::from(request.0 % 2)),
             shared_tokens: 0,

@@ -23,9 +23,13 @@ pub fn write_report(path: &str, outcome: &Outcome, out: &mut dyn Write) -> io::R
     writeln!(
         out,
         "entries    {}: {} inputs, {} plans, {} decisions compared",
-        outcome.entries, replayed.inputs, replayed.plans, replayed.compared
+        outcome.entries,
+        replayed.inputs,
+        replayed.plans + replayed.plans_ahead,
+        replayed.compared
     )?;
-    writeln!(out, "steps      {}, {} tokens", replayed.steps, replayed.tokens)?;
+    let steps = replayed.steps + replayed.steps_ahead;
+    writeln!(out, "steps      {steps}, {} of them planned ahead, {} tokens", replayed.steps_ahead, replayed.tokens)?;
     writeln!(out, "requests   {}: {} ended, {} refused", replayed.submitted, replayed.finished, replayed.refused)?;
     let speed = if took > 0.0 { simulated / took } else { 0.0 };
     writeln!(out, "time       {simulated:.3} s replayed in {took:.3} s, {speed:.0} times as fast")?;
@@ -68,6 +72,11 @@ pub(super) fn describe(entry: &Entry, text: &mut String) {
         Entry::Plan(worker) => {
             text.clear();
             return write!(text, "plan of worker {}", worker.0).expect("a String takes all that is written to it");
+        }
+        Entry::PlanAhead(worker) => {
+            text.clear();
+            return write!(text, "plan ahead of worker {}", worker.0)
+                .expect("a String takes all that is written to it");
         }
         Entry::Input(input) => &input.input,
     };

@@ -52,6 +52,7 @@ fn recording(config: &CoreConfig, lost: Option<u64>) -> (Vec<u8>, Vec<usize>) {
             prompt: (0..40 + request as u32 % 30).collect(),
             max_new_tokens: 20,
             min_new_tokens: 0,
+            needs_tokens: false,
             stop_tokens: Vec::new(),
             salt: CacheSalt(0),
             shared_tokens: 0,

@@ -122,6 +122,7 @@ impl Team {
     pub(super) fn warm(
         mut self,
         limits: StepLimits,
+        plan_ahead: bool,
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<ReadyTeam, StartError> {
         let mut costs = Vec::with_capacity(self.members.len());
@@ -141,7 +142,7 @@ impl Team {
         };
         tracing::debug!(?cost, "measured");
         let specs = self.members.iter().map(|member| member.spec).collect();
-        let workers = self.members.into_iter().map(|member| member.worker(limits)).collect();
+        let workers = self.members.into_iter().map(|member| member.worker(limits, plan_ahead)).collect();
         Ok(ReadyTeam { workers, specs, pools: self.pools, mover: self.mover, cost })
     }
 }
@@ -177,10 +178,10 @@ impl Member {
         self.kv.shape()
     }
 
-    fn worker(self, limits: StepLimits) -> Worker {
+    fn worker(self, limits: StepLimits, plan_ahead: bool) -> Worker {
         let Member { device, model, kv, sampler, vocab_size, .. } = self;
         let (threads, block_size) = (device.threads(), kv.shape().block_size as u32);
-        Worker::new(WorkerParts { device, model, kv, sampler, limits, block_size, vocab_size, threads })
+        Worker::new(WorkerParts { device, model, kv, sampler, plan_ahead, limits, block_size, vocab_size, threads })
     }
 }
 

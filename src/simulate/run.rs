@@ -174,6 +174,7 @@ impl<'a> Simulation<'a> {
             prompt: arrival.prompt(mix(text)),
             max_new_tokens: arrival.output_tokens_max,
             min_new_tokens: 0,
+            needs_tokens: false,
             stop_tokens: if has_more { vec![STOP] } else { Vec::new() },
             salt: CacheSalt(tenant.into()),
             shared_tokens: arrival.shared_tokens,

@@ -2,8 +2,10 @@
 //!
 //! It also keeps the block table of each request, because plans bring only what is new in them: see [`kvern_core::SeqSlice`].
 //! Every plan must come here, in order, also one whose step then fails. O(tokens + blocks of the step's tables).
+//!
+//! And what the last step sampled, for a step that was planned before that was known ([`kvern_core::LAST_SAMPLED`]).
 
-use kvern_core::{RequestId, StepPlan};
+use kvern_core::{RequestId, Sampled, SeqSlice, StepPlan, TokenId};
 use kvern_models::{ForwardBatch, StepLimits};
 use std::collections::HashMap;
 
@@ -14,6 +16,16 @@ const SPARE_MAX: usize = 64;
 #[derive(Debug)]
 pub(crate) struct BatchBuffers {
     block_size: u32,
+    /// Those of a step that was planned ahead; others have theirs in the plan.
+    input_ids: Vec<TokenId>,
+    /// In the order of its slices; empty when it failed.
+    last_sampled: Vec<(RequestId, Sampled)>,
+    /// Tokens stay on the device: where they are there takes the place of what they are.
+    tokens_on_device: bool,
+    /// On a device: whose tokens the step that was laid out last samples, in order.
+    sampling: Vec<RequestId>,
+    /// Of a step that was planned ahead: places among those, by sequence.
+    last_places: Vec<u32>,
     positions: Vec<u32>,
     slot_mapping: Vec<u32>,
     cu_seqlens_q: Vec<u32>,
@@ -28,10 +40,15 @@ pub(crate) struct BatchBuffers {
 
 impl BatchBuffers {
     #[must_use]
-    pub(crate) fn new(limits: StepLimits, block_size: u32) -> Self {
+    pub(crate) fn new(limits: StepLimits, block_size: u32, tokens_on_device: bool) -> Self {
         let stride = limits.context_max.div_ceil(block_size as usize);
         BatchBuffers {
             block_size,
+            input_ids: Vec::with_capacity(limits.sequences_max),
+            last_sampled: Vec::with_capacity(limits.sequences_max),
+            tokens_on_device,
+            sampling: Vec::with_capacity(limits.sequences_max),
+            last_places: Vec::with_capacity(limits.sequences_max),
             positions: Vec::with_capacity(limits.tokens_max),
             slot_mapping: Vec::with_capacity(limits.tokens_max),
             cu_seqlens_q: Vec::with_capacity(limits.sequences_max + 1),
@@ -71,6 +88,64 @@ impl BatchBuffers {
         longest
     }
 
+    /// What the step that was last laid out has sampled. One that fails says nothing.
+    pub(crate) fn note(&mut self, sampled: &[(RequestId, Sampled)]) {
+        self.last_sampled.clear();
+        self.last_sampled.extend_from_slice(sampled);
+    }
+
+    /// The step that was last laid out has failed: nothing can go on with what it sampled.
+    pub(crate) fn forget_sampled(&mut self) {
+        self.last_sampled.clear();
+        self.sampling.clear();
+    }
+
+    /// Says where the tokens of a step are that was planned before they were known; `false` for any other.
+    ///
+    /// # Panics
+    /// When the step before samples nothing for one of the slices: it failed, and so does this one.
+    fn place(&mut self, plan: &StepPlan) -> bool {
+        self.input_ids.clear();
+        self.last_places.clear();
+        let is_ahead = plan.slices.iter().any(|slice| slice.last_sampled);
+        if is_ahead {
+            // The slices of both steps are in the same order.
+            let mut last = self.sampling.iter().enumerate();
+            let place = |slice: &SeqSlice| match last.find(|(_, request)| **request == slice.request) {
+                Some((place, _)) => place as u32,
+                None => panic!("{:?} goes on with a token that the last step did not sample", slice.request),
+            };
+            self.last_places.extend(plan.slices.iter().map(place));
+            // The device has its own.
+            self.input_ids.resize(plan.slices.len(), 0);
+        }
+        self.sampling.clear();
+        self.sampling.extend(plan.slices.iter().filter(|slice| slice.sample).map(|slice| slice.request));
+        is_ahead
+    }
+
+    /// Fills in the tokens of a step that was planned before they were known; `false` for any other.
+    ///
+    /// # Panics
+    /// When the step before has sampled nothing for one of the slices: it failed, and so does this one.
+    fn resolve(&mut self, plan: &StepPlan) -> bool {
+        self.input_ids.clear();
+        let is_ahead = plan.slices.iter().any(|slice| slice.last_sampled);
+        if is_ahead {
+            // The slices of both steps are in the same order.
+            let mut last = self.last_sampled.iter();
+            let token = |slice: &SeqSlice| match last.find(|(request, _)| *request == slice.request) {
+                Some((_, Sampled::Token(token))) => *token,
+                // The request has ended; nobody asks for what comes of it.
+                Some((_, Sampled::Failed)) => 0,
+                None => panic!("{:?} goes on with a token that the last step did not sample", slice.request),
+            };
+            self.input_ids.extend(plan.slices.iter().map(token));
+        }
+        self.last_sampled.clear();
+        is_ahead
+    }
+
     /// Lays out `plan`. Block tables are padded with block 0 to the longest of the step; padding is never read.
     pub(crate) fn fill<'a>(&'a mut self, plan: &'a StepPlan) -> ForwardBatch<'a> {
         self.positions.clear();
@@ -80,6 +155,7 @@ impl BatchBuffers {
         self.block_tables.clear();
         self.sample_rows.clear();
         self.block_table_stride = self.keep_tables(plan);
+        let is_ahead = if self.tokens_on_device { self.place(plan) } else { self.resolve(plan) };
         self.cu_seqlens_q.push(0);
         for slice in &plan.slices {
             let table = &self.tables[&slice.request];
@@ -100,7 +176,7 @@ impl BatchBuffers {
             }
         }
         ForwardBatch {
-            input_ids: &plan.tokens,
+            input_ids: if is_ahead { &self.input_ids } else { &plan.tokens },
             positions: &self.positions,
             slot_mapping: &self.slot_mapping,
             cu_seqlens_q: &self.cu_seqlens_q,
@@ -108,7 +184,7 @@ impl BatchBuffers {
             block_tables: &self.block_tables,
             block_table_stride: self.block_table_stride,
             sample_rows: &self.sample_rows,
-            last_sampled: &[],
+            last_sampled: &self.last_places,
         }
     }
 }
@@ -143,6 +219,7 @@ mod tests {
                 table_len: part.table_len,
                 blocks: block..block + part.blocks.len() as u32,
                 sample: part.tokens == 1,
+                last_sampled: false,
             });
         }
         plan
@@ -154,7 +231,7 @@ mod tests {
             Part { request: 1, start: 5, tokens: 1, table_len: 0, blocks: &[7, 3] },
             Part { request: 2, start: 2, tokens: 3, table_len: 0, blocks: &[4, 9] },
         ]);
-        let mut buffers = BatchBuffers::new(LIMITS, 4);
+        let mut buffers = BatchBuffers::new(LIMITS, 4, false);
         let batch = buffers.fill(&plan);
         assert_eq!(batch.positions, [5, 2, 3, 4]);
         assert_eq!(batch.slot_mapping, [3 * 4 + 1, 4 * 4 + 2, 4 * 4 + 3, 9 * 4]);
@@ -166,7 +243,7 @@ mod tests {
 
     #[test]
     fn keeps_tables_from_plan_to_plan() {
-        let mut buffers = BatchBuffers::new(LIMITS, 4);
+        let mut buffers = BatchBuffers::new(LIMITS, 4, false);
         let mut check = |parts: &[Part<'_>], expected: &[u32]| {
             assert_eq!(buffers.fill(&plan(parts)).block_tables, expected);
         };
@@ -181,7 +258,7 @@ mod tests {
 
     #[test]
     fn forgets_a_table() {
-        let mut buffers = BatchBuffers::new(LIMITS, 4);
+        let mut buffers = BatchBuffers::new(LIMITS, 4, false);
         let first = [Part { request: 1, start: 3, tokens: 1, table_len: 0, blocks: &[7] }];
         buffers.fill(&plan(&first));
         buffers.forget(RequestId(1));
@@ -194,5 +271,55 @@ mod tests {
         assert!(unknown.is_err(), "a table that goes on must be there");
         // The next plan brings it whole.
         assert_eq!(buffers.fill(&plan(&first)).block_tables, [7]);
+    }
+
+    #[test]
+    fn goes_on_with_what_was_sampled() {
+        let mut buffers = BatchBuffers::new(LIMITS, 4, false);
+        let first = |request, blocks| Part { request, start: 2, tokens: 1, table_len: 0, blocks };
+        let ahead = |requests: &[u64]| {
+            let part = |request: &u64| Part { request: *request, start: 3, tokens: 1, table_len: 1, blocks: &[] };
+            let mut plan = plan(&requests.iter().map(part).collect::<Vec<_>>());
+            plan.slices.iter_mut().for_each(|slice| slice.last_sampled = true);
+            plan.tokens.fill(kvern_core::LAST_SAMPLED);
+            plan
+        };
+        let known = plan(&[first(1, &[7]), first(2, &[4]), first(3, &[9])]);
+        assert_eq!(buffers.fill(&known).input_ids, [2, 2, 2]);
+        let sampled = |request, result| (RequestId(request), result);
+        buffers.note(&[sampled(1, Sampled::Token(11)), sampled(2, Sampled::Failed), sampled(3, Sampled::Token(13))]);
+        assert_eq!(buffers.fill(&ahead(&[2, 3])).input_ids, [0, 13]);
+        // That step says nothing, so it has failed.
+        let unknown = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            buffers.fill(&ahead(&[3]));
+        }));
+        assert!(unknown.is_err(), "what was sampled two steps ago is not what goes on");
+        assert_eq!(buffers.fill(&known).input_ids, [2, 2, 2]);
+    }
+
+    #[test]
+    fn goes_on_with_what_the_device_has_sampled() {
+        let mut buffers = BatchBuffers::new(LIMITS, 4, true);
+        let first = |request, blocks| Part { request, start: 2, tokens: 1, table_len: 0, blocks };
+        let ahead = |requests: &[u64], start| {
+            let part = |request: &u64| Part { request: *request, start, tokens: 1, table_len: 1, blocks: &[] };
+            let mut plan = plan(&requests.iter().map(part).collect::<Vec<_>>());
+            plan.slices.iter_mut().for_each(|slice| slice.last_sampled = true);
+            plan.tokens.fill(kvern_core::LAST_SAMPLED);
+            plan
+        };
+        let known = plan(&[first(1, &[7]), first(2, &[4]), first(3, &[9])]);
+        assert!(buffers.fill(&known).last_sampled.is_empty());
+        let plan = ahead(&[2, 3], 3);
+        let batch = buffers.fill(&plan);
+        assert_eq!((batch.input_ids, batch.last_sampled), (&[0, 0][..], &[1, 2][..]));
+        // Places are those of the step just before.
+        assert_eq!(buffers.fill(&ahead(&[3], 3)).last_sampled, [1]);
+        buffers.forget_sampled();
+        let failed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            buffers.fill(&ahead(&[3], 3));
+        }));
+        assert!(failed.is_err(), "nothing goes on after a step that failed");
+        assert!(buffers.fill(&known).last_sampled.is_empty());
     }
 }

@@ -23,9 +23,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-/// A step and what changed since the last one. Sent only to an idle worker, so a channel of one is enough.
+/// A step and what changed since the last one. Sent to a worker that is idle, or at one step, so a channel of two is enough.
 #[derive(Debug)]
 pub struct StepCommand {
     pub plan: StepPlan,
@@ -118,6 +118,8 @@ pub struct WorkerParts {
     pub kv: KvCache,
     /// Samples on the device, where it can.
     pub sampler: Option<DeviceSampler>,
+    /// The engine plans steps ahead.
+    pub plan_ahead: bool,
     pub limits: StepLimits,
     pub block_size: u32,
     pub vocab_size: usize,
@@ -134,8 +136,23 @@ pub struct Worker {
     sequences: HashMap<RequestId, Arc<SequenceSampling>>,
     lanes: Vec<Mutex<SamplerLane>>,
     sampler: Option<DeviceSampler>,
+    /// Steps may come before the one before them has ended.
+    is_ahead: bool,
+    step_time: StepTime,
     /// The device cannot be used any more; no step can succeed.
     is_lost: bool,
+}
+
+/// A step between its two ends.
+struct Begun {
+    plan: StepPlan,
+    changes: Vec<SequenceChange>,
+    sampled: Vec<(RequestId, Sampled)>,
+    logprobs: Vec<(RequestId, Box<TokenLogprobs>)>,
+    outcome: Result<(), String>,
+    at: Instant,
+    /// A step may come that was planned ahead of this one's end.
+    may_be_followed: bool,
 }
 
 /// What a step gives beside its plan.
@@ -155,22 +172,38 @@ impl Worker {
     pub fn new(parts: WorkerParts) -> Self {
         let lane = || SamplerLane { scratch: Scratch::new(parts.vocab_size), draws: Vec::new() };
         Worker {
-            batch: BatchBuffers::new(parts.limits, parts.block_size),
+            batch: BatchBuffers::new(parts.limits, parts.block_size, parts.sampler.is_some()),
             lanes: (0..parts.threads.max(1)).map(|_| Mutex::new(lane())).collect(),
             sequences: HashMap::new(),
             device: parts.device,
             model: parts.model,
             kv: parts.kv,
+            is_ahead: parts.plan_ahead && parts.sampler.is_some(),
             sampler: parts.sampler,
+            step_time: StepTime::default(),
             is_lost: false,
         }
     }
 
     /// Serves steps until the engine hangs up, or until the device is lost or `killed` is found set after a step, which then is
     /// not reported. `report` gives a result to the engine.
+    ///
+    /// On a GPU a step is begun before the one before it has ended, where it was planned ahead: then the device goes from one to
+    /// the other by itself.
     pub fn run(mut self, commands: &Receiver<StepCommand>, killed: &AtomicBool, mut report: impl FnMut(StepResult)) {
-        while let Ok(command) = commands.recv() {
-            let result = self.step(command);
+        let mut under_way: Option<Begun> = None;
+        loop {
+            let command = match &under_way {
+                None => match commands.recv() {
+                    Ok(command) => Some(command),
+                    Err(_) => return,
+                },
+                Some(begun) if begun.may_be_followed => commands.recv_timeout(self.step_time.patience()).ok(),
+                Some(_) => None,
+            };
+            let next = command.map(|command| self.begin(command));
+            let Some(begun) = std::mem::replace(&mut under_way, next) else { continue };
+            let result = self.end(begun);
             if self.is_lost || killed.load(Ordering::Relaxed) {
                 return;
             }
@@ -178,7 +211,8 @@ impl Worker {
         }
     }
 
-    fn step(&mut self, command: StepCommand) -> StepResult {
+    /// Begins a step: puts it on the device, or, where that is the CPU, computes it.
+    fn begin(&mut self, command: StepCommand) -> Begun {
         let StepCommand { plan, mut changes, mut sampled } = command;
         for change in changes.drain(..) {
             match change {
@@ -191,29 +225,54 @@ impl Worker {
                 }
             }
         }
-        let started = Instant::now();
+        let at = Instant::now();
         let mut logprobs = Vec::new();
-        // Sound to go on after a panic: a step overwrites whatever buffers it reads.
-        let outcome = catch_unwind(AssertUnwindSafe(|| self.compute(&plan, &mut sampled, &mut logprobs)));
-        let error = match outcome {
-            Ok(Ok(())) => None,
+        let outcome = self.guard(&plan, |worker| match worker.sampler {
+            Some(_) => worker.launch(&plan),
+            None => worker.compute(&plan, &mut sampled, &mut logprobs),
+        });
+        if outcome.is_err() {
+            self.batch.forget_sampled();
+        }
+        let decodes = || plan.slices.iter().all(|slice| slice.sample && slice.tokens.len() == 1);
+        let may_be_followed = self.is_ahead && outcome.is_ok() && decodes();
+        Begun { plan, changes, sampled, logprobs, outcome, at, may_be_followed }
+    }
+
+    /// Ends the step that was begun first.
+    fn end(&mut self, begun: Begun) -> StepResult {
+        let Begun { plan, changes, mut sampled, mut logprobs, outcome, at, .. } = begun;
+        let outcome = outcome.and_then(|()| {
+            self.guard(&plan, |worker| {
+                let mut output = StepOutput { sampled: &mut sampled, logprobs: &mut logprobs };
+                worker.land(&plan, &mut output)
+            })
+        });
+        if outcome.is_err() {
+            logprobs.clear();
+            sampled.clear();
+        }
+        let device_us = self.step_time.ended(at).as_micros() as u64;
+        StepResult { plan, sampled, changes, logprobs, device_us, error: outcome.err() }
+    }
+
+    /// What went wrong in `work`, in words. Sound to go on after a panic: a step overwrites whatever buffers it reads.
+    fn guard(
+        &mut self,
+        plan: &StepPlan,
+        work: impl FnOnce(&mut Self) -> Result<(), KernelError>,
+    ) -> Result<(), String> {
+        match catch_unwind(AssertUnwindSafe(|| work(self))) {
+            Ok(Ok(())) => Ok(()),
             Ok(Err(error)) => {
-                if matches!(error, KernelError::DeviceLost { .. }) {
+                if matches!(error, KernelError::DeviceLost { .. }) && !self.is_lost {
                     tracing::error!(step = plan.step.0, %error, "the worker ends");
                     self.is_lost = true;
                 }
-                Some(error.to_string())
+                Err(error.to_string())
             }
-            Err(panic) => Some(panic_text(panic.as_ref())),
-        };
-        if error.is_some() {
-            logprobs.clear();
-            sampled.clear();
-            // What is still under way is of no use; a device that is lost was found so above.
-            let _ = self.sampler.as_mut().map_or(Ok(()), DeviceSampler::abandon);
+            Err(panic) => Err(panic_text(panic.as_ref())),
         }
-        let device_us = started.elapsed().as_micros() as u64;
-        StepResult { plan, sampled, changes, logprobs, device_us, error }
     }
 
     fn compute(
@@ -222,10 +281,6 @@ impl Worker {
         sampled: &mut Vec<(RequestId, Sampled)>,
         logprobs: &mut Vec<(RequestId, Box<TokenLogprobs>)>,
     ) -> Result<(), KernelError> {
-        if self.sampler.is_some() {
-            self.launch(plan)?;
-            return self.land(plan, &mut StepOutput { sampled, logprobs });
-        }
         let batch = self.batch.fill(plan);
         let rows = batch.sample_rows.len();
         let logits = self.model.forward(&batch, &mut self.kv)?;
@@ -243,6 +298,7 @@ impl Worker {
             sampled.push((slice.request, draw.sampled));
             logprobs.extend(draw.logprobs.map(|l| (slice.request, l)));
         }
+        self.batch.note(sampled);
         Ok(())
     }
 }
@@ -269,9 +325,33 @@ impl Worker {
             Some(sampler) if plan.slices.iter().any(|slice| slice.sample) => {
                 device_sampling::take_rows(sampler, &self.sequences, plan, output)
             }
-            // A step is done when the device has done it.
+            // A step is done when the device has done it; on a CPU it is.
             _ => self.device.synchronize(),
         }
+    }
+}
+
+/// How long steps take the device.
+#[derive(Debug, Default)]
+struct StepTime {
+    last: Duration,
+    last_end: Option<Instant>,
+}
+
+impl StepTime {
+    /// A step that began at `begun` has ended: the time since then, or since the step before it ended, which the device did first.
+    fn ended(&mut self, begun: Instant) -> Duration {
+        let now = Instant::now();
+        let from = self.last_end.map_or(begun, |end| end.max(begun));
+        self.last_end = Some(now);
+        self.last = now - from;
+        self.last
+    }
+
+    /// How long to look for a step to follow the one under way: not so long that its end is missed, if it takes as long as the
+    /// last one did.
+    fn patience(&self) -> Duration {
+        (self.last / 2).clamp(Duration::from_micros(50), Duration::from_millis(20))
     }
 }
 

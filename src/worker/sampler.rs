@@ -53,6 +53,11 @@ impl TokenCounts {
 }
 
 impl SamplingParams {
+    /// Whether what is drawn depends on the tokens drawn before by more than the logits.
+    pub(crate) fn needs_tokens(&self) -> bool {
+        self.uses_penalties() || self.min_tokens > 0
+    }
+
     fn uses_penalties(&self) -> bool {
         self.presence_penalty != 0.0 || self.frequency_penalty != 0.0 || self.repetition_penalty != 1.0
     }

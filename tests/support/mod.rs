@@ -25,6 +25,7 @@ pub fn options() -> RuntimeOptions {
         scheduling: SchedulingConfig::default(),
         served_model_name: "test".to_owned(),
         record: None,
+        plan_ahead: None,
     }
 }
 

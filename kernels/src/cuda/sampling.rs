@@ -280,14 +280,6 @@ impl DeviceSampler {
         Ok(&self.sampled)
     }
 
-    /// Forgets the steps under way, once they are done: what they give is of no use.
-    pub fn abandon(&mut self) -> Result<()> {
-        while !self.launched.is_empty() {
-            self.finish()?;
-        }
-        Ok(())
-    }
-
     /// The likeliest tokens of a row of the step that was finished last, with their log-probabilities, likeliest first.
     #[must_use]
     pub fn top(&self, row: usize, count: usize) -> &[(u32, f32)] {

@@ -54,6 +54,7 @@ fn engine(num_running: u32, num_waiting: u32, lack: Lack) -> Engine {
             // Of those that run never reached: the measured steps are all alike.
             max_new_tokens: if request < num_running { 256 * 16 - PROMPT } else { 1 },
             min_new_tokens: 0,
+            needs_tokens: false,
             stop_tokens: vec![1, 2, 3],
             salt: CacheSalt(0),
             shared_tokens: 0,

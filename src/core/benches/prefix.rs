@@ -53,6 +53,7 @@ impl Bench {
             prompt: (0..PROMPT + tail).map(|at| at ^ (prompt << 16)).collect(),
             max_new_tokens,
             min_new_tokens: 0,
+            needs_tokens: false,
             stop_tokens: Vec::new(),
             salt: CacheSalt(0),
             shared_tokens: 0,

@@ -79,6 +79,14 @@ impl<'a> Reader<'a> {
         u32::try_from(self.varint128()?).map_err(|_| self.malformed("a number below 2^32"))
     }
 
+    pub(super) fn flag(&mut self) -> Result<bool, RecordError> {
+        match self.varint()? {
+            0 => Ok(false),
+            1 => Ok(true),
+            _ => Err(self.malformed("a yes or no")),
+        }
+    }
+
     /// The length of a list; each element takes a byte at least, so that it bounds what is allocated for the list.
     pub(super) fn len(&mut self) -> Result<usize, RecordError> {
         let len = self.varint()?;

@@ -29,8 +29,9 @@ pub(super) fn put_config(out: &mut Vec<u8>, config: &CoreConfig) {
     let CostModel { step_ps, prefill_token_ps, prefill_context_ps, decode_sequence_ps, decode_context_ps } =
         config.cost;
     let cost = [step_ps, prefill_token_ps, prefill_context_ps, decode_sequence_ps, decode_context_ps];
-    let wide = [config.queue_tokens_max, config.quarantine.0, u64::from(config.prefix_caching)];
-    wide.into_iter().chain(cost).for_each(|field| put_varint(out, field));
+    let flags = [config.prefix_caching, config.plan_ahead].map(u64::from);
+    let wide = [config.queue_tokens_max, config.quarantine.0].into_iter().chain(flags);
+    wide.chain(cost).for_each(|field| put_varint(out, field));
 }
 
 pub(super) fn read_config(body: &mut Reader<'_>) -> Result<CoreConfig, RecordError> {
@@ -68,11 +69,8 @@ pub(super) fn read_config(body: &mut Reader<'_>) -> Result<CoreConfig, RecordErr
         ride_along_tokens_max: body.u32()?,
         queue_tokens_max: body.varint()?,
         quarantine: Micros(body.varint()?),
-        prefix_caching: match body.varint()? {
-            0 => false,
-            1 => true,
-            _ => return Err(body.malformed("a yes or no")),
-        },
+        prefix_caching: body.flag()?,
+        plan_ahead: body.flag()?,
         cost: CostModel {
             step_ps: body.varint()?,
             prefill_token_ps: body.varint()?,

@@ -48,7 +48,7 @@ impl Digest {
             let blocks = plan.slice_blocks(slice);
             let num_tokens = u64::from(slice.tokens.end - slice.tokens.start);
             let table = u64::from(slice.table_len) << 32 | blocks.len() as u64;
-            let sample = u64::from(slice.sample);
+            let sample = u64::from(slice.sample) | u64::from(slice.last_sampled) << 1;
             self.words([slice.request.0, u64::from(slice.start) << 32 | num_tokens, table, sample]);
             let mut pairs = blocks.chunks_exact(2);
             for pair in &mut pairs {
@@ -172,6 +172,7 @@ mod tests {
     #[test]
     fn a_plan_counts_without_its_tokens() {
         let plan = |start, sample, tokens: &[u32], blocks: &[u32], table_len| {
+            let (sample, last_sampled) = sample;
             let slice = SeqSlice {
                 request: RequestId(1),
                 start,
@@ -179,6 +180,7 @@ mod tests {
                 table_len,
                 blocks: 0..blocks.len() as u32,
                 sample,
+                last_sampled,
             };
             let mut digest = Digest::new();
             digest.plan(&StepPlan {
@@ -190,16 +192,17 @@ mod tests {
             });
             digest.value()
         };
-        let base = plan(0, true, &[1, 2], &[3, 4, 5], 6);
-        assert_eq!(base, plan(0, true, &[8, 9], &[3, 4, 5], 6));
+        let base = plan(0, (true, false), &[1, 2], &[3, 4, 5], 6);
+        assert_eq!(base, plan(0, (true, false), &[8, 9], &[3, 4, 5], 6));
         let others = [
-            plan(1, true, &[1, 2], &[3, 4, 5], 6),
-            plan(0, false, &[1, 2], &[3, 4, 5], 6),
-            plan(0, true, &[1], &[3, 4, 5], 6),
-            plan(0, true, &[1, 2], &[3, 5, 4], 6),
-            plan(0, true, &[1, 2], &[3, 4, 6], 6),
-            plan(0, true, &[1, 2], &[3, 4], 6),
-            plan(0, true, &[1, 2], &[3, 4, 5], 5),
+            plan(1, (true, false), &[1, 2], &[3, 4, 5], 6),
+            plan(0, (false, false), &[1, 2], &[3, 4, 5], 6),
+            plan(0, (true, true), &[1, 2], &[3, 4, 5], 6),
+            plan(0, (true, false), &[1], &[3, 4, 5], 6),
+            plan(0, (true, false), &[1, 2], &[3, 5, 4], 6),
+            plan(0, (true, false), &[1, 2], &[3, 4, 6], 6),
+            plan(0, (true, false), &[1, 2], &[3, 4], 6),
+            plan(0, (true, false), &[1, 2], &[3, 4, 5], 5),
         ];
         for other in others {
             assert_ne!(base, other);

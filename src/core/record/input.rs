@@ -22,6 +22,8 @@ const TAG_WORKER_LOST: u64 = 9;
 const TAG_WORKER_BACK: u64 = 10;
 /// Not an input: [`super::write_digest`].
 pub(super) const TAG_DIGEST: u64 = 11;
+/// Not an input: [`super::write_plan_ahead`].
+pub(super) const TAG_PLAN_AHEAD: u64 = 12;
 
 /// Their numbers in a recording; append only.
 pub(super) const REASONS: [CancelReason; 4] =
@@ -87,6 +89,7 @@ fn put_submission(out: &mut Vec<u8>, submission: &Submission) {
     put_varint(out, submission.request.0);
     put_varint(out, u64::from(submission.max_new_tokens));
     put_varint(out, u64::from(submission.min_new_tokens));
+    put_varint(out, u64::from(submission.needs_tokens));
     put_varint128(out, submission.salt.0);
     put_varint(out, u64::from(submission.shared_tokens));
     put_varint(out, u64::from(submission.tenant.0));
@@ -132,6 +135,7 @@ fn read_submission(body: &mut Reader<'_>) -> Result<Submission, RecordError> {
         request: RequestId(body.varint()?),
         max_new_tokens: body.u32()?,
         min_new_tokens: body.u32()?,
+        needs_tokens: body.flag()?,
         salt: CacheSalt(body.varint128()?),
         shared_tokens: body.u32()?,
         tenant: TenantId(body.u32()?),

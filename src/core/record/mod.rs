@@ -3,7 +3,7 @@
 //! ```text
 //!   header   "KVERNREC"  version: u32  then an entry with the configuration
 //!   entry    length of the body: u32   checksum: u32   body: a tag, then its fields
-//!   after an input or a call of `plan`: an entry with the digest of what the core decided
+//!   after an input or a call of `plan` or `plan_ahead`: an entry with the digest of what the core decided
 //! ```
 //!
 //! Fixed-width numbers are little-endian; fields are varints (LEB128, shortest form), lists carry their length first. The
@@ -11,7 +11,8 @@
 //! is written by appending and a torn last entry costs only itself.
 //!
 //! A run is repeated by making an [`crate::Engine`] of [`Recording::config`] and doing what each [`Entry`] says. Plans of a
-//! worker that is busy or lost, and of an engine without requests, need not be recorded: they change nothing.
+//! worker that is busy or lost, and of an engine without requests, need not be recorded: they change nothing. Every call of
+//! `plan_ahead` must be.
 //!
 //! Reading never panics and allocates at most a small multiple of the bytes it is given, whatever they are. That a decoded
 //! input makes sense to the engine it is applied to is not checked: see [`crate::Engine::apply`].
@@ -30,12 +31,12 @@ pub use pseudonyms::{Prf, Pseudonyms};
 use crate::{CoreConfig, Input, Timed, WorkerId};
 use bytes::{Reader, crc32, put_varint};
 use config::{put_config, read_config};
-use input::{TAG_DIGEST, TAG_PLAN, put_input, read_input, read_worker};
+use input::{TAG_DIGEST, TAG_PLAN, TAG_PLAN_AHEAD, put_input, read_input, read_worker};
 use std::fmt;
 
 const MAGIC: &[u8; 8] = b"KVERNREC";
 /// Raised whenever the meaning of the bytes changes.
-const VERSION: u32 = 5;
+const VERSION: u32 = 6;
 
 /// One thing that was done to the core, or what it made of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,6 +45,8 @@ pub enum Entry {
     Input(Timed<Input>),
     /// [`crate::Engine::plan`].
     Plan(WorkerId),
+    /// [`crate::Engine::plan_ahead`].
+    PlanAhead(WorkerId),
     /// The [`Digest`] of what the core decided on the entry before; a recording may leave it out.
     Digest(u64),
 }
@@ -114,6 +117,14 @@ pub fn write_plan(worker: WorkerId, out: &mut Vec<u8>) {
     });
 }
 
+/// Appends that a step ahead was asked for, for this worker.
+pub fn write_plan_ahead(worker: WorkerId, out: &mut Vec<u8>) {
+    write_entry(out, |out| {
+        put_varint(out, TAG_PLAN_AHEAD);
+        put_varint(out, u64::from(worker.0));
+    });
+}
+
 /// Appends the digest of what was decided on the entry before.
 pub fn write_digest(digest: u64, out: &mut Vec<u8>) {
     write_entry(out, |out| {
@@ -156,6 +167,7 @@ pub fn read_entry(bytes: &[u8]) -> Result<(Entry, usize), RecordError> {
     let tag = body.varint()?;
     let entry = match tag {
         TAG_PLAN => Entry::Plan(read_worker(&mut body)?),
+        TAG_PLAN_AHEAD => Entry::PlanAhead(read_worker(&mut body)?),
         TAG_DIGEST => Entry::Digest(body.varint()?),
         tag => return read_input(&mut body, tag).map(|input| (Entry::Input(input), at)),
     };

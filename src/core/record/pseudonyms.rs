@@ -12,7 +12,7 @@
 //! prompts by their hash: both follow the prefix. And a sampled token is looked for in the request's stop tokens: one that
 //! ends its request becomes [`STOP`], which alone is the recorded stop set and no other token's pseudonym. A stop token that
 //! comes before `min_new_tokens` does not end the request and may come to stand in a published block: it is a token like any
-//! other. The one that ends the request is never computed, so it is in no block.
+//! other. The one that ends the request is computed by a step ahead at most, of which nothing is published, so it is in none.
 //!
 //! Tokens of public blocks do not depend on the salt. The one equality that is lost is that of two prompts under one salt of
 //! which different numbers of blocks are public: a quarantine takes them for one.
@@ -92,7 +92,7 @@ impl Pseudonyms {
         for (request, result) in sampled {
             let Sampled::Token(token) = result else { continue };
             let Some(chain) = self.chains.get_mut(request) else {
-                // Every request that samples was submitted and lives; a real token is not written in any case.
+                // Of a request that ended before the step that was planned ahead of its end; a real token is never written.
                 *token = 0;
                 continue;
             };
@@ -121,10 +121,12 @@ fn next(prf: &Prf, state: &mut u64, token: TokenId) -> TokenId {
     *state as TokenId & (STOP - 1)
 }
 
-/// The two inputs that hold tokens, with other ones; `None` for the rest.
+/// The two inputs that hold tokens, with other ones; `None` for the rest. Sampled tokens that do not count are left out: they
+/// do not lengthen any request.
 pub(super) fn disguised(
     pseudonyms: &mut Pseudonyms,
     input: &Timed<Input>,
+    counts: bool,
     scratch: &mut Vec<(RequestId, Sampled)>,
 ) -> Option<Timed<Input>> {
     let disguised = match &input.input {
@@ -133,7 +135,11 @@ pub(super) fn disguised(
             let mut other = std::mem::take(scratch);
             other.clear();
             other.extend_from_slice(sampled);
-            pseudonyms.sampled(&mut other);
+            if counts {
+                pseudonyms.sampled(&mut other);
+            } else {
+                other.iter_mut().for_each(|(_, result)| *result = Sampled::Failed);
+            }
             Input::StepDone { worker: *worker, step: *step, device_us: *device_us, sampled: other }
         }
         _ => return None,
@@ -163,6 +169,7 @@ mod tests {
             prompt: prompt.to_vec(),
             max_new_tokens: 9,
             min_new_tokens: 2,
+            needs_tokens: false,
             stop_tokens: vec![7, 8],
             salt: CacheSalt(salt),
             shared_tokens: 0,

@@ -24,6 +24,7 @@ fn config() -> CoreConfig {
         overtakes_max: 4,
         chunk_tokens_min: 5,
         ride_along_tokens_max: 6,
+        plan_ahead: true,
         cost: CostModel {
             step_ps: 1,
             prefill_token_ps: 2,
@@ -52,12 +53,13 @@ fn sampled() -> impl Strategy<Value = (RequestId, Sampled)> {
 fn submission() -> impl Strategy<Value = Submission> {
     let tokens = || prop::collection::vec(token(), 0..20);
     let numbers = (number(), token(), token(), any::<u128>());
-    let place = (token(), any::<u8>(), prop::option::of(number()), token());
+    let place = (token(), any::<u8>(), prop::option::of(number()), token(), any::<bool>());
     (numbers, place, tokens(), tokens()).prop_map(|(numbers, place, prompt, stop_tokens)| Submission {
         request: RequestId(numbers.0),
         prompt,
         max_new_tokens: numbers.1,
         min_new_tokens: numbers.2,
+        needs_tokens: place.4,
         stop_tokens,
         salt: CacheSalt(numbers.3),
         shared_tokens: place.3,
@@ -102,6 +104,7 @@ fn entry() -> impl Strategy<Value = Entry> {
     prop_oneof![
         (number(), input).prop_map(|(at, input)| Entry::Input(Timed { at: Micros(at), input })),
         any::<u8>().prop_map(|worker| Entry::Plan(WorkerId(worker))),
+        any::<u8>().prop_map(|worker| Entry::PlanAhead(WorkerId(worker))),
         number().prop_map(Entry::Digest),
     ]
 }
@@ -113,6 +116,7 @@ fn encode(entries: &[Entry]) -> Vec<u8> {
         match entry {
             Entry::Input(input) => write_input(input, &mut out),
             Entry::Plan(worker) => write_plan(*worker, &mut out),
+            Entry::PlanAhead(worker) => write_plan_ahead(*worker, &mut out),
             Entry::Digest(digest) => write_digest(*digest, &mut out),
         }
     }
@@ -189,7 +193,8 @@ fn plausible() -> impl Strategy<Value = Entry> {
     ];
     prop_oneof![
         3 => (number(), input).prop_map(|(at, input)| Entry::Input(Timed { at: Micros(at), input })),
-        3 => worker.prop_map(|worker| Entry::Plan(WorkerId(worker))),
+        3 => worker.clone().prop_map(|worker| Entry::Plan(WorkerId(worker))),
+        2 => worker.prop_map(|worker| Entry::PlanAhead(WorkerId(worker))),
     ]
 }
 
@@ -209,7 +214,7 @@ proptest! {
             num_done += usize::from(replay.take(entry).is_ok());
         }
         let replayed = *replay.replayed();
-        prop_assert!(replayed.inputs + replayed.plans >= num_done as u64 - replayed.compared);
+        prop_assert!(replayed.inputs + replayed.plans + replayed.plans_ahead >= num_done as u64 - replayed.compared);
         prop_assert!(replay.engine().stats().blocks_live <= 50);
     }
 }
@@ -246,10 +251,10 @@ fn errors_say_what_is_wrong() {
     write_entry(&mut long_list, |out| out.extend_from_slice(&[2, 0, 0, 0, 0, 0xff, 0xff, 0xff, 0x7f]));
     let table: [(&[u8], &str); 5] = [
         (b"", "expected a recording that starts with KVERNREC, found other bytes"),
-        (&other_version, "expected a recording of version 5, found 9"),
-        (&good[..good.len() - 1], "expected a whole entry at byte 89, found the end"),
+        (&other_version, "expected a recording of version 6, found 9"),
+        (&good[..good.len() - 1], "expected a whole entry at byte 90, found the end"),
         (&unusable, "the recorded configuration is unusable: expected 1 to 4294967295 tokens in a block, found 0"),
-        (&long_list, "expected a list within the entry in the entry at byte 89, found something else"),
+        (&long_list, "expected a list within the entry in the entry at byte 90, found something else"),
     ];
     for (bytes, expected) in table {
         assert_eq!(decode(bytes).unwrap_err().to_string(), expected);

@@ -26,6 +26,14 @@ pub(crate) struct Coverage {
     pub(crate) transfers: u64,
     pub(crate) failed_transfers: u64,
     pub(crate) lost_workers: u64,
+    /// Steps that were planned ahead, and new blocks in them; slices of requests that had ended, or had failed, by then; steps
+    /// behind one that failed, and those that were lost with their worker.
+    pub(crate) steps_ahead: u64,
+    pub(crate) blocks_ahead: u64,
+    pub(crate) slices_over: u64,
+    pub(crate) failed_over: u64,
+    pub(crate) dropped_ahead: u64,
+    pub(crate) lost_ahead: u64,
     /// By reason.
     refused: [u64; 7],
 }
@@ -58,6 +66,12 @@ impl Coverage {
             ("transfers", &mut self.transfers),
             ("failed transfers", &mut self.failed_transfers),
             ("lost workers", &mut self.lost_workers),
+            ("steps ahead", &mut self.steps_ahead),
+            ("blocks of steps ahead", &mut self.blocks_ahead),
+            ("slices ahead of their request's end", &mut self.slices_over),
+            ("slices ahead of their request's failure", &mut self.failed_over),
+            ("steps ahead of a failure", &mut self.dropped_ahead),
+            ("steps ahead that were lost", &mut self.lost_ahead),
         ];
         counts.extend(REFUSALS.into_iter().zip(&mut self.refused));
         counts

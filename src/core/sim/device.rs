@@ -6,7 +6,7 @@
 use super::Failure;
 use super::client::{Client, KV_OF_NOTHING, next_token};
 use super::rng::Rng;
-use crate::{BlockId, InvariantId, RequestId, Sampled, SeqSlice, StepPlan};
+use crate::{BlockId, InvariantId, LAST_SAMPLED, RequestId, Sampled, SeqSlice, StepPlan, TokenId};
 use std::collections::HashMap;
 
 /// In the slots of a step or a transfer that failed.
@@ -16,6 +16,37 @@ const POISON: u64 = 0xbad;
 #[derive(Default)]
 pub(crate) struct Tables {
     tables: HashMap<RequestId, Vec<BlockId>>,
+}
+
+/// A step on its way, and the tables of its slices as they were when it was planned.
+pub(crate) struct Step {
+    pub(crate) plan: StepPlan,
+    pub(crate) tables: Tables,
+}
+
+/// What a worker's last step sampled; nothing where it failed.
+#[derive(Default)]
+pub(crate) struct LastSampled(HashMap<RequestId, TokenId>);
+
+impl LastSampled {
+    /// A step was executed.
+    pub(crate) fn note(&mut self, sampled: &[(RequestId, Sampled)]) {
+        let tokens = sampled.iter().filter_map(|(request, result)| match result {
+            Sampled::Token(token) => Some((*request, *token)),
+            Sampled::Failed => None,
+        });
+        self.0 = tokens.collect();
+    }
+
+    /// What a slice computes.
+    fn inputs(&self, plan: &StepPlan, slice: &SeqSlice) -> Vec<TokenId> {
+        let known = plan.slice_tokens(slice);
+        if !slice.last_sampled {
+            return known.to_vec();
+        }
+        assert!(known == [LAST_SAMPLED] && slice.sample, "a slice ahead computes the one token that is not known");
+        vec![self.0.get(&slice.request).copied().unwrap_or(LAST_SAMPLED)]
+    }
 }
 
 impl Tables {
@@ -40,6 +71,12 @@ impl Tables {
         self.tables.clear();
     }
 
+    /// As they are for the slices of a plan.
+    pub(crate) fn of_plan(&self, plan: &StepPlan) -> Tables {
+        let tables = plan.slices.iter().map(|slice| (slice.request, self.of(slice).to_vec()));
+        Tables { tables: tables.collect() }
+    }
+
     pub(crate) fn of(&self, slice: &SeqSlice) -> &[BlockId] {
         self.tables.get(&slice.request).map_or(&[], Vec::as_slice)
     }
@@ -58,15 +95,21 @@ impl Device {
     /// Executes a step; `failures` percent of its samples fail.
     pub(crate) fn run(
         &mut self,
-        plan: &StepPlan,
-        tables: &Tables,
+        Step { plan, tables }: &Step,
+        last_sampled: &LastSampled,
         clients: &mut [Client],
         (rng, failures): (&mut Rng, u32),
         sampled: &mut Vec<(RequestId, Sampled)>,
     ) -> Result<(), Failure> {
         for slice in &plan.slices {
             let client = &mut clients[slice.request.0 as usize];
-            let last = self.forward(plan, tables.of(slice), slice, client)?;
+            if client.has_failed {
+                // It ended with the step before this one, which was planned ahead: there is nothing to read.
+                self.poison(tables.of(slice), slice)?;
+                sampled.push((slice.request, Sampled::Token(0)));
+                continue;
+            }
+            let last = self.forward(&last_sampled.inputs(plan, slice), tables.of(slice), slice, client)?;
             client.num_reached = client.num_reached.max(slice.start + slice.tokens.len() as u32);
             if !slice.sample {
                 continue;
@@ -117,18 +160,18 @@ impl Device {
     /// Computes one slice; gives the K/V of its last token.
     fn forward(
         &mut self,
-        plan: &StepPlan,
+        tokens: &[TokenId],
         table: &[BlockId],
         slice: &SeqSlice,
         client: &Client,
     ) -> Result<u64, Failure> {
-        let tokens = plan.slice_tokens(slice);
         let end = slice.start + tokens.len() as u32;
         let fail = |name: &str, position: u32| Err(Failure::new(name, format!("{slice:?} at position {position}")));
         if tokens.is_empty() {
             return Err(Failure::new(InvariantId::Sch4, format!("{slice:?}")));
         }
-        if slice.sample != (end == client.known()) {
+        // What the step before made of one that is finished was not told.
+        if slice.sample != (end == client.known()) && !client.is_finished {
             return fail("sample mark", end);
         }
         let mut before = KV_OF_NOTHING;

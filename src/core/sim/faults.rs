@@ -5,7 +5,7 @@ use crate::fault::Fault;
 
 /// Each fault and the checks that may see it first, running the seeds from 0: several where a fault breaks several promises
 /// and the seed decides which shows.
-const FAULTS: [(Fault, &[&str]); 47] = [
+const FAULTS: [(Fault, &[&str]); 54] = [
     (Fault::SkipTokenCheck, &["KV-5", "K/V read"]),
     (Fault::SkipParentCheck, &["K/V read", "KV-5"]),
     (Fault::IgnoreSalt, &["K/V read", "KV-5"]),
@@ -21,7 +21,7 @@ const FAULTS: [(Fault, &[&str]); 47] = [
     (Fault::LeakOnCancel, &["KV-2"]),
     (Fault::RotateTable, &["K/V read"]),
     (Fault::ShortTable, &["block table"]),
-    (Fault::KeepTable, &["K/V read", "block table"]),
+    (Fault::KeepTable, &["K/V read", "block table", "KV-3"]),
     (Fault::TrustFailedStep, &["block table"]),
     (Fault::SkipInputToken, &["K/V read", "sample mark"]),
     (Fault::ExceedBudget, &["SCH-1"]),
@@ -46,13 +46,20 @@ const FAULTS: [(Fault, &[&str]); 47] = [
     (Fault::IgnoreObjectives, &["inter-token latency"]),
     (Fault::IgnorePace, &["inter-token latency"]),
     (Fault::IgnoreVisitors, &["visitors"]),
-    (Fault::IgnoreDeadlines, &["deadline", "cancel"]),
+    (Fault::IgnoreDeadlines, &["deadline", "cancel", "step ahead"]),
     (Fault::QueueForever, &["refusal"]),
     (Fault::UnpinSource, &["HND-1"]),
     (Fault::KeepLostPool, &["K/V read"]),
     (Fault::BlameAll, &["finish reason"]),
     (Fault::AdvanceFailed, &["K/V read", "sample mark"]),
     (Fault::ForgetQuarantine, &["refusal"]),
+    (Fault::FreeAhead, &["KV-3"]),
+    (Fault::TellOfOver, &["OUT-2"]),
+    (Fault::AheadTwice, &["step ahead"]),
+    (Fault::AheadAtLastToken, &["sample mark", "input token"]),
+    (Fault::KeepAheadOfFailed, &["output", "K/V read", "sample mark"]),
+    (Fault::AheadOfTokens, &["step ahead"]),
+    (Fault::AheadOfWaiting, &["step ahead"]),
 ];
 
 /// Seeds within which a fault must be seen.

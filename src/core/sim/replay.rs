@@ -40,6 +40,14 @@ impl Log {
         }
     }
 
+    /// The same of `plan_ahead`.
+    pub(crate) fn plan_ahead(&mut self, worker: WorkerId, is_planned: bool, plan: &StepPlan) {
+        self.encoder.planned_ahead(worker, plan, is_planned, &mut self.recording);
+        if is_planned {
+            self.plans.push(plan.clone());
+        }
+    }
+
     pub(crate) fn effects(&mut self, effects: &[Effect]) {
         self.encoder.effects(effects, &mut self.recording);
         self.effects.extend_from_slice(effects);

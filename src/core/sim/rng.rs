@@ -7,6 +7,11 @@ impl Rng {
         Rng(seed)
     }
 
+    /// Where the numbers are: the seed, before the first.
+    pub(crate) fn seed(&self) -> u64 {
+        self.0
+    }
+
     fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         mix(self.0, 0)

@@ -2,7 +2,7 @@
 
 use super::client::{Client, request_of};
 use super::coverage::Coverage;
-use super::device::{Device, Tables};
+use super::device::{Device, LastSampled, Step, Tables};
 use super::order::Ledger;
 use super::replay::Log;
 use super::rng::Rng;
@@ -28,14 +28,18 @@ struct Transfer {
 /// The state of one run. Request `n` is the n-th that was submitted.
 pub(crate) struct Run {
     rng: Rng,
-    workload: Workload,
-    engine: Engine,
+    pub(super) workload: Workload,
+    pub(super) engine: Engine,
     /// By pool.
-    devices: Vec<Device>,
+    pub(super) devices: Vec<Device>,
     /// By worker.
-    tables: Vec<Tables>,
-    clients: Vec<Client>,
-    in_flight: Vec<StepPlan>,
+    pub(super) tables: Vec<Tables>,
+    last_sampled: Vec<LastSampled>,
+    /// The step that failed before the one in flight.
+    pub(super) failed: Vec<Option<StepPlan>>,
+    pub(super) clients: Vec<Client>,
+    /// Those of a worker in order.
+    pub(super) in_flight: Vec<Step>,
     transfers: Vec<Transfer>,
     ledger: Ledger,
     tenants: Vec<TenantSpec>,
@@ -44,14 +48,14 @@ pub(crate) struct Run {
     quarantine: HashMap<(CacheSalt, Vec<TokenId>), Micros>,
     effects: Vec<Effect>,
     now: Micros,
-    coverage: Coverage,
+    pub(super) coverage: Coverage,
     pub(crate) log: Option<Log>,
 }
 
 impl Run {
     pub(crate) fn new(seed: u64, fault: Option<Fault>) -> Self {
         let mut rng = Rng::new(seed);
-        let workload = Workload::new(&mut rng, Rng::new(!seed));
+        let workload = Workload::new(&mut rng, Rng::new(!seed), seed % 5 < 2);
         let config = &workload.config;
         let mut engine = Engine::new(config.clone());
         engine.fault = fault;
@@ -62,6 +66,8 @@ impl Run {
             engine,
             devices: config.pools.iter().map(|blocks| Device::new(*blocks, config.block_size)).collect(),
             tables: config.workers.iter().map(|_| Tables::default()).collect(),
+            last_sampled: config.workers.iter().map(|_| LastSampled::default()).collect(),
+            failed: config.workers.iter().map(|_| None).collect(),
             clients: Vec::new(),
             in_flight: Vec::new(),
             transfers: Vec::new(),
@@ -109,6 +115,9 @@ impl Run {
                 if self.rng.percent(80) {
                     self.plan(WorkerId(at as u8))?;
                 }
+                if self.workload.config.plan_ahead && self.workload.ahead.percent(80) {
+                    self.plan_ahead(WorkerId(at as u8))?;
+                }
             }
             self.engine.check().map_err(|(id, detail)| Failure::new(id, detail))?;
             self.check_in_flight()?;
@@ -117,7 +126,7 @@ impl Run {
         Err(Failure::new("progress", format!("the run does not end: {:?}", self.engine.stats())))
     }
 
-    fn pool(&self, worker: WorkerId) -> usize {
+    pub(super) fn pool(&self, worker: WorkerId) -> usize {
         usize::from(self.workload.config.workers[usize::from(worker.0)].pool.0)
     }
 
@@ -218,7 +227,8 @@ impl Run {
     }
 
     fn is_busy(&self, request: RequestId) -> bool {
-        let in_step = self.in_flight.iter().flat_map(|plan| &plan.slices).any(|slice| slice.request == request);
+        let plans = self.in_flight.iter().map(|step| &step.plan).chain(self.failed.iter().flatten());
+        let in_step = plans.flat_map(|plan| &plan.slices).any(|slice| slice.request == request);
         in_step || self.transfers.iter().any(|transfer| transfer.request == request)
     }
 
@@ -249,20 +259,38 @@ impl Run {
             return Ok(());
         }
         let at = self.rng.below(self.in_flight.len() as u32) as usize;
+        // A worker's first.
+        let worker = self.in_flight[at].plan.worker;
+        let at = self.in_flight.iter().position(|step| step.plan.worker == worker).unwrap_or(at);
         self.coverage.out_of_order += u64::from(at > 0);
-        let plan = self.in_flight.remove(at);
-        let pool = self.pool(plan.worker);
+        let step = self.in_flight.remove(at);
+        if let Some(failed) = self.failed[usize::from(worker.0)].take() {
+            self.complete_behind(&step, &failed)?;
+            return self.check_ended(&failed);
+        }
+        self.execute(&step)?;
+        self.check_ended(&step.plan)
+    }
+
+    fn execute(&mut self, step: &Step) -> Result<(), Failure> {
+        let Step { plan, tables } = step;
+        let (pool, at) = (self.pool(plan.worker), usize::from(plan.worker.0));
         let device = &mut self.devices[pool];
-        let tables = &mut self.tables[usize::from(plan.worker.0)];
         let is_poisoned = plan.slices.iter().any(|slice| self.clients[slice.request.0 as usize].is_poisoned);
         if is_poisoned || (self.rng.percent(self.workload.failures) && self.rng.percent(20)) {
-            device.fail(&plan, tables)?;
-            // It may have failed before the worker had kept any of it.
-            if self.workload.later.percent(50) {
-                plan.slices.iter().for_each(|slice| tables.forget(slice.request));
-            }
+            device.fail(plan, tables)?;
+            self.last_sampled[at].note(&[]);
             self.coverage.failed_steps += 1;
             self.coverage.bisections += u64::from(plan.slices.len() > 1);
+            if self.in_flight.iter().any(|other| other.plan.worker == plan.worker) {
+                // What is behind it is on the device already.
+                self.failed[at] = Some(plan.clone());
+                return self.apply(Input::StepFailed { worker: plan.worker, step: plan.step });
+            }
+            // It may have failed before the worker had kept any of it.
+            if self.workload.later.percent(50) {
+                plan.slices.iter().for_each(|slice| self.tables[at].forget(slice.request));
+            }
             if let [slice] = &plan.slices[..] {
                 self.blame(slice.request);
             }
@@ -270,8 +298,12 @@ impl Run {
         } else {
             let mut sampled = self.engine.recycle_sampled();
             let chance = (&mut self.rng, self.workload.failures);
-            device.run(&plan, tables, &mut self.clients, chance, &mut sampled)?;
+            device.run(step, &self.last_sampled[at], &mut self.clients, chance, &mut sampled)?;
+            self.last_sampled[at].note(&sampled);
             for slice in &plan.slices {
+                let client = &self.clients[slice.request.0 as usize];
+                self.coverage.slices_over += u64::from(client.is_finished);
+                self.coverage.failed_over += u64::from(client.is_finished && client.has_failed);
                 if self.clients[slice.request.0 as usize].has_failed {
                     self.blame(slice.request);
                 }
@@ -279,6 +311,11 @@ impl Run {
             let device_us = u64::from(self.rng.pick(&[0, 1, 300]) * self.rng.below(40));
             self.apply(Input::StepDone { worker: plan.worker, step: plan.step, device_us, sampled })?;
         }
+        Ok(())
+    }
+
+    /// Who failed in a step that was reported has ended.
+    fn check_ended(&self, plan: &StepPlan) -> Result<(), Failure> {
         for slice in &plan.slices {
             let client = &self.clients[slice.request.0 as usize];
             let must_end = client.has_failed && !client.is_finished;
@@ -288,8 +325,11 @@ impl Run {
     }
 
     /// The core is about to learn that this request failed.
-    fn blame(&mut self, request: RequestId) {
+    pub(super) fn blame(&mut self, request: RequestId) {
         let client = &mut self.clients[request.0 as usize];
+        if client.is_finished {
+            return;
+        }
         client.has_failed = true;
         if !client.is_ending() {
             let key = (client.submission.salt, client.submission.prompt.clone());
@@ -328,9 +368,11 @@ impl Run {
         }
         self.coverage.lost_workers += 1;
         let pool = self.pool(worker);
-        for plan in self.in_flight.extract_if(.., |plan| plan.worker == worker) {
-            self.devices[pool].fail(&plan, &self.tables[at])?;
+        for Step { plan, tables } in self.in_flight.extract_if(.., |step| step.plan.worker == worker) {
+            self.coverage.lost_ahead += u64::from(plan.slices.iter().any(|slice| slice.last_sampled));
+            self.devices[pool].fail(&plan, &tables)?;
         }
+        self.failed[at] = None;
         self.tables[at].forget_all();
         for transfer in self.transfers.extract_if(.., |transfer| transfer.from == worker || transfer.to == worker) {
             let to = usize::from(self.workload.config.workers[usize::from(transfer.to.0)].pool.0);
@@ -357,7 +399,7 @@ impl Run {
         }
     }
 
-    fn apply(&mut self, input: Input) -> Result<(), Failure> {
+    pub(super) fn apply(&mut self, input: Input) -> Result<(), Failure> {
         self.engine_apply(input);
         self.take_effects()?;
         self.check_deadlines()
@@ -396,8 +438,10 @@ impl Run {
         before.check_evictions(&self.engine, worker, &self.effects)?;
         self.take_effects()?;
         if is_planned {
-            self.tables[usize::from(worker.0)].take(&plan)?;
-            self.in_flight.push(plan);
+            let tables = &mut self.tables[usize::from(worker.0)];
+            tables.take(&plan)?;
+            let tables = tables.of_plan(&plan);
+            self.in_flight.push(Step { plan, tables });
         }
         Ok(())
     }
@@ -465,9 +509,8 @@ impl Run {
 
     /// The devices may still read and write the blocks of each step in flight, and of each transfer.
     fn check_in_flight(&self) -> Result<(), Failure> {
-        for plan in &self.in_flight {
+        for Step { plan, tables } in &self.in_flight {
             let pool = &self.engine.pools[self.pool(plan.worker)];
-            let tables = &self.tables[usize::from(plan.worker.0)];
             let mut blocks = plan.slices.iter().flat_map(|slice| tables.of(slice));
             let freed = blocks.find(|block| pool.is_free(**block));
             check(freed.is_none(), InvariantId::Kv3, || format!("{freed:?} is free while {:?} uses it", plan.step))?;

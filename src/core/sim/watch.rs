@@ -63,7 +63,7 @@ fn pool_of(engine: &Engine, worker: WorkerId) -> usize {
 fn holdings(engine: &Engine, pool: usize) -> Vec<Holding> {
     let state = &engine.pools[pool];
     let held = |slot| state.num_live_of(slot) + state.num_cached_of(slot);
-    let is_active = |slot| held(slot) > 0 || engine.requests.iter().any(|(_, request)| request.tenant == slot);
+    let is_active = |slot| held(slot) > 0 || engine.requests.iter().any(|(_, r)| r.tenant == slot && !r.is_over);
     let active = engine.tenants.iter().filter(|(slot, _)| is_active(*slot));
     let sum: u64 = active.map(|(_, tenant)| u64::from(tenant.spec.weight.max(1))).sum();
     let holding = |(slot, tenant): (TenantSlot, &crate::tenants::Tenant)| {
@@ -84,7 +84,7 @@ impl Before {
             Phase::Running(at) | Phase::Ready(at) => pool_of(engine, at) == pool,
             Phase::Moving { from, to, .. } => pool_of(engine, from) == pool || pool_of(engine, to) == pool,
         };
-        let here = engine.requests.iter().filter(|(_, request)| is_here(request.phase));
+        let here = engine.requests.iter().filter(|(_, request)| is_here(request.phase) && !request.is_over);
         let holder = |(_, request): (_, &crate::request::Request)| {
             let tenant = request.tenant.0 as usize;
             let rank = rank(&holdings, request);

@@ -48,6 +48,10 @@ pub(crate) struct Workload {
     shared: u32,
     /// Draws what came later to the simulator, so that a seed still means the run that it was named for.
     pub(crate) later: Rng,
+    /// The same for steps ahead.
+    pub(crate) ahead: Rng,
+    /// In percent of submissions: those that no step is planned ahead of.
+    needs_tokens: u32,
 }
 
 fn tokens(rng: &mut Rng, len: u32) -> Vec<TokenId> {
@@ -55,11 +59,12 @@ fn tokens(rng: &mut Rng, len: u32) -> Vec<TokenId> {
 }
 
 impl Workload {
-    pub(crate) fn new(rng: &mut Rng, mut later: Rng) -> Self {
+    pub(crate) fn new(rng: &mut Rng, mut later: Rng, plans_ahead: bool) -> Self {
+        let mut ahead = Rng::new(later.seed().rotate_left(32));
         let stems = (0..3).map(|_| tokens(rng, 40)).collect();
         let is_split = rng.percent(50);
         Workload {
-            config: config(rng),
+            config: CoreConfig { plan_ahead: plans_ahead, ..config(rng) },
             num_requests: u64::from(8 + rng.below(24)),
             cancels: rng.pick(&[0, 10, 40]),
             failures: rng.pick(&[0, 0, 2]),
@@ -75,6 +80,8 @@ impl Workload {
             stems,
             shared: later.pick(&[0, 50, 90]),
             later,
+            needs_tokens: if plans_ahead { ahead.pick(&[0, 0, 20]) } else { 0 },
+            ahead,
         }
     }
 
@@ -139,6 +146,7 @@ impl Workload {
             prompt,
             max_new_tokens,
             min_new_tokens: rng.pick(&[0, 0, 3, 8]),
+            needs_tokens: self.ahead.percent(self.needs_tokens),
             stop_tokens,
             salt,
             shared_tokens,
@@ -176,6 +184,7 @@ fn config(rng: &mut Rng) -> CoreConfig {
         chunk_tokens_min: rng.pick(&[1, 1, 4, 100]),
         ride_along_tokens_max: rng.pick(&[0, 4, 1_000]),
         quarantine: Micros(rng.pick(&[0, 20_000, u64::MAX])),
+        plan_ahead: false,
         cost: CostModel { step_ps: u64::from(rng.below(1_000_000_000)), ..CostModel::default() },
     }
 }

@@ -100,6 +100,7 @@ impl Clock {
             prompt: (0..arrival.prompt).map(|at| at ^ ((number as u32 + 1) << 14)).collect(),
             max_new_tokens: arrival.output,
             min_new_tokens: 0,
+            needs_tokens: false,
             stop_tokens: Vec::new(),
             salt: CacheSalt(0),
             shared_tokens: 0,

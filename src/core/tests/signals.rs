@@ -24,6 +24,7 @@ fn submit(engine: &mut Engine, request: u64, tenant: u32, class: u8, prompt: u32
         prompt: (0..prompt).map(|at| at ^ ((request as u32) << 12)).collect(),
         max_new_tokens: 10,
         min_new_tokens: 0,
+        needs_tokens: false,
         stop_tokens: Vec::new(),
         salt: CacheSalt(u128::from(tenant)),
         shared_tokens: 0,
