@@ -10,7 +10,8 @@
 //! figures.rs    what came of it; report.rs: as a table or JSON
 //! ```
 //!
-//! What is absent: the front end, the sampler, the spread of real step times, and devices that slow each other down.
+//! What is absent: the front end, the sampler, steps that are planned ahead, the spread of real step times, and devices that
+//! slow each other down.
 
 mod azure;
 mod figures;

@@ -14,19 +14,21 @@
 //! its place are not until N+1 is reported, and what N+1 sampled for it is dropped. Where N fails, N+1 has run on rubbish: N
 //! counts as failed when N+1 is reported, whose results are dropped.
 //!
-//! Owner: the engine. O(running) a call, and O(tenants) where all places are taken and others wait.
+//! Owner: the engine. O(running) a call; where others wait also O(tenants) if all places are taken, else a lookup.
 
 use crate::cost::StepWork;
 use crate::fault::planted;
-use crate::request::{Request, RequestIndex};
+use crate::request::{Phase, Request, RequestIndex};
+use crate::scheduler::StepFiller;
+use crate::start::Start;
 use crate::worker::{PlannedSlice, Worker};
-use crate::{Effect, Engine, LAST_SAMPLED, Micros, Sampled, SeqSlice, StepPlan, WorkerId, policy};
+use crate::{Effect, Engine, LAST_SAMPLED, Micros, RequestId, Sampled, SeqSlice, StepId, StepPlan, WorkerId, policy};
 
 /// The step ahead of the one in flight.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Ahead {
     /// `None` when there is none, and once it is the step in flight.
-    pub(crate) step: Option<crate::StepId>,
+    pub(crate) step: Option<StepId>,
     /// Its slices, of requests that are in the step before it, too, in the same order.
     pub(crate) planned: Vec<PlannedSlice>,
     pub(crate) work: StepWork,
@@ -63,7 +65,7 @@ impl Engine {
     }
 
     /// Fills `plan` with the step that follows the one in flight on this worker; `false`, with an empty plan and nothing
-    /// changed, where that is not foreseeable. The worker takes steps in the order in which they were planned, and reports them
+    /// decided, where that is not foreseeable. The worker takes steps in the order in which they were planned, and reports them
     /// in this order. Admits and preempts nobody, so it has no effects.
     ///
     /// # Panics
@@ -71,7 +73,7 @@ impl Engine {
     pub fn plan_ahead(&mut self, worker: WorkerId, plan: &mut StepPlan) -> bool {
         plan.clear();
         let Some(missing) = self.foresee(worker) else { return false };
-        if self.could_start(worker) && !planted!(self, AheadOfWaiting) {
+        if self.could_start(worker, plan) && !planted!(self, AheadOfWaiting) {
             return false;
         }
         self.fill_ahead(worker, missing, plan);
@@ -119,15 +121,15 @@ impl Engine {
         (num_slices > 0 && fits).then_some(missing)
     }
 
-    /// Whether a waiting request could start on the worker if it were idle, as far as that is known without looking at its
-    /// blocks.
-    fn could_start(&mut self, id: WorkerId) -> bool {
+    /// Whether a waiting request might start on the worker if it were idle. Looks once at whose turn it is, until something
+    /// changes, as a plan does. `plan` stays empty.
+    fn could_start(&mut self, id: WorkerId, plan: &mut StepPlan) -> bool {
         let worker = &self.workers[usize::from(id.0)];
         if self.waiting.is_empty() || self.is_short(worker.pool()) || worker.blocked_at == Some(self.changes) {
             return false;
         }
         if worker.num_taken() < policy::running_max(&self.config) {
-            return true;
+            return self.tenants.has_floors() || self.has_room(id, plan);
         }
         // In the place of others.
         if self.duty(id).admits_max < u32::MAX || !worker.is_crowded() {
@@ -135,6 +137,25 @@ impl Engine {
         }
         let candidate = self.candidate(id);
         candidate.is_some_and(|candidate| self.workers[usize::from(id.0)].places_of(candidate.tenant) == 0)
+    }
+
+    /// Whether there is room for the request whose turn it is, where there is a place.
+    fn has_room(&mut self, id: WorkerId, plan: &mut StepPlan) -> bool {
+        let mut none = Vec::new();
+        let mut filler = StepFiller::new(self, id, plan, &mut none);
+        let Some(candidate) = filler.candidate() else { return false };
+        match filler.find_room(candidate.index) {
+            Ok(_) => {
+                self.requests[candidate.index].table.clear();
+                true
+            }
+            Err(Start::Blocked) => {
+                filler.block();
+                false
+            }
+            // Then it is another's turn.
+            Err(_) => true,
+        }
     }
 
     fn fill_ahead(&mut self, id: WorkerId, missing: u32, plan: &mut StepPlan) {
@@ -182,7 +203,7 @@ impl Engine {
     pub(crate) fn land_over(&mut self, index: RequestIndex, has_failed: bool) {
         let request = &mut self.requests[index];
         request.in_flight = false;
-        if has_failed && let crate::request::Phase::Running(worker) = request.phase {
+        if has_failed && let Phase::Running(worker) = request.phase {
             // Its K/V may be what failed: nobody may find them again.
             let pool = &mut self.pools[self.workers[usize::from(worker.0)].pool()];
             request.table.iter().for_each(|block| pool.forget(*block));
@@ -193,12 +214,7 @@ impl Engine {
     }
 
     /// The step behind a failed one is reported: what it made is dropped, and the failed one is dealt with.
-    pub(crate) fn drop_ahead(
-        &mut self,
-        worker: WorkerId,
-        results: &[(crate::RequestId, Sampled)],
-        effects: &mut Vec<Effect>,
-    ) {
+    pub(crate) fn drop_ahead(&mut self, worker: WorkerId, results: &[(RequestId, Sampled)], effects: &mut Vec<Effect>) {
         let state = &mut self.workers[usize::from(worker.0)];
         state.has_failed = false;
         let mut dropped = std::mem::take(&mut state.ahead.planned);

@@ -182,7 +182,10 @@ fn stays_where_the_next_step_is_not_foreseen() {
         server.apply(Input::Cancel { request: RequestId(1), reason: CancelReason::ClientGone });
     });
     none_ahead(config(), |server| server.submit(submission(3)));
-    // Who has no place does not matter.
+    // Who has no place, or no blocks, does not matter.
+    let (mut server, _) = decoding(config());
+    server.submit(Submission { prompt: vec![9; 70], ..submission(3) });
+    assert!(server.ahead().is_some());
     let (mut server, _) = decoding(CoreConfig { running_max: 2, ..config() });
     server.submit(submission(3));
     assert!(server.ahead().is_some());
