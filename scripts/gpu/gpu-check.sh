@@ -5,9 +5,9 @@
 #   gpu-check.sh [WEIGHTS]    WEIGHTS: a folder of SmolLM2-135M-Instruct (config, tokenizer, safetensors); without
 #                             it the checks of answers are skipped
 #
-# OUT is the folder for every step's output (./results). KVERN is the binary (beside this file). DEVICE is cuda:0. CHECKS
-# names the checks to run, by spaces (all): for a machine that is lent for minutes.
-# Needs nvidia-smi, Python 3 with torch and, for the answers, transformers; compute-sanitizer where there is one.
+# OUT is the folder for every step's output (./results). KVERN is the binary (beside this file). DEVICE is cuda:0.
+# CHECKS names the checks to run, by spaces (all): for a machine that is lent for minutes. Needs nvidia-smi, Python 3
+# with torch and, for the answers, transformers; compute-sanitizer where there is one.
 set -uo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
