@@ -18,9 +18,9 @@ use crate::attention_plan::{AttentionLimits, RESERVED_BLOCK_SIZE, sequences};
 use crate::ops::Attention;
 use crate::{HeadLayout, KernelError, KvCache, KvShape, Result, SequenceBatch, Tensor};
 
-/// Head sizes that kernels on matrix units were compiled for, and the most of the f32 one.
+/// Head sizes that kernels on matrix units were compiled for, and the most of the others.
 const HEAD_DIMS: [usize; 4] = [64, 96, 128, 256];
-const F32_HEAD_DIM_MAX: usize = 256;
+const HEAD_DIM_MAX: usize = 256;
 /// Query rows of a tile of the f32 kernel.
 const F32_TILE_ROWS: usize = 4;
 /// Partial results that there is room for, unless the longest sequence alone needs more. Rows that find no room are not cut.
@@ -76,10 +76,7 @@ impl AttentionKernels {
     fn new(driver: &dyn Driver, element: Element, heads: HeadLayout) -> Result<(Self, u32)> {
         let dim = heads.head_dim;
         if element == Element::F32 {
-            if dim > F32_HEAD_DIM_MAX {
-                let expected = format!("heads of at most {F32_HEAD_DIM_MAX} values on a GPU");
-                return Err(KernelError::shape("attention plan", expected, dim));
-            }
+            check_head("attention plan", dim)?;
             return Ok((AttentionKernels::F32 { attention: driver.kernel("kvern_attention_f32", 0)? }, 1));
         }
         if !HEAD_DIMS.contains(&dim) || heads.group() > launch::prefill_rows(dim) {
@@ -415,6 +412,15 @@ impl DevicePlan {
             head_dim: args.heads.head_dim as u32,
         }
     }
+}
+
+/// What any kernel that goes over heads takes: pairs of values, and no more than it has shared memory for.
+pub(super) fn check_head(op: &'static str, dim: usize) -> Result<()> {
+    if dim.is_multiple_of(2) && dim <= HEAD_DIM_MAX {
+        return Ok(());
+    }
+    let expected = format!("heads of an even number of values, at most {HEAD_DIM_MAX}, on a GPU");
+    Err(KernelError::shape(op, expected, dim))
 }
 
 fn with_shared(shape: LaunchShape, bytes: usize) -> LaunchShape {
