@@ -3,8 +3,7 @@
 use kvern_kernels::ops::{self, Attention, QkNorm, RopeAndStore};
 use kvern_kernels::reference::{self, Attend, Products};
 use kvern_kernels::{
-    AttentionLimits, AttentionPlan, Element, HeadLayout, KvCache, KvShape, RopeTable, SequenceBatch, StepInputs,
-    StepRows,
+    AttentionLimits, AttentionPlan, Element, HeadLayout, KvCache, KvShape, RopeTable, SequenceBatch, StepRows,
 };
 
 use super::matrices::Random;
@@ -79,11 +78,14 @@ fn check(rig: &Rig, case: &Case) {
     let rope = RopeTable::new(&rig.device, &[1.0], 1.0, 1).unwrap();
     let mut rows = rig.tensor(row_len, &fused.concat());
     let zeros = vec![0; slots.len()];
-    rig.with_indices(&StepRows { ids: &zeros, positions: &zeros, slots: &slots, sample_rows: &[0] }, |at| {
-        let (positions, slots) = (at.positions, at.slots);
-        let args = RopeAndStore { heads, norm: None, rope: &rope, positions, slots, layer: LAYER };
-        ops::rope_and_store(&rig.device, &args, &mut rows, &mut paged.kv).unwrap();
-    });
+    rig.with_indices(
+        &StepRows { ids: &zeros, positions: &zeros, slots: &slots, sample_rows: &[0], last_sampled: &[] },
+        |at| {
+            let (positions, slots) = (at.positions, at.slots);
+            let args = RopeAndStore { heads, norm: None, rope: &rope, positions, slots, layer: LAYER };
+            ops::rope_and_store(&rig.device, &args, &mut rows, &mut paged.kv).unwrap();
+        },
+    );
 
     let mut sums = vec![0];
     let mut queries = Vec::new();
@@ -104,6 +106,7 @@ fn check(rig: &Rig, case: &Case) {
         sequences_max: contexts.len(),
         context_max: *contexts.iter().max().unwrap(),
         windows: case.windows,
+        ..AttentionLimits::new(1, 1, 1)
     };
     let mut plan = AttentionPlan::new(&rig.device, heads, &limits).unwrap();
     plan.update(&rig.device, &batch, &paged.kv, None).unwrap();
@@ -226,12 +229,15 @@ fn check_rope(rig: &Rig, case: &RopeCase) {
     let fused = rig.values(&mut random, rows * row_len, 2.0);
     let (positions, slots): (Vec<u32>, Vec<u32>) = ((0..rows as u32).collect(), paged.slots(0, rows).collect());
     let mut qkv = rig.tensor(row_len, &fused);
-    rig.with_indices(&StepRows { ids: &positions, positions: &positions, slots: &slots, sample_rows: &[0] }, |at| {
-        let norm = norm.then_some(QkNorm { q: &q_weight, k: &k_weight, eps });
-        let (positions, slots) = (at.positions, at.slots);
-        let args = RopeAndStore { heads, norm, rope: &rope, positions, slots, layer: LAYER };
-        ops::rope_and_store(&rig.device, &args, &mut qkv, &mut paged.kv).unwrap();
-    });
+    rig.with_indices(
+        &StepRows { ids: &positions, positions: &positions, slots: &slots, sample_rows: &[0], last_sampled: &[] },
+        |at| {
+            let norm = norm.then_some(QkNorm { q: &q_weight, k: &k_weight, eps });
+            let (positions, slots) = (at.positions, at.slots);
+            let args = RopeAndStore { heads, norm, rope: &rope, positions, slots, layer: LAYER };
+            ops::rope_and_store(&rig.device, &args, &mut qkv, &mut paged.kv).unwrap();
+        },
+    );
 
     let mut expected = fused;
     for (position, row) in expected.chunks_mut(row_len).enumerate() {
@@ -260,7 +266,7 @@ fn check_stored(rig: &Rig, paged: &Paged, what: &str, found: &[f32], expected: &
     let (row_len, head_dim, scale) = (row_len(heads), heads.head_dim, 1.0 / (heads.head_dim as f32).sqrt());
     let [_, k_start, v_start] = reference::fused_heads(heads);
     let windows = [None, Some(1)];
-    let limits = AttentionLimits { tokens_max: rows, sequences_max: 1, context_max: rows, windows: &windows };
+    let limits = AttentionLimits { windows: &windows, ..AttentionLimits::new(rows, 1, rows) };
     let mut plan = AttentionPlan::new(&rig.device, heads, &limits).unwrap();
     let batch = SequenceBatch {
         cu_seqlens_q: &[0, rows as u32],
@@ -327,13 +333,12 @@ fn a_rows_bits_do_not_depend_on_the_batch() {
         let slots: Vec<u32> = (0..contexts.len()).flat_map(|at| paged.slots(at, contexts[at])).collect();
         let rope = RopeTable::new(&rig.device, &[], 1.0, 1).unwrap();
         let (mut qkv, zeros) = (rig.tensor(row_len, &fused), vec![0; rows]);
-        let mut inputs = StepInputs::new(&rig.device, rows, 1).unwrap();
-        let step = StepRows { ids: &zeros, positions: &zeros, slots: &slots, sample_rows: &[0] };
-        let at = inputs.update(&rig.device, &step, None, paged.kv.scratch_slot()).unwrap();
-        let args =
-            RopeAndStore { heads, norm: None, rope: &rope, positions: at.positions, slots: at.slots, layer: LAYER };
-        ops::rope_and_store(&rig.device, &args, &mut qkv, &mut paged.kv).unwrap();
-        rig.device.synchronize().unwrap();
+        let step = StepRows { ids: &zeros, positions: &zeros, slots: &slots, sample_rows: &[0], last_sampled: &[] };
+        rig.with_indices(&step, |at| {
+            let (positions, slots) = (at.positions, at.slots);
+            let args = RopeAndStore { heads, norm: None, rope: &rope, positions, slots, layer: LAYER };
+            ops::rope_and_store(&rig.device, &args, &mut qkv, &mut paged.kv).unwrap();
+        });
 
         let mut plan = AttentionPlan::new(&rig.device, heads, &AttentionLimits::new(4, 4, 700)).unwrap();
         let queries = &fused[..4 * row_len];

@@ -29,7 +29,10 @@ use std::sync::Arc;
 
 use half::{bf16, f16};
 use kvern_cuda_shim::device::{Options, ShimDriver};
-use kvern_kernels::{Device, Element, HeadLayout, KvDType, StepIndices, StepInputs, StepRows, Tensor};
+use kvern_kernels::{
+    AttentionLimits, AttentionPlan, Device, Element, HeadLayout, KvCache, KvDType, KvShape, SequenceBatch, StepIndices,
+    StepInputs, StepRows, Tensor,
+};
 use matrices::Random;
 
 const ELEMENTS: [Element; 3] = [Element::F32, Element::BF16, Element::F16];
@@ -89,10 +92,31 @@ impl Rig {
         tensor.read(&self.device).unwrap()
     }
 
-    /// Runs `work` with a step's numbers on the device.
+    /// Runs `work` with a step's numbers on the device, which makes positions and slots by itself: each row is a sequence of its
+    /// own, in blocks of one position, of which the last is the row's slot.
     fn with_indices<R>(&self, rows: &StepRows<'_>, work: impl FnOnce(&StepIndices<'_>) -> R) -> R {
-        let mut inputs = StepInputs::new(&self.device, rows.ids.len(), rows.sample_rows.len()).unwrap();
-        let result = work(&inputs.update(&self.device, rows, None, 0).unwrap());
+        let (device, count) = (&self.device, rows.ids.len());
+        let stride = rows.positions.iter().max().map_or(1, |&last| last as usize + 1);
+        let mut tables = vec![0; count * stride];
+        for (row, (&position, &slot)) in rows.positions.iter().zip(rows.slots).enumerate() {
+            tables[row * stride + position as usize] = slot;
+        }
+        let blocks = rows.slots.iter().max().map_or(1, |&last| last as usize + 1);
+        let shape = KvShape { layers: 1, blocks, block_size: 1, kv_heads: 1, head_dim: 64, dtype: self.kv_dtype() };
+        let kv = KvCache::new(device, shape).unwrap();
+        let mut plan =
+            AttentionPlan::new(device, layout([1, 1, 64]), &AttentionLimits::new(count, count, stride)).unwrap();
+        let batch = SequenceBatch {
+            cu_seqlens_q: &(0..=count as u32).collect::<Vec<_>>(),
+            context_lens: &rows.positions.iter().map(|position| position + 1).collect::<Vec<_>>(),
+            block_tables: &tables,
+            block_table_stride: stride,
+        };
+        plan.update(device, &batch, &kv, None).unwrap();
+        let mut inputs = StepInputs::new(device, count, count.max(rows.sample_rows.len())).unwrap();
+        let indices = inputs.update(device, rows, &batch, &plan, None).unwrap();
+        inputs.build(device).unwrap();
+        let result = work(&indices);
         self.device.synchronize().unwrap();
         result
     }
@@ -124,7 +148,8 @@ fn layout([heads, kv_heads, head_dim]: [usize; 3]) -> HeadLayout {
 
 /// Numbers that are used as ids and nothing else.
 fn as_ids(ids: &[u32]) -> StepRows<'_> {
-    StepRows { ids, positions: ids, slots: ids, sample_rows: ids }
+    const NONE: [u32; 64] = [0; 64];
+    StepRows { ids, positions: &NONE[..ids.len()], slots: &NONE[..ids.len()], sample_rows: ids, last_sampled: &[] }
 }
 
 /// The numbers below `len` in some order.

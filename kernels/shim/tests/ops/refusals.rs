@@ -41,11 +41,23 @@ fn indices_and_tables() {
         refused(ops::embed(device, &table, at.ids, &mut short), "room for 2 output rows");
         refused(ops::embed(device, &table, at.ids, &mut narrow), "64 output columns");
     });
-    let mut inputs = StepInputs::new(device, 2, 1).unwrap();
-    let rows = |ids, positions| StepRows { ids, positions, slots: ids, sample_rows: &[0] };
-    refused(inputs.update(device, &rows(&[0, 1], &[0]), None, 0), "as many ids");
-    refused(inputs.update(device, &rows(&[0, 1], &[0, 1]), Some(1), 0), "as many ids");
-    refused(inputs.update(device, &rows(&[0; 3], &[0; 3]), None, 0), "at most 2 entries");
+    let mut inputs = StepInputs::new(device, 2, 3).unwrap();
+    let rows = |ids| StepRows { ids, positions: ids, slots: ids, sample_rows: &[0], last_sampled: &[] };
+    let kv = KvCache::new(device, shape(KvDType::BF16, 64)).unwrap();
+    let mut plan = AttentionPlan::new(device, layout([2, 1, 64]), &AttentionLimits::new(4, 4, 16)).unwrap();
+    let mut update = |rows: &StepRows<'_>, sequences: usize, padded| {
+        let batch = SequenceBatch {
+            cu_seqlens_q: &[0, 1, 2, 3][..=sequences],
+            context_lens: &[1; 3][..sequences],
+            block_tables: &[0; 3][..sequences],
+            block_table_stride: 1,
+        };
+        plan.update(device, &batch, &kv, None)?;
+        inputs.update(device, rows, &batch, &plan, padded).map(drop)
+    };
+    refused(update(&rows(&[0]), 2, None), "2 ids, as planned");
+    refused(update(&rows(&[0, 1]), 2, Some(1)), "2 ids, as planned");
+    refused(update(&rows(&[0; 3]), 3, None), "at most 2 entries");
     rig.device.synchronize().unwrap();
 }
 
@@ -100,13 +112,20 @@ fn other_devices_and_logits() {
     let weight = Weight::pack(&cpu, &[stored], Precision::AsStored).unwrap();
     let (x, mut out) = (rig.tensor(8, &[0.0; 8]), rig.poisoned(1, 4));
     refused(ops::matmul(device, &x, &weight, None, &mut out), "a weight on the GPU");
-    assert!(DeviceSampler::new(&cpu, 1, 4, 0).unwrap().is_none());
-    let mut sampler = DeviceSampler::new(device, 2, 4, 0).unwrap().unwrap();
+    let tokens = |device| StepInputs::new(device, 1, 2).unwrap().sampled_tokens();
+    assert!(DeviceSampler::new(&cpu, tokens(&cpu), 1, 4, 0).unwrap().is_none());
+    refused(
+        DeviceSampler::new(device, tokens(device), 1000, 4, 0).map(|_| ()),
+        "sizes in range, as of the model's steps",
+    );
+    let mut sampler = DeviceSampler::new(device, tokens(device), 2, 4, 0).unwrap().unwrap();
     let f32 = |rows, cols| Tensor::f32(device, rows, cols).unwrap();
     for logits in [rig.tensor(4, &[0.0; 4]), f32(1, 5), f32(0, 4)] {
         sampler.begin();
-        sampler.push(device, &logits, plain(1, 0.0).params, [].into_iter(), [].into_iter()).unwrap();
-        refused(sampler.finish(device, &logits), "1 rows of 4 F32 logits");
+        sampler.push(plain(1, 0.0).params, [].into_iter(), [].into_iter());
+        sampler.upload(device).unwrap();
+        refused(sampler.launch(device, &logits), "1 rows of 4 F32 logits");
+        refused(sampler.finish().map(|_| ()), "a step under way");
         rig.device.synchronize().unwrap();
     }
 }

@@ -1,6 +1,8 @@
 //! Logits to tokens, against a reference that sorts.
 
-use kvern_kernels::{DeviceSampler, Element, Format, Precision, SampleBias, SampleCount, Tensor, Weight, ops};
+use kvern_kernels::{
+    DeviceSampler, Element, Format, Precision, SampleBias, SampleCount, StepInputs, Tensor, Weight, ops,
+};
 
 use super::matrices::{Random, view};
 use super::support::sampling::{Row, expected, plain, with};
@@ -18,9 +20,11 @@ struct Sampled {
 fn sample(rig: &Rig, sampler: &mut DeviceSampler, logits: &Tensor, rows: &[Row]) -> Sampled {
     sampler.begin();
     for Row { params, biases, counts } in rows {
-        sampler.push(&rig.device, logits, *params, biases.iter().copied(), counts.iter().copied()).unwrap();
+        sampler.push(*params, biases.iter().copied(), counts.iter().copied());
     }
-    let sampled = sampler.finish(&rig.device, logits).unwrap();
+    sampler.upload(&rig.device).unwrap();
+    sampler.launch(&rig.device, logits).unwrap();
+    let sampled = sampler.finish().unwrap();
     let (tokens, logprobs) = sampled.iter().map(|row| (row.token, row.logprob)).unzip();
     let top = |(at, row): (usize, &Row)| sampler.top(at, row.params.top_logprobs as usize).to_vec();
     Sampled { tokens, logprobs, top: rows.iter().enumerate().map(top).collect() }
@@ -52,7 +56,8 @@ fn check(rig: &Rig, sampler: &mut DeviceSampler, logits: &[f32], rows: &[Row]) {
 }
 
 fn sampler(rig: &Rig, rows_max: usize, vocab: usize) -> DeviceSampler {
-    DeviceSampler::new(&rig.device, rows_max, vocab, TOP_MAX).unwrap().unwrap()
+    let tokens = StepInputs::new(&rig.device, 1, rows_max).unwrap().sampled_tokens();
+    DeviceSampler::new(&rig.device, tokens, rows_max, vocab, TOP_MAX).unwrap().unwrap()
 }
 
 /// Biases of every third token, one of them that forbids, and counts of every second one.

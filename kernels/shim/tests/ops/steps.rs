@@ -87,19 +87,23 @@ impl Layer {
             block_table_stride: STRIDE,
         };
         let sample_rows: Vec<u32> = sums[1..].iter().rev().map(|end| end - 1).collect();
-        let rows = StepRows { ids: &ids, positions: &positions, slots: &slots, sample_rows: &sample_rows };
+        let rows =
+            StepRows { ids: &ids, positions: &positions, slots: &slots, sample_rows: &sample_rows, last_sampled: &[] };
         let padded = if padding == Padding::None { None } else { self.graphs.padded_rows(&batch, &self.kv) };
         assert!(padding == Padding::None || padded.is_some_and(|padded| padded >= sequences.len()), "{padded:?}");
-        let scratch_slot = self.kv.scratch_slot();
-        let at = self.inputs.update(&rig.device, &rows, padded, scratch_slot).unwrap();
-        self.plan.update(&rig.device, &batch, &self.kv, padded).unwrap();
-        let Layer { heads, table, head, norms, rope, plan, graphs, kv, .. } = self;
+        assert_eq!(self.plan.update(&rig.device, &batch, &self.kv, padded).unwrap(), padded);
+        let at = self.inputs.update(&rig.device, &rows, &batch, &self.plan, padded).unwrap();
+        let Layer { heads, table, head, norms, rope, inputs, plan, graphs, kv, .. } = self;
         let out = (&mut self.qkv, &mut self.attended, &mut self.normed, &mut self.sampled, &mut self.logits);
         let model = (*heads, &*table, &*head, &*norms, &*rope, &*plan);
+        let work = |kv: &mut KvCache| {
+            inputs.build(&rig.device)?;
+            forward(rig, model, &at, kv, out)
+        };
         if padding == Padding::Captured {
-            graphs.run(&rig.device, padded, kv, |kv| forward(rig, model, &at, kv, out)).unwrap();
+            graphs.run(&rig.device, padded, kv, work).unwrap();
         } else {
-            forward(rig, model, &at, kv, out).unwrap();
+            work(kv).unwrap();
         }
         // A replay leaves the tensors' rows as they were.
         self.logits.set_rows(sequences.len());
