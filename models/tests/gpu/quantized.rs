@@ -5,7 +5,7 @@ use kvern_kernels::{Element, Precision};
 use kvern_models::{LoadFormat, LoadOptions, ModelFiles, StepLimits};
 
 use super::common::gguf_writer::{GgufWriter, Meta};
-use super::{Rig, check_conversation, conversation};
+use super::{Rig, TOLERANCE, check_conversation, conversation};
 
 const HIDDEN: usize = 256;
 const FEED_FORWARD: usize = 256;
@@ -107,7 +107,7 @@ fn quantized_models_match_the_cpus() {
     let expected = conversation(&mut Rig::cpu(&files, &options(Precision::F32)));
     let spread = expected.iter().flatten().fold(0.0, |most: f32, logit| most.max(logit.abs()));
     println!("logits up to {spread}");
-    for (element, tolerance) in [(Element::F32, 1e-4), (Element::BF16, 0.15)] {
+    for (element, tolerance) in [(Element::F32, TOLERANCE), (Element::BF16, 0.15)] {
         check_conversation(&files, element, &options(Precision::AsStored), &expected, tolerance);
     }
 }
