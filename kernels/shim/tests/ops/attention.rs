@@ -66,7 +66,8 @@ const fn case(
     Case { heads, block_size, windows, sequences }
 }
 
-/// Queries are the last rows of each sequence. At position 0 nothing turns, so that the cache holds exactly what rows had.
+/// Queries are the last rows of each sequence. At position 0 nothing turns, so that the cache holds exactly what rows
+/// had.
 fn check(rig: &Rig, case: &Case) {
     let heads = layout(case.heads);
     let (row_len, head_dim) = (row_len(heads), heads.head_dim);
@@ -122,8 +123,8 @@ fn check(rig: &Rig, case: &Case) {
     }
 }
 
-/// Kernels round each weight of the softmax to the type of K and V (half a unit of the weight, and so of a mean of values up to 2)
-/// and the result once; the rest is the order of f32 sums, 1e-5 of values up to 2.
+/// Kernels round each weight of the softmax to the type of K and V (half a unit of the weight, and so of a mean of
+/// values up to 2) and the result once; the rest is the order of f32 sums, 1e-5 of values up to 2.
 fn compare(rig: &Rig, case: &Case, window: Option<u32>, fused: &[Vec<f32>], found: &[f32]) {
     let heads = layout(case.heads);
     let (row_len, head_dim) = (row_len(heads), heads.head_dim);
@@ -290,7 +291,8 @@ fn check_stored(rig: &Rig, paged: &Paged, what: &str, found: &[f32], expected: &
         assert_eq!(own, &v[position * head_dim..][..head_dim], "{what}: v of row {position}, head {head}");
         let q = &found[position * row_len + head * head_dim..][..head_dim];
         let attend = Attend { q, k: &k, v: &v, scale, position, window: None, products: Products::F32 };
-        // A value of K may be rounded the other way. That moves a score by `moved` at most, and so weights by e^(2 moved).
+        // A value of K may be rounded the other way. That moves a score by `moved` at most, and so weights by e^(2
+        // moved).
         let moves =
             |k: &[f32]| -> f32 { q.iter().zip(k).map(|(q, k)| q.abs() * (2.0 * rig.epsilon() * k.abs() + 4e-6)).sum() };
         let moved = k.chunks(head_dim).take(position + 1).map(moves).fold(0.0, f32::max) * scale;

@@ -1,7 +1,7 @@
 //! Every op of the public API on a GPU's [`Device`] against the scalar references, over tables of shapes and types.
 //!
-//! The GPU is the shim, which refuses work in a wrong order; with `KVERN_TEST_GPU=1` and the feature `cuda` it is the machine's
-//! first one. Nothing is read from files.
+//! The GPU is the shim, which refuses work in a wrong order; with `KVERN_TEST_GPU=1` and the feature `cuda` it is the
+//! machine's first one. Nothing is read from files.
 //!
 //! ```text
 //! products.rs   products with weights of every format, alone and stacked

@@ -104,7 +104,8 @@ fn check(rig: &Rig, packed: &Packed, rows: usize, with_bias: bool, logits: bool)
         let products = x[row * cols..][..cols].iter().zip(&values[output * cols..][..cols]);
         let terms = products.map(|(x, w)| f64::from(*x) * f64::from(*w));
         let (sum, size) = terms.fold((bias, bias.abs()), |(sum, size), term| (sum + term, size + term.abs()));
-        // Sums of f32 in any order, each addition off by 2^-23 of what there is, where matrix units cut off; then one rounding.
+        // Sums of f32 in any order, each addition off by 2^-23 of what there is, where matrix units cut off; then one
+        // rounding.
         let tolerance = (size * (cols + 1) as f64 / 8_388_608.0) as f32;
         let rounding = epsilon(if logits { Element::F32 } else { rig.element });
         close(&format!("{what} at {row}, {output}"), &[*found], &[sum as f32], rounding, tolerance + rig.tiny());

@@ -68,8 +68,8 @@ fn norms_gates_and_gathers() {
     }
 }
 
-/// Sums of squares are positive, so that each addition's 2^-24 counts once; 1e-6 has room for a hundred in a row, whose square
-/// root is taken, and for three more roundings. What is left is the rounding of the result.
+/// Sums of squares are positive, so that each addition's 2^-24 counts once; 1e-6 has room for a hundred in a row, whose
+/// square root is taken, and for three more roundings. What is left is the rounding of the result.
 fn check_norms(rig: &Rig, rows: usize, cols: usize) {
     let what = format!("{} norm of {rows} x {cols}", rig.element);
     let mut random = Random(cols as u64);

@@ -1,5 +1,5 @@
-//! Whole decode steps of a model of one layer: a step that is laid out for more rows than it has, eager or captured, has the bits
-//! of one that is not, and rows have those that they have alone.
+//! Whole decode steps of a model of one layer: a step that is laid out for more rows than it has, eager or captured,
+//! has the bits of one that is not, and rows have those that they have alone.
 
 use kvern_kernels::ops::{self, Attention, QkNorm, RopeAndStore};
 use kvern_kernels::{
@@ -66,7 +66,8 @@ impl Layer {
         }
     }
 
-    /// Runs the last `queries` tokens of some sequences with these contexts; the logits of their last rows, last sequence first.
+    /// Runs the last `queries` tokens of some sequences with these contexts; the logits of their last rows, last
+    /// sequence first.
     fn step(&mut self, rig: &Rig, sequences: &[(usize, usize)], queries: usize, padding: Padding) -> Vec<f32> {
         let (mut ids, mut positions, mut slots, mut tables) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for &(sequence, context) in sequences {
