@@ -107,8 +107,7 @@ impl DevicePlan {
             AttentionKernels::Tiles { .. } => launch::prefill_rows(heads.head_dim) / heads.group(),
         };
         let AttentionLimits { tokens_max, sequences_max, context_max, windows, shared_prefix_bytes } = *limits;
-        let pieces =
-            context_max.div_ceil(piece_len(context_max as u32) as usize).max(context_max.min(4096).div_ceil(256));
+        let pieces = pieces_max(context_max);
         let partials = match kernels {
             AttentionKernels::F32 { .. } => 0,
             AttentionKernels::Tiles { .. } => PARTIALS_MAX.max(pieces).min(pieces * sequences_max),
@@ -212,6 +211,7 @@ impl DevicePlan {
         let token_bytes = (kv.block_bytes() / kv.block_size) as u64;
         let fits = |own: &WindowPlan| own.plan.has_room(&self.decode_queries, &self.prefixes.found);
         let is_worth = !self.prefixes.found.is_empty()
+            && self.windows.iter().any(|own| own.window.is_none())
             && self.cascade_rows > 0
             && self.prefixes.saved_tokens.saturating_mul(token_bytes) >= self.shared_prefix_bytes
             && self.windows.iter().filter(|own| own.window.is_none()).all(fits);
@@ -423,6 +423,25 @@ pub(super) fn check_head(op: &'static str, dim: usize) -> Result<()> {
     Err(KernelError::shape(op, expected, dim))
 }
 
+/// Pieces of the context of at most `context_max` positions that is cut into the most: each length of pieces at its longest context.
+fn pieces_max(context_max: usize) -> usize {
+    let pieces = |context: usize| context.div_ceil(piece_len(context as u32) as usize);
+    [4096, 32_768, context_max].map(|context| pieces(context.min(context_max))).into_iter().max().unwrap_or(1)
+}
+
 fn with_shared(shape: LaunchShape, bytes: usize) -> LaunchShape {
     LaunchShape { shared_bytes: bytes as u32, ..shape }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_shorter_context_is_cut_into_more_pieces() {
+        for context_max in [1, 255, 257, 4096, 4097, 9000, 20_480, 32_768, 32_769, 40_960, 65_535, 65_537, 131_072] {
+            let most = (1..=context_max).map(|context: usize| context.div_ceil(piece_len(context as u32) as usize)).max();
+            assert_eq!(Some(pieces_max(context_max)), most, "up to {context_max}");
+        }
+    }
 }
