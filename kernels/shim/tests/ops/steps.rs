@@ -189,7 +189,7 @@ fn only_decode_steps_are_padded() {
     rig.device.synchronize().unwrap();
     let mut graphs = StepGraphs::new(&rig.device, SEQUENCES);
     assert_eq!(graphs.ladder(), [1, 2, 4, 6]);
-    let tables = vec![0; 7];
+    let tables = [0; 7];
     let padded = |graphs: &StepGraphs, sums: &[u32]| {
         let sequences = sums.len() - 1;
         let batch = SequenceBatch {
