@@ -44,6 +44,10 @@ impl Layer {
         let (table, head) = (random.weights(Format::BF16, VOCAB * ROW), random.weights(Format::Q8_0, VOCAB * OUT));
         let norms = [64, 64, OUT].map(|cols| rig.tensor(cols, &rig.values(&mut random, cols, 1.5)));
         let blocks = SEQUENCES * STRIDE;
+        // A sequence has slot 0, so that a row that was not asked for shows if it is written there.
+        let mut tables = shuffled(&mut random, blocks);
+        let first = tables.iter().position(|&block| block == 0).unwrap();
+        tables.swap(first, STRIDE);
         let shape = KvShape { layers: 1, blocks, block_size: BLOCK, kv_heads: 2, head_dim: 64, dtype: rig.kv_dtype() };
         let limits = AttentionLimits::new(STRIDE * BLOCK, SEQUENCES, STRIDE * BLOCK);
         let tensor = |rows: usize, cols: usize| Tensor::zeros(device, rows, cols).unwrap();
@@ -57,7 +61,7 @@ impl Layer {
             plan: AttentionPlan::new(device, heads, &limits).unwrap(),
             graphs: StepGraphs::new(device, SEQUENCES),
             kv: KvCache::new(device, shape).unwrap(),
-            tables: shuffled(&mut random, blocks),
+            tables,
             qkv: tensor(STRIDE * BLOCK, ROW),
             attended: tensor(STRIDE * BLOCK, OUT),
             normed: tensor(STRIDE * BLOCK, OUT),
