@@ -440,7 +440,8 @@ mod tests {
     #[test]
     fn no_shorter_context_is_cut_into_more_pieces() {
         for context_max in [1, 255, 257, 4096, 4097, 9000, 20_480, 32_768, 32_769, 40_960, 65_535, 65_537, 131_072] {
-            let most = (1..=context_max).map(|context: usize| context.div_ceil(piece_len(context as u32) as usize)).max();
+            let most =
+                (1..=context_max).map(|context: usize| context.div_ceil(piece_len(context as u32) as usize)).max();
             assert_eq!(Some(pieces_max(context_max)), most, "up to {context_max}");
         }
     }
