@@ -109,8 +109,9 @@ fn answers(asks: &[Ask]) -> Vec<Answer> {
     answers
 }
 
-/// Does with a server that plans ahead what `run` says, and checks that steps were, and that all of it can be repeated.
-fn ahead(workers: WorkerLayout, pools: PoolLayout, engine: EngineConfig, run: impl Fn(&Runtime)) {
+/// Does with a server that plans ahead what `run` says, and checks that all of it can be repeated; gives the number of steps that
+/// were planned ahead.
+fn ahead(workers: WorkerLayout, pools: PoolLayout, engine: EngineConfig, run: impl Fn(&Runtime)) -> u64 {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("ahead.rec");
     let scheduling = SchedulingConfig { workers, pools, ..SchedulingConfig::default() };
@@ -120,7 +121,7 @@ fn ahead(workers: WorkerLayout, pools: PoolLayout, engine: EngineConfig, run: im
     runtime.join();
     let outcome = replay(std::fs::File::open(&path).unwrap(), "recording").unwrap();
     assert!(outcome.is_same(), "{workers:?}, {pools:?}: {:?}", outcome.end);
-    assert!(outcome.replayed.steps_ahead > 5, "{workers:?}, {pools:?}: {outcome:?}");
+    outcome.replayed.steps_ahead
 }
 
 #[test]
@@ -135,10 +136,11 @@ fn steps_ahead_say_what_steps_one_by_one_say() {
         (WorkerLayout::Split, PoolLayout::Apart),
     ];
     for (workers, pools) in layouts {
-        ahead(workers, pools, engine(), |runtime| {
+        let num_ahead = ahead(workers, pools, engine(), |runtime| {
             assert_eq!(tokens(&together(runtime, &asks)), tokens(&expected), "{workers:?}, {pools:?}, cold");
             assert_eq!(tokens(&together(runtime, &asks)), tokens(&expected), "{workers:?}, {pools:?}, warm");
         });
+        assert!(num_ahead > 5, "{workers:?}, {pools:?}: {num_ahead} steps ahead");
     }
     let block = 2 * 30 * 16 * 3 * 64 * 2;
     let memory = EngineConfig { kv_cache_memory_bytes: Some(20 * block), max_model_len: Some(320), ..engine() };
@@ -158,7 +160,7 @@ fn steps_ahead_say_what_steps_one_by_one_say() {
 fn steps_ahead_outlive_clients_that_leave_and_workers_that_die() {
     let asks = plain_asks();
     let expected = answers(&asks);
-    ahead(WorkerLayout::Split, PoolLayout::Shared, engine(), |runtime| {
+    let num_ahead = ahead(WorkerLayout::Split, PoolLayout::Shared, engine(), |runtime| {
         let streams: Vec<_> = asks.iter().map(|ask| submit(&runtime.handle, ask)).collect();
         let mut streams: Vec<_> = streams.into_iter().map(Some).collect();
         // Every fifth client leaves at its second token.
@@ -177,4 +179,5 @@ fn steps_ahead_outlive_clients_that_leave_and_workers_that_die() {
         assert_eq!(tokens(&together(runtime, &asks)), tokens(&expected), "on the prefill worker alone");
         assert!(runtime.handle.health().live);
     });
+    assert!(num_ahead > 5, "{num_ahead} steps ahead");
 }

@@ -1,5 +1,5 @@
 //! A whole turn of the core (`plan`, then `apply` of its `StepDone`) with all requests decoding, alone and with 10,000 waiting,
-//! for a place or for blocks.
+//! for a place or for blocks, and with steps planned ahead.
 
 use divan::Bencher;
 use kvern_core::{
@@ -26,6 +26,7 @@ enum Lack {
 
 fn engine(num_running: u32, num_waiting: u32, lack: Lack) -> Engine {
     let mut engine = Engine::new(CoreConfig {
+        plan_ahead: true,
         step_tokens_max: 8192,
         running_max: match lack {
             Lack::Places => num_running,
@@ -70,6 +71,18 @@ fn engine(num_running: u32, num_waiting: u32, lack: Lack) -> Engine {
 fn turn(engine: &mut Engine, plan: &mut StepPlan, effects: &mut Vec<Effect>) {
     effects.clear();
     assert!(engine.plan(WorkerId(0), plan, effects), "requests run");
+    report(engine, plan, effects);
+}
+
+/// The same with two plans, the first of which is in flight before and after.
+fn turn_ahead(engine: &mut Engine, plans: &mut [StepPlan; 2], effects: &mut Vec<Effect>) {
+    effects.clear();
+    assert!(engine.plan_ahead(WorkerId(0), &mut plans[1]), "all of them go on");
+    report(engine, &plans[0], effects);
+    plans.swap(0, 1);
+}
+
+fn report(engine: &mut Engine, plan: &StepPlan, effects: &mut Vec<Effect>) {
     let mut sampled = engine.recycle_sampled();
     let samples = plan.slices.iter().filter(|slice| slice.sample);
     sampled.extend(samples.map(|slice| (slice.request, Sampled::Token(100))));
@@ -104,4 +117,17 @@ fn decode_step_10_000_wait_for_places(bencher: Bencher, num_running: u32) {
 #[divan::bench(args = [256], sample_count = 100, sample_size = 2)]
 fn decode_step_10_000_wait_for_blocks(bencher: Bencher, num_running: u32) {
     measure(bencher, num_running, 10_000, Lack::Blocks);
+}
+
+/// The same aim: a step ahead costs no more than one that is planned in its time.
+#[divan::bench(args = [1, 256, 2048], sample_count = 200, sample_size = 10)]
+fn decode_step_ahead(bencher: Bencher, num_running: u32) {
+    let mut engine = engine(num_running, 0, Lack::Places);
+    let (mut plans, mut effects) = ([StepPlan::empty(), StepPlan::empty()], Vec::new());
+    while plans[0].slices.len() < num_running as usize || plans[0].tokens.len() > plans[0].slices.len() {
+        turn(&mut engine, &mut plans[0], &mut effects);
+    }
+    assert!(engine.plan(WorkerId(0), &mut plans[0], &mut effects), "requests run");
+    bencher.bench_local(|| turn_ahead(&mut engine, &mut plans, &mut effects));
+    assert_eq!(engine.stats().running, num_running);
 }
