@@ -2,6 +2,7 @@
 """Gathers what a machine with a GPU, without Rust and network, needs to check this build into target/gpu-bundle.
 
     kvern              the release build with the feature cuda and its kernels, stripped
+    parity             the tests of every op, to be run on a GPU (--no-parity leaves them out: they take minutes to compile)
     gpu-check.sh       runs everything and ends in one table
     scripts/gpu        what that script runs, and configurations for made-up weights
     BUNDLE.txt         commit, day, versions, checksum of the binary
@@ -12,6 +13,7 @@ Fails where the binary is larger than 45 MiB or the bundle larger than 60 MiB. -
 import argparse
 import datetime
 import hashlib
+import json
 import os
 import pathlib
 import re
@@ -46,6 +48,18 @@ def build() -> pathlib.Path:
     return pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "release" / "kvern"
 
 
+def parity() -> pathlib.Path:
+    """The tests of every op, as a program."""
+    cargo = os.environ.get("CARGO", "cargo")
+    built = run(cargo, "test", "--release", "--locked", "--package", "kvern-cuda-shim", "--features", "cuda", "--test", "ops",
+                "--no-run", "--message-format=json")
+    messages = (json.loads(line) for line in built.splitlines() if line.startswith("{"))
+    programs = [m["executable"] for m in messages if m.get("executable") and m["target"]["name"] == "ops"]
+    if len(programs) != 1:
+        sys.exit(f"expected one program of the tests of ops, found {programs}")
+    return pathlib.Path(programs[0])
+
+
 def libc_min(binary: bytes) -> str:
     """The C library's version that the binary asks for."""
     found = {tuple(map(int, version.split(b"."))) for version in re.findall(rb"GLIBC_(\d+\.\d+(?:\.\d+)?)", binary)}
@@ -65,11 +79,13 @@ def facts(binary: bytes) -> str:
     return "".join(f"{name:22} {value}\n" for name, value in rows.items())
 
 
-def gather(built: pathlib.Path) -> None:
+def gather(built: pathlib.Path, tests: "pathlib.Path | None") -> None:
     shutil.rmtree(BUNDLE, ignore_errors=True)
     shutil.copytree(SCRIPTS, BUNDLE / "scripts" / "gpu", ignore=shutil.ignore_patterns("__pycache__", "gpu-check.sh"))
     shutil.copy2(SCRIPTS / "gpu-check.sh", BUNDLE)
     run(os.environ.get("STRIP", "strip"), "--strip-all", "-o", BUNDLE / "kvern", built)
+    if tests:
+        run(os.environ.get("STRIP", "strip"), "--strip-all", "-o", BUNDLE / "parity", tests)
     binary = (BUNDLE / "kvern").read_bytes()
     (BUNDLE / "BUNDLE.txt").write_text(facts(binary))
     size = sum(file.stat().st_size for file in BUNDLE.rglob("*") if file.is_file())
@@ -82,8 +98,10 @@ def gather(built: pathlib.Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kvern", type=pathlib.Path, help="a binary that is built already, with the feature cuda")
+    parser.add_argument("--no-parity", action="store_true", help="leave the tests of ops out")
     options = parser.parse_args()
-    gather(options.kvern or build())
+    built = options.kvern or build()
+    gather(built, None if options.no_parity else parity())
 
 
 if __name__ == "__main__":

@@ -63,6 +63,7 @@ pub fn run(config: &Config, bench: &BenchConfig, out: &mut dyn Write) -> Result<
     let model = ModelConfig::read(&Checkpoint::open(&files)?)?;
     let workloads = workloads(config, bench, &model)?;
     let device = crate::device::open(&config.engine)?;
+    let gauge = if bench.limits { Some(Gauge::new(&device)?) } else { None };
     let chunk = config.engine.step_tokens_max(&device);
     let room = Room::for_workloads(&workloads, bench.steps, chunk);
     let mut runner = Runner::open(&device, &files, &config.engine, room, |needed| {
@@ -70,7 +71,6 @@ pub fn run(config: &Config, bench: &BenchConfig, out: &mut dyn Write) -> Result<
         let available = config.engine.kv_cache_memory_bytes.or(free).or_else(available_memory).unwrap_or(u64::MAX);
         if needed > available { Err(BenchError::Memory { needed, available }) } else { Ok(()) }
     })?;
-    let gauge = if bench.limits { Some(Gauge::new(&device)?) } else { None };
     let Measured { rates, limits } = measure(&mut runner, gauge.as_ref(), &workloads, bench)?;
     let steps = bench.steps;
     let costs =

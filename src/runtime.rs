@@ -94,6 +94,9 @@ impl Runtime {
     }
 }
 
+/// Tokens of the smallest block on a GPU: room for block tables is made for blocks of this size.
+const GPU_BLOCK_SIZE_MIN: u32 = 16;
+
 /// What a start is at.
 #[derive(Clone, Copy, Debug)]
 pub enum StartProgress {
@@ -126,6 +129,11 @@ pub fn start_on(
     if device.is_gpu() && options.scheduling.pools == PoolLayout::Apart {
         let text = "--kv-pools apart needs workers with memory of their own; those on one GPU share a pool";
         return Err(StartError::Unsupported(text.to_owned()));
+    }
+    if device.is_gpu() && options.engine.block_size < GPU_BLOCK_SIZE_MIN {
+        let found = options.engine.block_size;
+        let text = format!("--block-size: expected at least {GPU_BLOCK_SIZE_MIN} tokens on a GPU, found {found}");
+        return Err(StartError::Unsupported(text));
     }
     let limits = StepLimits {
         tokens_max: options.engine.step_tokens_max(&device) as usize,

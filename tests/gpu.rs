@@ -32,7 +32,6 @@ fn small() -> RuntimeOptions {
         max_model_len: Some(72),
         max_num_seqs: 6,
         max_num_batched_tokens: Some(48),
-        block_size: 8,
         kv_cache_memory_bytes: Some(4 << 20),
         device: DeviceConfig { memory_utilization: 1000, ..DeviceConfig::default() },
         ..engine()
@@ -110,6 +109,22 @@ fn a_gpu_says_what_the_cpu_says() {
     }
 }
 
+/// Captured steps that were launched while the tokens of the step before were still to be waited for.
+fn steps_ahead(log: &[String]) -> usize {
+    let (mut awaited, mut fetching, mut ahead) = (Vec::new(), false, 0);
+    for line in log {
+        let mut words = line.split(' ');
+        match (words.next().unwrap(), words.next().unwrap()) {
+            ("copy_to_host", _) => fetching = true,
+            ("record", event) if std::mem::take(&mut fetching) => awaited.push(event),
+            ("synchronize", event) => awaited.retain(|other| *other != event),
+            ("graph", _) if !awaited.is_empty() => ahead += 1,
+            _ => {}
+        }
+    }
+    ahead
+}
+
 /// Steps are launched before the one before them has ended, whatever runs when.
 #[test]
 fn steps_go_ahead_of_the_host() {
@@ -122,9 +137,10 @@ fn steps_go_ahead_of_the_host() {
         ask
     };
     let asks: Vec<Ask> = asks().into_iter().map(plain).collect();
-    let (_, in_turns) = on_gpu(&RuntimeOptions { plan_ahead: Some(false), ..small() });
+    let (driver, in_turns) = on_gpu(&RuntimeOptions { plan_ahead: Some(false), ..small() });
     let expected = together(&in_turns, &asks);
     in_turns.join();
+    assert_eq!(steps_ahead(&driver.log()), 0);
     let lazy = |seed| Options { lazy: true, seed, ..Options::default() };
     for shim in [Options::default(), lazy(1), lazy(2)] {
         let (driver, runtime) = on_gpu_like(&small(), shim);
@@ -132,18 +148,31 @@ fn steps_go_ahead_of_the_host() {
         assert_eq!(tokens(&together(&runtime, &asks)), tokens(&expected), "{shim:?}");
         runtime.join();
         assert_eq!(driver.refusals(), Vec::<String>::new());
-        // Two steps between two waits for tokens.
-        let log = driver.log();
-        let events: Vec<bool> = log
-            .iter()
-            .filter_map(|line| match line {
-                line if line.starts_with("graph ") => Some(true),
-                line if line.starts_with("synchronize ") => Some(false),
-                _ => None,
-            })
-            .collect();
-        let ahead = events.windows(2).filter(|pair| pair[0] && pair[1]).count();
-        assert!(ahead > 0, "no step was launched ahead: {log:?}");
+        assert!(steps_ahead(&driver.log()) > 20, "steps are launched ahead");
+    }
+}
+
+/// A request that ends while a step with it is ahead leaves its blocks to others, as any other does.
+#[test]
+fn who_ends_early_stays_in_the_prefix_cache() {
+    let long = Ask { prompt: (0..20).collect(), sampling: greedy(), max_new_tokens: 40 };
+    let mut early =
+        Ask { prompt: (0..40).map(|at| (at * 7) % 60 + 30).collect(), sampling: greedy(), max_new_tokens: 30 };
+    let (_, alone) = on_gpu(&small());
+    let answer = collect(submit(&alone.handle, &early));
+    alone.join();
+    // It stops at a token that it says late enough for steps to be ahead, and not before.
+    let at = (4..).find(|&at| !answer.tokens[..at].contains(&answer.tokens[at])).unwrap();
+    early.sampling.stop_tokens = vec![answer.tokens[at]];
+    for plan_ahead in [Some(false), None] {
+        let (driver, runtime) = on_gpu(&RuntimeOptions { plan_ahead, ..small() });
+        let answers = together(&runtime, &[long.clone(), early.clone()]);
+        assert_eq!((answers[0].tokens.len(), answers[1].reason), (40, FinishReason::Stop));
+        assert_eq!(steps_ahead(&driver.log()) > 0, plan_ahead.is_none());
+        let again = collect(submit(&runtime.handle, &early));
+        // Two blocks of 16; the last of 40 tokens has to be computed in any case.
+        assert_eq!((again.usage.cached_tokens, &again.tokens), (32, &answers[1].tokens), "{plan_ahead:?}");
+        runtime.join();
     }
 }
 
@@ -228,6 +257,15 @@ fn what_does_not_fit_is_refused_before_it_is_taken() {
     assert_eq!(hint, "no context would fit beside the weights: use a smaller or a quantized model");
     let weights_taken = driver.log().iter().any(|line| line.contains("copy_to_device"));
     assert!(!weights_taken, "nothing was loaded");
+
+    let asked = |bytes| {
+        let engine = EngineConfig { kv_cache_memory_bytes: Some(bytes), ..small().engine };
+        try_on_gpu(&RuntimeOptions { engine, ..small() }, shim(400 << 20)).1.err().map(|error| error.to_string())
+    };
+    let text = asked(1 << 30).unwrap();
+    assert!(text.contains("--kv-cache-memory-bytes 1073741824 is more than the"), "{text}");
+    let text = asked(1 << 14).unwrap();
+    assert!(text.starts_with("the KV cache gets") && text.contains("raise --kv-cache-memory-bytes"), "{text}");
 
     let (_, runtime) = try_on_gpu(&options, shim(400 << 20));
     let runtime = runtime.unwrap_or_else(|error| panic!("{error}"));

@@ -1,6 +1,6 @@
 //! The CUDA backend: the same ops, put on a stream of a GPU.
 //!
-//! An op returns when its launch is on the device's stream. Nothing waits for the device but [`Tensor::read`], the sampler's
+//! An op returns when its launch is on the device's stream. Nothing waits for the device but [`Tensor::read`](crate::Tensor::read), the sampler's
 //! results, and a write to pinned memory that is still being copied. All memory is allocated when tensors, plans and
 //! devices are made; ops allocate nothing.
 //!

@@ -5,9 +5,9 @@
 #   gpu-check.sh [WEIGHTS]    WEIGHTS: a folder of SmolLM2-135M-Instruct (config, tokenizer, safetensors); without
 #                             it the checks of answers are skipped
 #
-# OUT is the folder for every step's output (./results). KVERN is the binary (beside this file). DEVICE is cuda:0. CHECKS
-# names the checks to run, by spaces (all): for a machine that is lent for minutes.
-# Needs nvidia-smi, Python 3 with torch and, for the answers, transformers; compute-sanitizer where there is one.
+# OUT is the folder for every step's output (./results). KVERN is the binary (beside this file). DEVICE is cuda:0.
+# CHECKS names the checks to run, by spaces (all): for a machine that is lent for minutes. Needs nvidia-smi, Python 3
+# with torch and, for the answers, transformers; compute-sanitizer where there is one.
 set -uo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -89,6 +89,11 @@ check version 30 "$KVERN" --version
 # Small, so that a build that does not open the device is known before anything long.
 tiny=("$KVERN" bench "$scripts/shapes/smollm2-135m" --device "$DEVICE" --load-format dummy --rounds 1)
 check opens 120 "${tiny[@]}" --steps 4 --decode 2x64 --prefill 96
+if [ -x "$here/parity" ]; then
+    check parity 600 env KVERN_TEST_GPU=1 "$here/parity" --test-threads=1
+else
+    skip parity "not in the bundle"
+fi
 served=(--kvern "$KVERN" --model "$weights" --device "$DEVICE" --logs "$OUT")
 answers start 300 "$PYTHON" "$scripts/server.py" "${served[@]}"
 answers cuda-and-cpu 900 "$PYTHON" "$scripts/devices.py" "${served[@]}"

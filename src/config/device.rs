@@ -46,7 +46,7 @@ pub(super) struct DeviceArgs {
     /// Share of the GPU's free memory to take, for weights, workspace and the KV cache
     #[arg(long, value_name = "0..1", default_value = "0.9", visible_alias = "gpu-memory-utilization", value_parser = parse_share)]
     memory_utilization: u32,
-    /// auto reads the model's files; dummy needs config.json only and makes random weights, for measuring
+    /// auto reads the model's files; dummy makes random weights for a config.json (to serve, a tokenizer too), for measuring
     #[arg(long, value_name = "FORMAT", value_enum, default_value_t = LoadFormatArg::Auto)]
     load_format: LoadFormatArg,
 }

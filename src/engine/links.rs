@@ -2,7 +2,8 @@
 //!
 //! Owner: the engine thread. A worker that is idle has its plan here, to be filled again; one that is at a step has it there.
 //! Where steps are planned ahead there are two plans for each worker, and it may have both. It takes them in order, and with
-//! each what was to be told since the one before: it forgets a request only after all steps that have it.
+//! each what was to be told since the one before: it forgets a request when it begins a step that does not have it, perhaps before
+//! the last one that has it has ended.
 
 use crate::worker::{SequenceChange, StepCommand};
 use kvern_core::{RequestId, Sampled, StepPlan, WorkerId};

@@ -107,23 +107,27 @@ impl Wanted<'_> {
         table.push(("captured steps, library of products (reserve)".to_owned(), RESERVED_BYTES));
         let fixed: u64 = table.iter().map(|(_, bytes)| bytes).sum();
         let left = budget.saturating_sub(fixed);
-        let (wanted, reason) = match engine.kv_cache_memory_bytes {
-            Some(bytes) => (bytes, "as configured".to_owned()),
-            None => {
-                let share = f64::from(engine.device.memory_utilization) / 10.0;
-                (left, format!("what {share}% of the free {} leaves", HumanBytes(free)))
-            }
-        };
+        let asked = engine.kv_cache_memory_bytes;
+        if let Some(bytes) = asked.filter(|bytes| *bytes > left) {
+            table.push(("may be taken".to_owned(), budget));
+            let hint = format!("--kv-cache-memory-bytes {bytes} is more than the {left} that are left");
+            return Err(StartError::DoesNotFit { model_len: self.max_model_len, table: lines(&table), hint });
+        }
         // One block more is there for rows that nobody asked for.
-        let blocks = (wanted.min(left) / block_bytes).saturating_sub(1).min(self.blocks_max());
+        let blocks = (asked.unwrap_or(left) / block_bytes).saturating_sub(1).min(self.blocks_max());
         table.push((KV_PURPOSE.to_owned(), (blocks + 1) * block_bytes));
-        if blocks < self.sequence_blocks() || wanted > left {
+        if asked.is_none() && blocks < self.sequence_blocks() {
             let hint = self.hint(gpu, budget, block_bytes)?;
             table.push(("may be taken".to_owned(), budget));
             return Err(StartError::DoesNotFit { model_len: self.max_model_len, table: lines(&table), hint });
         }
+        let share = f64::from(engine.device.memory_utilization) / 10.0;
+        let reason = match asked {
+            Some(_) => "as configured".to_owned(),
+            None => format!("what {share}% of the free {} leaves", HumanBytes(free)),
+        };
         table.push(("left free".to_owned(), free.saturating_sub(fixed + (blocks + 1) * block_bytes)));
-        Ok(KvRoom { blocks, reason, table })
+        self.check(KvRoom { blocks, reason, table }, block_bytes)
     }
 
     /// Rows of a layer's K are numbered by 32 bits on a GPU.

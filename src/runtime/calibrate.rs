@@ -42,9 +42,11 @@ pub(super) fn measure(member: &mut Member, limits: StepLimits) -> Result<CostMod
     let one = steps.fastest(DECODE_RUNS, 1, 0, 1)?;
     let many = steps.fastest(DECODE_RUNS, sequences, 0, 1)?;
     let long = steps.fastest(DECODE_RUNS, 1, context, 1)?;
-    let prefill = steps.fastest(1, 1, 0, prompt)?;
+    // What a GPU does at its first product of a kind takes longer than the product.
+    let prefill_runs = if steps.member.is_gpu() { 2 } else { 1 };
+    let prefill = steps.fastest(prefill_runs, 1, 0, prompt)?;
     let short = steps.fastest(2, 1, 0, prompt_long)?;
-    let prefill_long = steps.fastest(1, 1, context, prompt_long)?;
+    let prefill_long = steps.fastest(prefill_runs, 1, context, prompt_long)?;
 
     let each = |longer: Duration, shorter: Duration, count: usize| {
         let ns = longer.saturating_sub(shorter).as_nanos() as u64;

@@ -174,6 +174,10 @@ impl Member {
         self.device.synchronize()
     }
 
+    pub(super) fn is_gpu(&self) -> bool {
+        self.device.is_gpu()
+    }
+
     pub(super) fn kv_shape(&self) -> KvShape {
         self.kv.shape()
     }

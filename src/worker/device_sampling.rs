@@ -37,13 +37,11 @@ pub(super) fn take_rows(
     let rows = sampler.finish()?.to_vec();
     for (at, (slice, row)) in plan.slices.iter().filter(|slice| slice.sample).zip(&rows).enumerate() {
         let position = slice.start + slice.tokens.len() as u32;
-        let Some(sequence) = sequences.get(&slice.request) else {
-            output.sampled.push((slice.request, Sampled::Failed));
-            continue;
-        };
         let sampled = row.token.map_or(Sampled::Failed, Sampled::Token);
-        sequence.has_drawn(position, sampled);
         output.sampled.push((slice.request, sampled));
+        // One that ended meanwhile is forgotten already: its token is dropped, but it is no failure.
+        let Some(sequence) = sequences.get(&slice.request) else { continue };
+        sequence.has_drawn(position, sampled);
         if let (Some(count), Some(_)) = (sequence.params.logprobs, row.token) {
             let top = sampler.top(at, count as usize).to_vec();
             output.logprobs.push((slice.request, Box::new(TokenLogprobs { logprob: row.logprob, top })));

@@ -233,6 +233,9 @@ impl Worker {
         });
         if outcome.is_err() {
             self.batch.forget_sampled();
+            // What was launched of it still writes K and V, in blocks that may be another worker's once this is reported. A device that
+            // fails at this, too, is found lost by the next step.
+            let _ = self.device.synchronize();
         }
         let decodes = || plan.slices.iter().all(|slice| slice.sample && slice.tokens.len() == 1);
         let may_be_followed = self.is_ahead && outcome.is_ok() && decodes();
@@ -241,7 +244,7 @@ impl Worker {
 
     /// Ends the step that was begun first.
     fn end(&mut self, begun: Begun) -> StepResult {
-        let Begun { plan, changes, mut sampled, mut logprobs, outcome, at, .. } = begun;
+        let Begun { plan, changes, mut sampled, mut logprobs, outcome, at, may_be_followed } = begun;
         let outcome = outcome.and_then(|()| {
             self.guard(&plan, |worker| {
                 let mut output = StepOutput { sampled: &mut sampled, logprobs: &mut logprobs };
@@ -252,7 +255,7 @@ impl Worker {
             logprobs.clear();
             sampled.clear();
         }
-        let device_us = self.step_time.ended(at).as_micros() as u64;
+        let device_us = self.step_time.ended(at, may_be_followed).as_micros() as u64;
         StepResult { plan, sampled, changes, logprobs, device_us, error: outcome.err() }
     }
 
@@ -334,24 +337,27 @@ impl Worker {
 /// How long steps take the device.
 #[derive(Debug, Default)]
 struct StepTime {
-    last: Duration,
+    /// Of the last step that another might have followed ahead of its end.
+    last_decode: Duration,
     last_end: Option<Instant>,
 }
 
 impl StepTime {
     /// A step that began at `begun` has ended: the time since then, or since the step before it ended, which the device did first.
-    fn ended(&mut self, begun: Instant) -> Duration {
+    fn ended(&mut self, begun: Instant, is_decode: bool) -> Duration {
         let now = Instant::now();
         let from = self.last_end.map_or(begun, |end| end.max(begun));
         self.last_end = Some(now);
-        self.last = now - from;
-        self.last
+        if is_decode {
+            self.last_decode = now - from;
+        }
+        now - from
     }
 
     /// How long to look for a step to follow the one under way: not so long that its end is missed, if it takes as long as the
-    /// last one did.
+    /// last one of its kind did.
     fn patience(&self) -> Duration {
-        (self.last / 2).clamp(Duration::from_micros(50), Duration::from_millis(20))
+        (self.last_decode / 2).clamp(Duration::from_micros(50), Duration::from_millis(20))
     }
 }
 

@@ -5,44 +5,10 @@ mod support;
 
 use kvern_cuda_abi::{NONE, Ptr, SampleParams, SampleRow, TokenBias, TokenCount, launch};
 use kvern_cuda_shim::{Buffer, Launch};
+use support::sampling::{Row, expected, plain, with};
 use support::*;
 
 const TOP_STRIDE: usize = 5;
-
-/// One row: its parameters, and the lists that they point into.
-#[derive(Clone)]
-struct Row {
-    params: SampleRow,
-    biases: Vec<TokenBias>,
-    counts: Vec<TokenCount>,
-}
-
-fn plain(seed: u64, temperature: f32) -> Row {
-    let params = SampleRow {
-        seed,
-        position: 17,
-        temperature,
-        top_p: 1.0,
-        min_p: 0.0,
-        top_k: 0,
-        repetition_penalty: 1.0,
-        presence_penalty: 0.0,
-        frequency_penalty: 0.0,
-        bias_first: 0,
-        bias_count: 0,
-        count_first: 0,
-        count_count: 0,
-        top_logprobs: 0,
-        wants_logprob: 0,
-    };
-    Row { params, biases: Vec::new(), counts: Vec::new() }
-}
-
-fn with(row: Row, change: impl Fn(&mut SampleRow)) -> Row {
-    let mut row = row;
-    change(&mut row.params);
-    row
-}
 
 /// Tokens, log-probabilities as bits, and top tokens of every row.
 type Sampled = (Vec<u32>, Vec<u32>, Vec<u32>);
@@ -90,73 +56,6 @@ fn sample(logits: &[f32], vocab: usize, rows: &[Row], mask: Option<&[u32]>) -> S
 
 fn run_sample<M>(rows: usize, make: impl Fn() -> (M, SampleParams), read: impl Fn(&M) -> Sampled) -> Sampled {
     run("kvern_sample", Launch::new(rows, launch::SAMPLE_THREADS), make, read).unwrap()
-}
-
-/// Bias, mask and penalties, as the CPU sampler applies them.
-fn adjusted(logits: &[f32], row: &Row, mask: Option<&[u32]>) -> Vec<f32> {
-    let mut logits = logits.to_vec();
-    for (token, logit) in logits.iter_mut().enumerate() {
-        if mask.is_some_and(|mask| mask[token / 32] >> (token % 32) & 1 == 0) {
-            *logit = f32::NEG_INFINITY;
-        }
-    }
-    for bias in &row.biases {
-        logits[bias.token as usize] += bias.bias;
-    }
-    let p = &row.params;
-    for seen in &row.counts {
-        let logit = &mut logits[seen.token as usize];
-        *logit = if *logit > 0.0 { *logit / p.repetition_penalty } else { *logit * p.repetition_penalty };
-        if seen.count > 0 {
-            *logit -= p.frequency_penalty * seen.count as f32 + p.presence_penalty;
-        }
-    }
-    logits
-}
-
-/// Uniform in [0, 1), as on the CPU.
-fn uniform(seed: u64, position: u32) -> f64 {
-    let mix = |mut z: u64| {
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    };
-    let key = mix(seed.wrapping_add(0x9e37_79b9_7f4a_7c15));
-    let bits = mix(key.wrapping_add((u64::from(position) + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15)));
-    (bits >> 11) as f64 / (1u64 << 53) as f64
-}
-
-/// The token of one row, by sorting; `None` where no token can be drawn.
-fn expected(logits: &[f32], row: &Row, mask: Option<&[u32]>) -> Option<u32> {
-    let p = &row.params;
-    let valid = |logits: &[f32]| logits.iter().all(|l| *l < f32::INFINITY) && logits.iter().any(|l| l.is_finite());
-    let changed = adjusted(logits, row, mask);
-    if !valid(logits) || !valid(&changed) {
-        return None;
-    }
-    let top = changed.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    if !(1.0 / p.temperature).is_finite() {
-        return changed.iter().position(|logit| *logit == top).map(|token| token as u32);
-    }
-    let weight = |logit: &f32| {
-        let x = (logit - top) * (1.0 / p.temperature);
-        let weight = if x < -87.0 { 0.0 } else { x.exp() };
-        if weight >= p.min_p { weight } else { 0.0 }
-    };
-    let weights: Vec<f32> = changed.iter().map(weight).collect();
-    let mut order: Vec<u32> = (0..logits.len() as u32).filter(|&token| weights[token as usize] > 0.0).collect();
-    let mass = |tokens: &[u32]| tokens.iter().map(|&token| f64::from(weights[token as usize])).sum::<f64>();
-    let vocab = logits.len() as u32;
-    if (p.top_k != 0 && p.top_k < vocab) || p.top_p < 1.0 || p.min_p > 0.0 {
-        order.sort_by(|a, b| weights[*b as usize].total_cmp(&weights[*a as usize]).then(a.cmp(b)));
-        order.truncate(if p.top_k == 0 { order.len() } else { p.top_k as usize });
-        let target = mass(&order) * f64::from(p.top_p);
-        let kept = (1..=order.len()).find(|&kept| mass(&order[..kept]) >= target);
-        order.truncate(kept.unwrap_or(order.len()));
-    }
-    let target = uniform(p.seed, p.position) * mass(&order);
-    let drawn = (0..order.len()).find(|&at| mass(&order[..=at]) > target);
-    Some(order[drawn.unwrap_or(order.len() - 1)])
 }
 
 /// Every row over its own logits, one launch.

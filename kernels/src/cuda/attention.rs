@@ -18,9 +18,9 @@ use crate::attention_plan::{AttentionLimits, RESERVED_BLOCK_SIZE, sequences};
 use crate::ops::Attention;
 use crate::{HeadLayout, KernelError, KvCache, KvShape, Result, SequenceBatch, Tensor};
 
-/// Head sizes that kernels on matrix units were compiled for, and the most of the f32 one.
+/// Head sizes that kernels on matrix units were compiled for, and the most of the others.
 const HEAD_DIMS: [usize; 4] = [64, 96, 128, 256];
-const F32_HEAD_DIM_MAX: usize = 256;
+const HEAD_DIM_MAX: usize = 256;
 /// Query rows of a tile of the f32 kernel.
 const F32_TILE_ROWS: usize = 4;
 /// Partial results that there is room for, unless the longest sequence alone needs more. Rows that find no room are not cut.
@@ -76,10 +76,7 @@ impl AttentionKernels {
     fn new(driver: &dyn Driver, element: Element, heads: HeadLayout) -> Result<(Self, u32)> {
         let dim = heads.head_dim;
         if element == Element::F32 {
-            if dim > F32_HEAD_DIM_MAX {
-                let expected = format!("heads of at most {F32_HEAD_DIM_MAX} values on a GPU");
-                return Err(KernelError::shape("attention plan", expected, dim));
-            }
+            check_head("attention plan", dim)?;
             return Ok((AttentionKernels::F32 { attention: driver.kernel("kvern_attention_f32", 0)? }, 1));
         }
         if !HEAD_DIMS.contains(&dim) || heads.group() > launch::prefill_rows(dim) {
@@ -110,8 +107,7 @@ impl DevicePlan {
             AttentionKernels::Tiles { .. } => launch::prefill_rows(heads.head_dim) / heads.group(),
         };
         let AttentionLimits { tokens_max, sequences_max, context_max, windows, shared_prefix_bytes } = *limits;
-        let pieces =
-            context_max.div_ceil(piece_len(context_max as u32) as usize).max(context_max.min(4096).div_ceil(256));
+        let pieces = pieces_max(context_max);
         let partials = match kernels {
             AttentionKernels::F32 { .. } => 0,
             AttentionKernels::Tiles { .. } => PARTIALS_MAX.max(pieces).min(pieces * sequences_max),
@@ -215,6 +211,7 @@ impl DevicePlan {
         let token_bytes = (kv.block_bytes() / kv.block_size) as u64;
         let fits = |own: &WindowPlan| own.plan.has_room(&self.decode_queries, &self.prefixes.found);
         let is_worth = !self.prefixes.found.is_empty()
+            && self.windows.iter().any(|own| own.window.is_none())
             && self.cascade_rows > 0
             && self.prefixes.saved_tokens.saturating_mul(token_bytes) >= self.shared_prefix_bytes
             && self.windows.iter().filter(|own| own.window.is_none()).all(fits);
@@ -417,6 +414,35 @@ impl DevicePlan {
     }
 }
 
+/// What any kernel that goes over heads takes: pairs of values, and no more than it has shared memory for.
+pub(super) fn check_head(op: &'static str, dim: usize) -> Result<()> {
+    if dim.is_multiple_of(2) && dim <= HEAD_DIM_MAX {
+        return Ok(());
+    }
+    let expected = format!("heads of an even number of values, at most {HEAD_DIM_MAX}, on a GPU");
+    Err(KernelError::shape(op, expected, dim))
+}
+
+/// Pieces of the context of at most `context_max` positions that is cut into the most: each length of pieces at its longest context.
+fn pieces_max(context_max: usize) -> usize {
+    let pieces = |context: usize| context.div_ceil(piece_len(context as u32) as usize);
+    [4096, 32_768, context_max].map(|context| pieces(context.min(context_max))).into_iter().max().unwrap_or(1)
+}
+
 fn with_shared(shape: LaunchShape, bytes: usize) -> LaunchShape {
     LaunchShape { shared_bytes: bytes as u32, ..shape }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_shorter_context_is_cut_into_more_pieces() {
+        for context_max in [1, 255, 257, 4096, 4097, 9000, 20_480, 32_768, 32_769, 40_960, 65_535, 65_537, 131_072] {
+            let most =
+                (1..=context_max).map(|context: usize| context.div_ceil(piece_len(context as u32) as usize)).max();
+            assert_eq!(Some(pieces_max(context_max)), most, "up to {context_max}");
+        }
+    }
 }

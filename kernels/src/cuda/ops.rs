@@ -2,6 +2,7 @@
 
 use kvern_cuda_abi::{GateParams, GatherParams, Ptr, RmsNormParams, RopeStoreParams, launch};
 
+use super::attention::check_head;
 use super::{CudaDevice, shape};
 use crate::ops::{Attention, RopeAndStore};
 use crate::step_inputs::Indices;
@@ -101,6 +102,7 @@ pub(crate) fn rope_and_store(
 ) -> Result<()> {
     const OP: &str = "rope_and_store";
     let (rows, heads, cache) = (qkv.rows(), args.heads, kv.on_device()?);
+    check_head(OP, heads.head_dim)?;
     if rows == 0 {
         return Ok(());
     }

@@ -335,3 +335,7 @@ mod tests {
         assert_eq!(counted.expect_err("there is no driver").to_string(), text);
     }
 }
+
+#[cfg(test)]
+#[path = "real/transcript_tests.rs"]
+mod transcript_tests;

@@ -3,6 +3,7 @@
 #![allow(dead_code)]
 
 pub(crate) mod paged;
+pub(crate) mod sampling;
 
 use half::{bf16, f16};
 use kvern_cuda_abi::KernelParams;

@@ -25,7 +25,7 @@ pub(super) struct Question {
     pub(super) out_stride: usize,
     pub(super) bias: bool,
     pub(super) workspace_bytes: usize,
-    /// In bytes: of x, w and out.
+    /// In bytes: of x, w, and of out and bias, which are walked together.
     pub(super) alignments: [u32; 3],
 }
 
@@ -41,7 +41,7 @@ impl Question {
             out_stride: gemm.out_stride,
             bias: gemm.bias != Ptr::NULL,
             workspace_bytes: gemm.workspace_bytes,
-            alignments: [gemm.x, gemm.w, gemm.out].map(alignment),
+            alignments: [alignment(gemm.x), alignment(gemm.w), alignment(gemm.out).min(alignment(gemm.bias))],
         }
     }
 
@@ -162,6 +162,7 @@ mod tests {
             assert_ne!(Question::exact(&other), exact, "{other:?}");
         }
         assert_eq!(alignment(Ptr::NULL), 256);
+        assert_eq!(Question::exact(&Gemm { bias: Ptr(0x5004), ..gemm(70) }).alignments, [256, 64, 4]);
     }
 
     #[test]

@@ -60,20 +60,17 @@ fn driver_version() -> Result<(u32, u32)> {
     Ok((version / 1000, version % 1000 / 10))
 }
 
-/// How many GPUs there are, after [`initialize`].
+/// How many GPUs there are, at least one; after [`initialize`].
 pub(super) fn count() -> Result<usize> {
     let mut count: c_int = 0;
     // SAFETY: as in `driver_version`.
     check("cuDeviceGetCount", unsafe { sys::cuDeviceGetCount(&raw mut count) })?;
-    Ok(usize::try_from(count).unwrap_or(0))
+    usize::try_from(count).ok().filter(|count| *count > 0).ok_or_else(no_gpu)
 }
 
 /// The device of a number.
 fn device(ordinal: usize) -> Result<CUdevice> {
     let count = count()?;
-    if count == 0 {
-        return Err(no_gpu());
-    }
     if ordinal >= count {
         return Err(KernelError::Unsupported(format!("expected a GPU below {count}, found cuda:{ordinal}")));
     }

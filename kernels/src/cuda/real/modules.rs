@@ -18,6 +18,9 @@ use crate::{KernelError, Result};
 /// Most kernels that are found; there are some 100 in all.
 const KERNELS_MAX: usize = 1024;
 
+/// Shared memory, static and dynamic, that a block has without being asked for.
+const UNASKED_SHARED_BYTES: u32 = 48 * 1024;
+
 /// Gives bytes an alignment, which `include_bytes!` does not.
 #[repr(C, align(64))]
 struct Aligned<T>(T);
@@ -100,13 +103,14 @@ impl Modules {
         // SAFETY: as above; the pointers are to locals of the types that are written.
         let status = unsafe { sys::cuFuncGetParamInfo(function, 0, &raw mut offset, &raw mut param_bytes) };
         context.check(format_args!("cuFuncGetParamInfo of {name}"), status)?;
-        let attribute = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        let mut shared_bytes: c_int = 0;
+        let mut static_bytes: c_int = 0;
+        let attribute = Attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES;
         // SAFETY: as above.
-        let status = unsafe { sys::cuFuncGetAttribute(&raw mut shared_bytes, attribute, function) };
+        let status = unsafe { sys::cuFuncGetAttribute(&raw mut static_bytes, attribute, function) };
         context.check(format_args!("cuFuncGetAttribute of {name}"), status)?;
         let entry = || Ok(Entry { name: name.to_owned(), function: Raw(function), param_bytes });
-        Ok(Named { number: self.kernels.add(entry)?, shared_bytes: u32::try_from(shared_bytes).unwrap_or(0) })
+        let shared_bytes = UNASKED_SHARED_BYTES.saturating_sub(static_bytes.unsigned_abs());
+        Ok(Named { number: self.kernels.add(entry)?, shared_bytes })
     }
 
     /// The function of a name in whichever module has it.

@@ -2,7 +2,8 @@
 //!
 //! The library sees matrices by columns, so a row-major one is its own transpose there, and what is computed is
 //! `out^T [n x m] = w [n x k] x^T [k x m]`: w is A, transposed, x is B, and rows lie one leading dimension apart.
-//! Sums are taken in f32, also where the work of one sum is divided; f32 is never rounded to tf32.
+//! Sums are taken in f32, also where the work of one sum is divided; f32 is never rounded to tf32. What the library has
+//! no algorithm for is an error.
 
 use std::ffi::c_void;
 use std::fmt::{self, Display};

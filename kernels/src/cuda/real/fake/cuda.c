@@ -1,0 +1,320 @@
+// Stands in for NVIDIA's driver in a test: notes each call on standard error and computes nothing. The environment
+// says what goes wrong: FAKE_INIT a status of cuInit, FAKE_VERSION a version, FAKE_CAPABILITY a compute capability's
+// major number, FAKE_CAPTURE a status of cuStreamEndCapture. A launch of 666 blocks loses the device.
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2 };
+enum { INVALID_CONTEXT = 201, NOT_FOUND = 500, ILLEGAL_ADDRESS = 700 };
+
+static __thread void *current;
+static int lost;
+// Apart, so that the other handles do not depend on how many modules there are.
+static uintptr_t last_handle = 0x100, last_module = 0x1000;
+
+static void *const CONTEXT = (void *)0xc0;
+
+#define NOTE(...) (fprintf(stderr, "> "), fprintf(stderr, __VA_ARGS__), fprintf(stderr, "\n"))
+#define IN_CONTEXT                                                                                                     \
+    if (lost) return lost;                                                                                             \
+    if (current != CONTEXT) return INVALID_CONTEXT
+
+static int setting(const char *name, int otherwise) {
+    const char *text = getenv(name);
+    return text ? atoi(text) : otherwise;
+}
+
+static void *handle(void) {
+    return (void *)++last_handle;
+}
+
+int cuInit(unsigned flags) {
+    NOTE("cuInit %u", flags);
+    return setting("FAKE_INIT", SUCCESS);
+}
+
+int cuDriverGetVersion(int *version) {
+    *version = setting("FAKE_VERSION", 13000);
+    return SUCCESS;
+}
+
+int cuGetErrorString(int status, const char **text) {
+    *text = status == ILLEGAL_ADDRESS ? "an illegal memory access was encountered" : "what it means";
+    return SUCCESS;
+}
+
+int cuDeviceGetCount(int *count) {
+    *count = 2;
+    return SUCCESS;
+}
+
+int cuDeviceGet(int *device, int ordinal) {
+    *device = 70 + ordinal;
+    return SUCCESS;
+}
+
+int cuDeviceGetName(char *name, int length, int device) {
+    snprintf(name, length, "Fake %d", device);
+    return SUCCESS;
+}
+
+int cuDeviceTotalMem_v2(size_t *bytes, int device) {
+    *bytes = 1000u * device;
+    return SUCCESS;
+}
+
+int cuDeviceGetAttribute(int *value, int attribute, int device) {
+    (void)device;
+    *value = attribute == 75 ? setting("FAKE_CAPABILITY", 9) : attribute;
+    return SUCCESS;
+}
+
+int cuDevicePrimaryCtxRetain(void **context, int device) {
+    NOTE("cuDevicePrimaryCtxRetain %d", device);
+    *context = CONTEXT;
+    return SUCCESS;
+}
+
+int cuDevicePrimaryCtxRelease_v2(int device) {
+    NOTE("cuDevicePrimaryCtxRelease %d", device);
+    return SUCCESS;
+}
+
+int cuCtxSetCurrent(void *context) {
+    current = context;
+    return SUCCESS;
+}
+
+int cuCtxSynchronize(void) {
+    NOTE("cuCtxSynchronize");
+    IN_CONTEXT;
+    return SUCCESS;
+}
+
+int cuCtxGetStreamPriorityRange(int *least, int *greatest) {
+    IN_CONTEXT;
+    *least = 0;
+    *greatest = -5;
+    return SUCCESS;
+}
+
+int cuMemGetInfo_v2(size_t *free_bytes, size_t *total) {
+    IN_CONTEXT;
+    *free_bytes = 100;
+    *total = 200;
+    return SUCCESS;
+}
+
+int cuMemAlloc_v2(uint64_t *memory, size_t bytes) {
+    IN_CONTEXT;
+    NOTE("cuMemAlloc %zu", bytes);
+    if (bytes > 1 << 20) return OUT_OF_MEMORY;
+    *memory = (uint64_t)(uintptr_t)malloc(bytes);
+    return SUCCESS;
+}
+
+int cuMemFree_v2(uint64_t memory) {
+    IN_CONTEXT;
+    NOTE("cuMemFree");
+    free((void *)(uintptr_t)memory);
+    return SUCCESS;
+}
+
+int cuMemHostAlloc(void **memory, size_t bytes, unsigned flags) {
+    IN_CONTEXT;
+    NOTE("cuMemHostAlloc %zu flags %u", bytes, flags);
+    *memory = malloc(bytes);
+    memset(*memory, 0xab, bytes);
+    return SUCCESS;
+}
+
+int cuMemFreeHost(void *memory) {
+    IN_CONTEXT;
+    NOTE("cuMemFreeHost");
+    free(memory);
+    return SUCCESS;
+}
+
+int cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t bytes, void *stream) {
+    IN_CONTEXT;
+    NOTE("cuMemcpyHtoDAsync %zu on %p", bytes, stream);
+    memcpy((void *)(uintptr_t)to, from, bytes);
+    return SUCCESS;
+}
+
+int cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t bytes, void *stream) {
+    IN_CONTEXT;
+    NOTE("cuMemcpyDtoHAsync %zu on %p", bytes, stream);
+    memcpy(to, (void *)(uintptr_t)from, bytes);
+    return SUCCESS;
+}
+
+int cuMemsetD8Async(uint64_t memory, unsigned char value, size_t bytes, void *stream) {
+    IN_CONTEXT;
+    NOTE("cuMemsetD8Async %u, %zu on %p", value, bytes, stream);
+    memset((void *)(uintptr_t)memory, value, bytes);
+    return SUCCESS;
+}
+
+int cuStreamCreateWithPriority(void **stream, unsigned flags, int priority) {
+    IN_CONTEXT;
+    *stream = handle();
+    NOTE("cuStreamCreateWithPriority %p flags %u priority %d", *stream, flags, priority);
+    return SUCCESS;
+}
+
+int cuStreamDestroy_v2(void *stream) {
+    NOTE("cuStreamDestroy %p", stream);
+    return SUCCESS;
+}
+
+int cuStreamWaitEvent(void *stream, void *event, unsigned flags) {
+    IN_CONTEXT;
+    NOTE("cuStreamWaitEvent %p for %p flags %u", stream, event, flags);
+    return SUCCESS;
+}
+
+int cuEventCreate(void **event, unsigned flags) {
+    IN_CONTEXT;
+    *event = handle();
+    NOTE("cuEventCreate %p flags %u", *event, flags);
+    return SUCCESS;
+}
+
+int cuEventDestroy_v2(void *event) {
+    NOTE("cuEventDestroy %p", event);
+    return SUCCESS;
+}
+
+int cuEventRecord(void *event, void *stream) {
+    IN_CONTEXT;
+    NOTE("cuEventRecord %p on %p", event, stream);
+    return SUCCESS;
+}
+
+int cuEventSynchronize(void *event) {
+    IN_CONTEXT;
+    NOTE("cuEventSynchronize %p", event);
+    return SUCCESS;
+}
+
+int cuModuleLoadData(void **module, const void *image) {
+    IN_CONTEXT;
+    *module = (void *)++last_module;
+    // As fatbins begin, at an address that is one of numbers.
+    int good = (uintptr_t)image % 8 == 0 && *(const uint32_t *)image == 0xba55ed50;
+    NOTE("cuModuleLoadData %s", good ? "of a fatbin" : "of something else");
+    return good ? SUCCESS : INVALID_VALUE;
+}
+
+int cuModuleUnload(void *module) {
+    (void)module;
+    NOTE("cuModuleUnload");
+    return SUCCESS;
+}
+
+// Every second module has every kernel.
+int cuModuleGetFunction(void **function, void *module, const char *name) {
+    IN_CONTEXT;
+    if ((uintptr_t)module % 2 != 0 || strncmp(name, "kvern_", 6) != 0) return NOT_FOUND;
+    *function = strdup(name);
+    return SUCCESS;
+}
+
+int cuFuncLoad(void *function) {
+    IN_CONTEXT;
+    NOTE("cuFuncLoad %s", (char *)function);
+    return SUCCESS;
+}
+
+int cuFuncGetParamInfo(void *function, size_t index, size_t *offset, size_t *bytes) {
+    IN_CONTEXT;
+    (void)function;
+    *offset = 0;
+    *bytes = 48;
+    return index == 0 ? SUCCESS : INVALID_VALUE;
+}
+
+// Static shared memory: 1 KiB.
+int cuFuncGetAttribute(int *value, int attribute, void *function) {
+    IN_CONTEXT;
+    (void)function;
+    *value = attribute == 1 ? 1024 : 0;
+    return SUCCESS;
+}
+
+int cuFuncSetAttribute(void *function, int attribute, int value) {
+    IN_CONTEXT;
+    NOTE("cuFuncSetAttribute %s %d = %d", (char *)function, attribute, value);
+    return value > 200000 ? INVALID_VALUE : SUCCESS;
+}
+
+int cuOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, void *function, int threads, size_t shared_bytes) {
+    IN_CONTEXT;
+    (void)function;
+    *blocks = shared_bytes > 100000 ? 0 : 1024 / threads;
+    return SUCCESS;
+}
+
+int cuLaunchKernel(void *function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned threads_y,
+                   unsigned threads_z, unsigned shared_bytes, void *stream, void **parameters, void **extra) {
+    IN_CONTEXT;
+    NOTE("cuLaunchKernel %s %ux%ux%u of %ux%ux%u shared %u on %p parameter %llu extra %d", (char *)function, x, y, z,
+         threads, threads_y, threads_z, shared_bytes, stream, *(unsigned long long *)parameters[0], extra != NULL);
+    if (x == 666) lost = ILLEGAL_ADDRESS;
+    return x == 0 ? INVALID_VALUE : SUCCESS;
+}
+
+int cuStreamBeginCapture_v2(void *stream, int mode) {
+    IN_CONTEXT;
+    NOTE("cuStreamBeginCapture %p mode %d", stream, mode);
+    return SUCCESS;
+}
+
+int cuThreadExchangeStreamCaptureMode(int *mode) {
+    static __thread int known;
+    int before = known;
+    known = *mode;
+    *mode = before;
+    NOTE("cuThreadExchangeStreamCaptureMode %d for %d", known, before);
+    return SUCCESS;
+}
+
+int cuStreamEndCapture(void *stream, void **graph) {
+    IN_CONTEXT;
+    NOTE("cuStreamEndCapture %p", stream);
+    int status = setting("FAKE_CAPTURE", SUCCESS);
+    *graph = status == SUCCESS ? handle() : NULL;
+    return status;
+}
+
+int cuGraphInstantiateWithFlags(void **ready, void *graph, unsigned long long flags) {
+    IN_CONTEXT;
+    *ready = handle();
+    NOTE("cuGraphInstantiate %p of %p flags %llu", *ready, graph, flags);
+    return SUCCESS;
+}
+
+int cuGraphUpload(void *ready, void *stream) {
+    IN_CONTEXT;
+    NOTE("cuGraphUpload %p by %p", ready, stream);
+    return SUCCESS;
+}
+
+int cuGraphDestroy(void *graph) {
+    NOTE("cuGraphDestroy %p", graph);
+    return SUCCESS;
+}
+
+int cuGraphLaunch(void *ready, void *stream) {
+    IN_CONTEXT;
+    NOTE("cuGraphLaunch %p on %p", ready, stream);
+    return SUCCESS;
+}
+
+int cuGraphExecDestroy(void *ready) {
+    NOTE("cuGraphExecDestroy %p", ready);
+    return SUCCESS;
+}
