@@ -18,10 +18,12 @@ use account::{KvRoom, Wanted};
 use kvern_core::{ClassSpec, CoreConfig, CostModel, Engine as Core, Micros, WorkerId, WorkerSpec};
 use kvern_kernels::{Device, KernelError, KvDType};
 use kvern_models::{Checkpoint, LoadError, LoadOptions, LoadProgress, ModelConfig, ModelFiles, StepLimits};
+use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::sync_channel;
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 use team::{ReadyTeam, Team};
 use tokio::sync::oneshot;
 
@@ -126,14 +128,8 @@ pub fn start_on(
 ) -> Result<Runtime, StartError> {
     let model_config = ModelConfig::read(&Checkpoint::open(files)?)?;
     let max_model_len = model_len(&model_config, options)?;
-    if device.is_gpu() && options.scheduling.pools == PoolLayout::Apart {
-        let text = "--kv-pools apart needs workers with memory of their own; those on one GPU share a pool";
-        return Err(StartError::Unsupported(text.to_owned()));
-    }
-    if device.is_gpu() && options.engine.block_size < GPU_BLOCK_SIZE_MIN {
-        let found = options.engine.block_size;
-        let text = format!("--block-size: expected at least {GPU_BLOCK_SIZE_MIN} tokens on a GPU, found {found}");
-        return Err(StartError::Unsupported(text));
+    if device.is_gpu() {
+        check_gpu(options)?;
     }
     let limits = StepLimits {
         tokens_max: options.engine.step_tokens_max(&device) as usize,
@@ -143,8 +139,11 @@ pub fn start_on(
     let load = LoadOptions { precision: options.engine.precision, format: options.engine.device.load_format, limits };
     let plan_ahead = options.plan_ahead.unwrap_or(device.is_gpu());
     let wanted = Wanted { files, load, options, max_model_len };
+    let mut phases = Phases::new();
     let gpu_room = if device.is_gpu() { Some(wanted.on_gpu(&device)?) } else { None };
+    phases.end("account");
     let loaded = kvern_models::load(&device, files, &load, &mut |done| progress(StartProgress::Weights(done)))?;
+    phases.end("weights");
     let room = match gpu_room {
         Some(room) => room,
         None => wanted.on_cpu(&loaded, available_memory())?,
@@ -153,6 +152,7 @@ pub fn start_on(
     let shape = loaded.kv_shape(blocks as usize, options.engine.block_size as usize, options.engine.kv_dtype);
     let (weight_bytes, workspace_bytes) = (loaded.weight_bytes as u64, loaded.workspace_bytes as u64);
     let team = Team::new(device, loaded, shape, &options.scheduling, limits)?;
+    phases.end("memory");
     let account = MemoryAccount {
         device: team.describe(),
         weight_bytes,
@@ -164,9 +164,51 @@ pub fn start_on(
         table,
     };
     let ready = team.warm(limits, plan_ahead, &mut |done, total| progress(StartProgress::Capture { done, total }))?;
+    phases.end("warm-up");
+    tracing::info!("start: {phases}");
     let core_limits = CoreLimits { max_model_len, step_tokens_max: limits.tokens_max as u32, plan_ahead };
     let Running { handle, threads, ended, killed } = spawn(ready, options, core_limits, &account)?;
     Ok(Runtime { handle, config: model_config, max_model_len, account, ended, threads, killed })
+}
+
+/// Refuses settings that a GPU's workers cannot have.
+fn check_gpu(options: &RuntimeOptions) -> Result<(), StartError> {
+    if options.scheduling.pools == PoolLayout::Apart {
+        let text = "--kv-pools apart needs workers with memory of their own; those on one GPU share a pool";
+        return Err(StartError::Unsupported(text.to_owned()));
+    }
+    let found = options.engine.block_size;
+    if found < GPU_BLOCK_SIZE_MIN {
+        let text = format!("--block-size: expected at least {GPU_BLOCK_SIZE_MIN} tokens on a GPU, found {found}");
+        return Err(StartError::Unsupported(text));
+    }
+    Ok(())
+}
+
+/// What a start spends its time on, for the log.
+struct Phases {
+    last: Instant,
+    ended: Vec<(&'static str, Duration)>,
+}
+
+impl Phases {
+    fn new() -> Self {
+        Phases { last: Instant::now(), ended: Vec::new() }
+    }
+
+    fn end(&mut self, name: &'static str) {
+        self.ended.push((name, self.last.elapsed()));
+        self.last = Instant::now();
+    }
+}
+
+impl fmt::Display for Phases {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (at, (name, time)) in self.ended.iter().enumerate() {
+            write!(f, "{}{name} {:.3} s", if at > 0 { ", " } else { "" }, time.as_secs_f64())?;
+        }
+        Ok(())
+    }
 }
 
 /// What the core is told of requests and steps.
