@@ -1,5 +1,7 @@
 //! Rotary position embeddings, tabulated.
 
+use std::num::NonZeroUsize;
+
 use kvern_cuda_abi::Ptr;
 
 use crate::buffer::Buffer;
@@ -32,13 +34,13 @@ impl RopeTable {
         // Nobody reads what is only counted.
         let counts_only = matches!(&device.backend, Backend::Cuda(gpu) if gpu.driver.counts_only());
         if half > 0 && !counts_only {
-            for (position, (cos, sin)) in cos.chunks_exact_mut(half).zip(sin.chunks_exact_mut(half)).enumerate() {
-                for (i, &frequency) in inv_freq.iter().enumerate() {
-                    // Rounded once from f64, so that the table does not depend on the system's f32 functions.
-                    let (s, c) = f64::from(position as f32 * frequency).sin_cos();
-                    (cos[i], sin[i]) = (c as f32 * scale, s as f32 * scale);
+            let rows = positions.div_ceil(threads_for(elements));
+            let chunks = cos.chunks_mut(rows.max(1) * half).zip(sin.chunks_mut(rows.max(1) * half)).enumerate();
+            std::thread::scope(|scope| {
+                for (at, (cos, sin)) in chunks {
+                    scope.spawn(move || fill(inv_freq, scale, at * rows, cos, sin));
                 }
-            }
+            });
         }
         let Backend::Cuda(gpu) = &device.backend else {
             return Ok(RopeTable { cos, sin, device: None, positions, half });
@@ -78,5 +80,24 @@ impl RopeTable {
     pub(crate) fn row(&self, position: usize) -> (&[f32], &[f32]) {
         let range = position * self.half..(position + 1) * self.half;
         (&self.cos[range.clone()], &self.sin[range])
+    }
+}
+
+/// Threads that fill a table of so many values: a million sines take some 30 ms of one.
+fn threads_for(elements: usize) -> usize {
+    const ELEMENTS_MIN: usize = 1 << 18;
+    let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    (elements / ELEMENTS_MIN).clamp(1, cores)
+}
+
+/// cos and sin of the positions from `first` on.
+fn fill(inv_freq: &[f32], scale: f32, first: usize, cos: &mut [f32], sin: &mut [f32]) {
+    let half = inv_freq.len();
+    for (at, (cos, sin)) in cos.chunks_exact_mut(half).zip(sin.chunks_exact_mut(half)).enumerate() {
+        for (i, &frequency) in inv_freq.iter().enumerate() {
+            // Rounded once from f64, so that the table does not depend on the system's f32 functions.
+            let (s, c) = f64::from((first + at) as f32 * frequency).sin_cos();
+            (cos[i], sin[i]) = (c as f32 * scale, s as f32 * scale);
+        }
     }
 }
