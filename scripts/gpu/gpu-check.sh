@@ -3,7 +3,7 @@
 # transformers, memory errors, speed beside the machine's limits. Runs all of it, whatever fails, and ends in one table.
 #
 #   gpu-check.sh [WEIGHTS]    WEIGHTS: a folder of SmolLM2-135M-Instruct (config, tokenizer, safetensors); without
-#                             it the checks of answers are skipped
+#                             it the checks that start a server are skipped
 #
 # OUT is the folder for every step's output (./results). KVERN is the binary (beside this file). DEVICE is cuda:0.
 # CHECKS names the checks to run, by spaces (all): for a machine that is lent for minutes. Needs nvidia-smi, Python 3
@@ -89,13 +89,15 @@ check version 30 "$KVERN" --version
 # Small, so that a build that does not open the device is known before anything long.
 tiny=("$KVERN" bench "$scripts/shapes/smollm2-135m" --device "$DEVICE" --load-format dummy --rounds 1)
 check opens 120 "${tiny[@]}" --steps 4 --decode 2x64 --prefill 96
+served=(--kvern "$KVERN" --model "$weights" --device "$DEVICE" --logs "$OUT")
+answers start 600 "$PYTHON" "$scripts/start.py" "${served[@]}" --shape "$scripts/shapes/llama-3.1-8b" --made \
+    --out "$OUT/start.json"
 if [ -x "$here/parity" ]; then
     check parity 600 env KVERN_TEST_GPU=1 "$here/parity" --test-threads=1
 else
     skip parity "not in the bundle"
 fi
-served=(--kvern "$KVERN" --model "$weights" --device "$DEVICE" --logs "$OUT")
-answers start 300 "$PYTHON" "$scripts/server.py" "${served[@]}"
+answers serves 300 "$PYTHON" "$scripts/server.py" "${served[@]}"
 answers cuda-and-cpu 900 "$PYTHON" "$scripts/devices.py" "${served[@]}"
 answers transformers 900 "$PYTHON" "$scripts/agree.py" "${served[@]}"
 for tool in memcheck racecheck; do
@@ -109,6 +111,8 @@ done
 bench llama-3.1-8b
 bench llama-3.2-1b
 bench qwen3-0.6b
+answers load 900 "$PYTHON" "$scripts/load.py" --kvern "$KVERN" --shape "$scripts/shapes/llama-3.1-8b" \
+    --weights "$weights" --device "$DEVICE" --logs "$OUT" --out "$OUT/load.json"
 
 echo
 cat "$table"

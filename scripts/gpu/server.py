@@ -56,12 +56,16 @@ class Server:
             raise SystemExit(f"expected a completion, found status {error.code}: {text}") from error
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return probe.getsockname()[1]
+
+
 @contextlib.contextmanager
 def running(binary: pathlib.Path, model: pathlib.Path, flags: "list[str]", log: pathlib.Path):
     """A server of `model` on a free port, stopped by SIGTERM at the end; its log goes to `log`."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [str(binary), "serve", str(model), "--host", HOST, "--port", str(port), "--served-model-name", "check"]
     began = time.monotonic()
     with log.open("w") as output:
