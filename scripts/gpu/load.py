@@ -121,7 +121,8 @@ class Client(asyncio.Protocol):
                     times.append(at)
         head = self.chunks[0][1] if self.chunks else b"nothing"
         if not head.startswith(b"HTTP/1.1 200"):
-            return Stream(self.began, times, tokens, f"expected status 200, found {head[-300:]!r}")
+            said = head.partition(b"\r\n")[0] + b" " + head.partition(b"\r\n\r\n")[2][:300]
+            return Stream(self.began, times, tokens, f"expected status 200, found {said.decode(errors='replace')}")
         return Stream(self.began, times, tokens)
 
 

@@ -23,7 +23,7 @@ def generate(model, prompts: "list[list[int]]", tokens: int) -> "list[load.Strea
     wanted = transformers.GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=-1)
     began = time.perf_counter()
     answers = model.generate_batch(inputs=prompts, generation_config=wanted, record_timestamps=True)
-    streams = [load.Stream(max(began, answer.created_time), list(answer.timestamps or []),
+    streams = [load.Stream(max(began, answer.created_time), list(answer.timestamps or [])[:tokens],
                            len(answer.generated_tokens), answer.error) for answer in answers.values()]
     # What generate_batch leaves out has failed without a word.
     streams += [load.Stream(began, [], 0, "no answer")] * (len(prompts) - len(streams))
