@@ -171,7 +171,12 @@ fn wrong_settings_say_where_they_stand() {
         ("", &["serve"], &[("KVERN_PORT", "eighty")], &["KVERN_PORT", "eighty"]),
         ("", &["serve"], &[("KVERN_DTYPE", "f64")], &["KVERN_DTYPE", "f64", "possible values"]),
         ("", &["serve"], &[("HF_HUB_OFFLINE", "maybe")], &["HF_HUB_OFFLINE", "maybe"]),
-        ("", &["serve", "--max-num-seqs", "1024"], &[], &["--max-num-batched-tokens", "1024", "512"]),
+        (
+            "",
+            &["serve", "--max-num-seqs", "1024", "--max-num-batched-tokens", "512"],
+            &[],
+            &["--max-num-batched-tokens", "1024", "512"],
+        ),
         ("", &["serve", "--block-size", "257"], &[], &["--block-size", "256", "257"]),
         ("", &["serve", "--max-body-bytes", "2GiB"], &[], &["--max-body-bytes"]),
         ("", &["serve", "a", "--model", "b"], &[], &["twice", "`a`", "`b`"]),
