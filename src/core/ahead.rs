@@ -125,7 +125,7 @@ impl Engine {
     /// changes, as a plan does. `plan` stays empty.
     fn could_start(&mut self, id: WorkerId, plan: &mut StepPlan) -> bool {
         let worker = &self.workers[usize::from(id.0)];
-        if self.waiting.is_empty() || self.is_short(worker.pool()) || worker.blocked_at == Some(self.changes) {
+        if self.waiting.is_empty() || self.is_short_by_others(id) || worker.blocked_at == Some(self.changes) {
             return false;
         }
         if worker.num_taken() < policy::running_max(&self.config) {

@@ -216,8 +216,14 @@ impl Engine {
 
     /// Whether a decode on this pool waits for a block.
     pub(crate) fn is_short(&self, pool: usize) -> bool {
-        let is_stalled = |worker: &Worker| worker.is_alive && worker.is_stalled && worker.num_running() > 0;
-        self.workers.iter().any(|worker| worker.pool() == pool && is_stalled(worker))
+        self.workers.iter().any(|worker| worker.pool() == pool && worker.waits_for_block())
+    }
+
+    /// Whether a decode of another worker waits for a block of this one's pool; its own next plan looks anew.
+    pub(crate) fn is_short_by_others(&self, id: WorkerId) -> bool {
+        let pool = self.workers[usize::from(id.0)].pool();
+        let mut others = self.workers.iter().enumerate().filter(|(at, _)| *at != usize::from(id.0));
+        others.any(|(_, worker)| worker.pool() == pool && worker.waits_for_block())
     }
 
     fn set_tenants(&mut self, specs: &[TenantSpec]) {

@@ -78,6 +78,11 @@ impl Worker {
         }
     }
 
+    /// Whether a decode had no block when it was planned last.
+    pub(crate) fn waits_for_block(&self) -> bool {
+        self.is_alive && self.is_stalled && self.num_running() > 0
+    }
+
     pub(crate) fn pool(&self) -> usize {
         usize::from(self.spec.pool.0)
     }

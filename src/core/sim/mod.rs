@@ -97,12 +97,13 @@ fn run_seeds(seeds: std::ops::Range<u64>) -> Coverage {
 }
 
 /// Runs that once broke something.
-const REGRESSIONS: [u64; 3] = [
+const REGRESSIONS: [u64; 4] = [
     // TEN-2: a request that joined others' live blocks was not counted as its tenant's.
     816_139,
     // Fairness: tokens of the step that were kept for the oldest prefill were neither its nor the visitor's.
     13_199, // Visitors: a tenant became busy within the plan that took its prompts.
-    30_212,
+    30_212, // Steps ahead: a worker whose own decode had lacked a block was taken to start nobody.
+    104_861,
 ];
 
 #[test]
