@@ -11,7 +11,7 @@ QUICK = --config 'profile.dev.package."*".opt-level=0' --config profile.dev.pack
 BENCHES ?= forward plan prefix kernels frontend text
 
 .DEFAULT_GOAL := help
-.PHONY: help serve model test unit clients sim simulate lint bench bench-peer bench-scaling bench-serve openapi doc cuda cuda-driver gpu-bundle docker-lint
+.PHONY: help serve model test unit clients sim simulate lint test-levels bench bench-peer bench-scaling bench-serve openapi doc cuda cuda-driver gpu-bundle docker-lint
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ unit: model ## Run the Rust tests
 
 clients: model ## Run openai-python and openai-node, as published, against a running server
 	scripts/run_clients.sh
+
+test-levels: model ## Run models, batches and clients at every instruction set that the machine has; LEVELS="avx2" for some
+	scripts/test_levels.sh
 
 sim: ## Run the scheduler's simulator in a release build, SEEDS=1000000 of them
 	KVERN_SIM_SEEDS=$(SEEDS) $(CARGO) test --release -p kvern-core --lib sim

@@ -10,9 +10,9 @@ mod paged;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use kvern_kernels::{CpuOptions, Device, KvCache, KvDType, Precision};
+use kvern_kernels::{Device, KvCache, KvDType, Precision};
 use kvern_models::{LoadFormat, LoadOptions, LoadedModel, ModelFiles, StepLimits, load};
-use paged::{BLOCK_SIZE, Slice, blocks_of, scattered, step};
+use paged::{BLOCK_SIZE, Slice, blocks_of, cpu_options, scattered, step};
 use safetensors::SafeTensors;
 use serde_json::Value;
 
@@ -41,14 +41,14 @@ struct Case {
 }
 
 fn load_f32(files: &ModelFiles, context_max: usize) -> LoadedModel {
-    let device = Device::cpu(CpuOptions::default()).unwrap();
+    let device = Device::cpu(cpu_options()).unwrap();
     let limits = StepLimits { tokens_max: 256, sequences_max: 256, context_max };
     load(&device, files, &LoadOptions { precision: Precision::F32, format: LoadFormat::Files, limits }, &mut |_| {})
         .unwrap()
 }
 
 fn cache(loaded: &LoadedModel) -> KvCache {
-    let device = Device::cpu(CpuOptions::default()).unwrap();
+    let device = Device::cpu(cpu_options()).unwrap();
     KvCache::new(&device, loaded.kv_shape(BLOCKS, BLOCK_SIZE, KvDType::F32)).unwrap()
 }
 

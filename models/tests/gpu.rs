@@ -17,7 +17,7 @@ use std::sync::Arc;
 use kvern_cuda_shim::device::{Options, ShimDriver};
 use kvern_kernels::{CpuOptions, Device, Element, KvCache, KvDType, Precision};
 use kvern_models::{LoadFormat, LoadOptions, LoadedModel, ModelFiles, StepLimits, load};
-use paged::{BLOCK_SIZE, Slice, blocks_of, scattered, step};
+use paged::{BLOCK_SIZE, Slice, blocks_of, cpu_options, scattered, step};
 use safetensors::SafeTensors;
 use serde_json::Value;
 
@@ -51,7 +51,7 @@ impl Rig {
 
     fn cpu(files: &ModelFiles, options: &LoadOptions) -> Rig {
         let dtype = if options.precision == Precision::F32 { KvDType::F32 } else { KvDType::BF16 };
-        Rig::on(Device::cpu(CpuOptions::default()).unwrap(), None, files, options, dtype)
+        Rig::on(Device::cpu(cpu_options()).unwrap(), None, files, options, dtype)
     }
 
     fn on(

@@ -13,9 +13,9 @@ mod peer;
 use std::path::Path;
 
 use candle_core::quantized::GgmlDType;
-use kvern_kernels::{CpuOptions, Device, KvCache, KvDType, Precision};
+use kvern_kernels::{Device, KvCache, KvDType, Precision};
 use kvern_models::{LoadFormat, LoadOptions, LoadedModel, ModelFiles, StepLimits, load};
-use paged::{BLOCK_SIZE, Slice, blocks_of, scattered, step};
+use paged::{BLOCK_SIZE, Slice, blocks_of, cpu_options, scattered, step};
 use peer::{Peer, requantized};
 use serde::Deserialize;
 
@@ -75,7 +75,7 @@ struct Ours {
 
 impl Ours {
     fn open(path: &Path, precision: Precision, cache: KvDType) -> Ours {
-        let device = Device::cpu(CpuOptions::default()).unwrap();
+        let device = Device::cpu(cpu_options()).unwrap();
         let limits = StepLimits { tokens_max: 512, sequences_max: 64, context_max: 1024 };
         let files = ModelFiles::open(path).unwrap();
         let loaded =

@@ -7,7 +7,7 @@ use kvern::request::{Engine, Request, SamplingParams, Terms, TokenEvent, TokenRx
 pub use kvern::runtime::RuntimeOptions;
 use kvern::runtime::{self, Runtime};
 use kvern_core::{FinishReason, TokenId, Usage};
-use kvern_kernels::{CpuOptions, KvDType, Precision};
+use kvern_kernels::{CpuIsa, CpuOptions, KvDType, Precision};
 use kvern_models::ModelFiles;
 use std::path::PathBuf;
 
@@ -17,6 +17,18 @@ pub fn model_path() -> PathBuf {
     let path = std::env::var_os("KVERN_TEST_MODEL").map_or_else(default, PathBuf::from);
     assert!(path.exists(), "{} is missing: run `make model`", path.display());
     path
+}
+
+/// The device's options: the best level of the machine, or the one that `KVERN_CPU_ISA` forces, as it does the server's.
+pub fn cpu_options() -> CpuOptions {
+    let isa = std::env::var("KVERN_CPU_ISA").ok().map(|isa| match isa.as_str() {
+        "scalar" => CpuIsa::Scalar,
+        "avx2" => CpuIsa::Avx2,
+        "avx512" => CpuIsa::Avx512,
+        "amx" => CpuIsa::Amx,
+        _ => panic!("KVERN_CPU_ISA: expected scalar, avx2, avx512 or amx, found {isa:?}"),
+    });
+    CpuOptions { isa, ..CpuOptions::default() }
 }
 
 pub fn options() -> RuntimeOptions {
@@ -32,7 +44,7 @@ pub fn options() -> RuntimeOptions {
 /// The default settings of a small server.
 pub fn engine() -> EngineConfig {
     EngineConfig {
-        cpu: CpuOptions::default(),
+        cpu: cpu_options(),
         precision: Precision::AsStored,
         kv_dtype: KvDType::BF16,
         max_model_len: Some(2048),

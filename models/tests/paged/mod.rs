@@ -2,10 +2,22 @@
 
 #![allow(clippy::unwrap_used)]
 
-use kvern_kernels::{KvCache, Tensor};
+use kvern_kernels::{CpuIsa, CpuOptions, KvCache, Tensor};
 use kvern_models::{ForwardBatch, Model};
 
 pub(crate) const BLOCK_SIZE: usize = 16;
+
+/// The device's options: the best level of the machine, or the one that `KVERN_CPU_ISA` forces, as it does the server's.
+pub(crate) fn cpu_options() -> CpuOptions {
+    let isa = std::env::var("KVERN_CPU_ISA").ok().map(|isa| match isa.as_str() {
+        "scalar" => CpuIsa::Scalar,
+        "avx2" => CpuIsa::Avx2,
+        "avx512" => CpuIsa::Avx512,
+        "amx" => CpuIsa::Amx,
+        _ => panic!("KVERN_CPU_ISA: expected scalar, avx2, avx512 or amx, found {isa:?}"),
+    });
+    CpuOptions { isa, ..CpuOptions::default() }
+}
 
 /// The tokens `start..start + tokens.len()` of a sequence whose earlier ones are in the cache.
 #[derive(Clone, Copy)]
