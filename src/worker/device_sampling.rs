@@ -22,7 +22,7 @@ pub(super) fn push_rows(
                 sampler.push(sample_row(params, position), biases(params, counts), seen(counts));
             }),
             // Nobody wants its token; its row is passed over.
-            None => sampler.push(greedy_row(position), [].into_iter(), [].into_iter()),
+            None => sampler.push(SampleRow::greedy(position), [].into_iter(), [].into_iter()),
         }
     }
 }
@@ -63,27 +63,7 @@ fn sample_row(params: &SamplingParams, position: u32) -> SampleRow {
         frequency_penalty: params.frequency_penalty,
         top_logprobs: params.logprobs.unwrap_or(0),
         wants_logprob: u32::from(params.logprobs.is_some()),
-        ..greedy_row(position)
-    }
-}
-
-fn greedy_row(position: u32) -> SampleRow {
-    SampleRow {
-        seed: 0,
-        position,
-        temperature: 0.0,
-        top_p: 1.0,
-        min_p: 0.0,
-        top_k: 0,
-        repetition_penalty: 1.0,
-        presence_penalty: 0.0,
-        frequency_penalty: 0.0,
-        bias_first: 0,
-        bias_count: 0,
-        count_first: 0,
-        count_count: 0,
-        top_logprobs: 0,
-        wants_logprob: 0,
+        ..SampleRow::greedy(position)
     }
 }
 

@@ -289,3 +289,27 @@ params! {
         top_stride: u32,
     }
 }
+
+impl SampleRow {
+    /// The likeliest token for `position`, without biases, counts and log-probabilities.
+    #[must_use]
+    pub const fn greedy(position: u32) -> Self {
+        SampleRow {
+            seed: 0,
+            position,
+            temperature: 0.0,
+            top_p: 1.0,
+            min_p: 0.0,
+            top_k: 0,
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            bias_first: 0,
+            bias_count: 0,
+            count_first: 0,
+            count_count: 0,
+            top_logprobs: 0,
+            wants_logprob: 0,
+        }
+    }
+}
