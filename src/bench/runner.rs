@@ -157,7 +157,8 @@ impl Runner {
                 last_sampled: false,
             });
         }
-        self.loaded.model.forward(&self.batch.fill(plan), &mut self.kv).map(drop)
+        let batch = self.batch.fill(plan).expect("a plan that brings whole tables and known tokens can be laid out");
+        self.loaded.model.forward(&batch, &mut self.kv).map(drop)
     }
 }
 
