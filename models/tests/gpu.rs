@@ -45,8 +45,7 @@ impl Rig {
     fn gpu(files: &ModelFiles, element: Element, options: &LoadOptions, shim: Options) -> Rig {
         let driver = ShimDriver::new(shim);
         let device = Device::gpu(Arc::clone(&driver) as _, element).unwrap();
-        let dtype = if element == Element::F32 { KvDType::F32 } else { KvDType::BF16 };
-        Rig::on(device, Some(driver), files, options, dtype)
+        Rig::on(device, Some(driver), files, options, element.into())
     }
 
     fn cpu(files: &ModelFiles, options: &LoadOptions) -> Rig {
