@@ -225,6 +225,8 @@ fn is_ahead(plan: &StepPlan) -> bool {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
+
     use super::*;
     use kvern_core::{BlockId, SeqSlice, StepId, WorkerId};
 
