@@ -14,8 +14,8 @@ use kvern_models::{Checkpoint, ModelFiles};
 use std::path::Path;
 use std::sync::Arc;
 use support::{
-    Answer, Ask, EngineConfig, RuntimeOptions, SchedulingConfig, collect, engine, greedy, options, submit, together,
-    tokens,
+    Answer, Ask, EngineConfig, RuntimeOptions, SchedulingConfig, collect, engine, greedy, metric, options, submit,
+    together, tokens,
 };
 
 const VOCAB: u32 = 128;
@@ -125,18 +125,22 @@ fn steps_ahead(log: &[String]) -> usize {
     ahead
 }
 
+/// Longer, and with nothing that needs the last token's id on the host.
+fn unhindered(mut ask: Ask) -> Ask {
+    ask.sampling.min_tokens = 0;
+    ask.max_new_tokens += 8;
+    ask
+}
+
+fn has_penalties(ask: &Ask) -> bool {
+    ask.sampling.repetition_penalty != 1.0 || ask.sampling.presence_penalty != 0.0
+}
+
 /// Steps are launched before the one before them has ended, whatever runs when.
 #[test]
 fn steps_go_ahead_of_the_host() {
-    // Nothing that needs the last token's id on the host.
-    let plain = |mut ask: Ask| {
-        ask.sampling.repetition_penalty = 1.0;
-        ask.sampling.presence_penalty = 0.0;
-        ask.sampling.min_tokens = 0;
-        ask.max_new_tokens += 8;
-        ask
-    };
-    let asks: Vec<Ask> = asks().into_iter().map(plain).collect();
+    let asks: Vec<Ask> = asks().into_iter().map(unhindered).collect();
+    assert_eq!(asks.iter().filter(|ask| has_penalties(ask)).count(), 4);
     let (driver, in_turns) = on_gpu(&RuntimeOptions { plan_ahead: Some(false), ..small() });
     let expected = together(&in_turns, &asks);
     in_turns.join();
@@ -150,6 +154,25 @@ fn steps_go_ahead_of_the_host() {
         assert_eq!(driver.refusals(), Vec::<String>::new());
         assert!(steps_ahead(&driver.log()) > 20, "steps are launched ahead");
     }
+}
+
+/// Who loses its blocks computes them again; what it has seen is still on the device, or another's place by then.
+#[test]
+fn who_is_preempted_says_the_same() {
+    let mut asks: Vec<Ask> = asks().into_iter().map(unhindered).filter(|ask| ask.prompt.len() < 24).collect();
+    asks.iter_mut().for_each(|ask| ask.max_new_tokens = 45);
+    assert!(asks.iter().filter(|ask| has_penalties(ask)).count() > 2);
+    let cpu = on_cpu(&small());
+    let alone: Vec<Answer> = asks.iter().map(|ask| collect(submit(&cpu.handle, ask))).collect();
+    cpu.join();
+    // Blocks of 8 KiB, one of them for nobody.
+    let engine = EngineConfig { kv_cache_memory_bytes: Some(10 << 13), ..small().engine };
+    let (driver, runtime) = on_gpu(&RuntimeOptions { engine, ..small() });
+    assert_eq!(tokens(&together(&runtime, &asks)), tokens(&alone));
+    assert!(metric(&runtime.handle, "vllm:num_preemptions_total") > 0.0);
+    assert!(steps_ahead(&driver.log()) > 20, "steps are launched ahead");
+    runtime.join();
+    assert_eq!(driver.refusals(), Vec::<String>::new());
 }
 
 /// A request that ends while a step with it is ahead leaves its blocks to others, as any other does.
@@ -272,6 +295,9 @@ fn what_does_not_fit_is_refused_before_it_is_taken() {
     let account = runtime.account.clone();
     let kv = account.table.iter().find(|(purpose, _)| purpose == "the KV cache").unwrap().1;
     assert!(kv > 1 << 20 && account.kv_bytes < kv, "{account:?}");
+    // 16 bits for each token of the vocabulary and each running request.
+    let seen = account.table.iter().find(|(purpose, _)| purpose == "seen tokens of penalties").unwrap().1;
+    assert_eq!(seen, 6 * u64::from(VOCAB) * 2);
     let all: u64 = account.table.iter().map(|(_, bytes)| bytes).sum();
     assert!(all <= 400 << 20, "{account:?}");
     runtime.join();

@@ -152,6 +152,12 @@ enum StepError {
     Batch(#[from] BatchError),
     #[error(transparent)]
     Kernel(#[from] KernelError),
+    #[error(
+        "request {}: expected the tokens that it has seen before position {position} on the device, as the step was \
+         planned ahead, found others",
+        request.0
+    )]
+    Seen { request: RequestId, position: u32 },
 }
 
 /// A step between its two ends.
@@ -233,6 +239,9 @@ impl Worker {
                 SequenceChange::Forget(id) => {
                     self.sequences.remove(&id);
                     self.batch.forget(id);
+                    if let Some(sampler) = &mut self.sampler {
+                        sampler.forget(id.0);
+                    }
                 }
             }
         }
@@ -265,6 +274,10 @@ impl Worker {
         if outcome.is_err() {
             logprobs.clear();
             sampled.clear();
+            // Whatever the device has added to what they have seen was never said, nor what a step ahead of this one's end added.
+            if let Some(sampler) = &mut self.sampler {
+                plan.slices.iter().for_each(|slice| sampler.forget(slice.request.0));
+            }
         }
         let device_us = self.step_time.ended(at, may_be_followed).as_micros() as u64;
         StepResult { plan, sampled, changes, logprobs, device_us, error: outcome.err() }
@@ -319,7 +332,7 @@ impl Worker {
         let batch = self.batch.fill(plan)?;
         let samples = !batch.sample_rows.is_empty();
         if let Some(sampler) = self.sampler.as_mut().filter(|_| samples) {
-            device_sampling::push_rows(sampler, &self.sequences, plan);
+            device_sampling::push_rows(sampler, &self.sequences, plan)?;
             sampler.upload(&self.device)?;
         }
         let logits = self.model.forward(&batch, &mut self.kv)?;
