@@ -4,7 +4,7 @@
     kvern              the release build with the feature cuda and its kernels, stripped
     parity             the tests of every op, to be run on a GPU (--no-parity leaves them out: they take minutes to compile)
     gpu-check.sh       runs everything and ends in one table
-    scripts/gpu        what that script runs, and configurations for made-up weights
+    scripts            what that script runs, and configurations for made-up weights
     BUNDLE.txt         commit, day, versions, checksum of the binary
 
 Fails where the binary is larger than 45 MiB or the bundle larger than 60 MiB. --kvern takes a binary that is built.
@@ -26,6 +26,8 @@ import cuda_toolchain
 ROOT = cuda_toolchain.ROOT
 BUNDLE = ROOT / "target" / "gpu-bundle"
 SCRIPTS = ROOT / "scripts" / "gpu"
+# What they use that others use too.
+SHARED = [ROOT / "scripts" / "streaming.py"]
 MIB = 1 << 20
 BINARY_BYTES_MAX = 45 * MIB
 BUNDLE_BYTES_MAX = 60 * MIB
@@ -82,6 +84,8 @@ def facts(binary: bytes) -> str:
 def gather(built: pathlib.Path, tests: "pathlib.Path | None") -> None:
     shutil.rmtree(BUNDLE, ignore_errors=True)
     shutil.copytree(SCRIPTS, BUNDLE / "scripts" / "gpu", ignore=shutil.ignore_patterns("__pycache__", "gpu-check.sh"))
+    for script in SHARED:
+        shutil.copy2(script, BUNDLE / "scripts")
     shutil.copy2(SCRIPTS / "gpu-check.sh", BUNDLE)
     run(os.environ.get("STRIP", "strip"), "--strip-all", "-o", BUNDLE / "kvern", built)
     if tests:

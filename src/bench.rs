@@ -19,7 +19,7 @@ mod runner;
 use crate::config::{BenchConfig, Config, Workload};
 use crate::hub::{self, HubError};
 use crate::runtime::available_memory;
-use cost::Cost;
+use cost::{Cost, ReadBytes};
 use kvern_kernels::KernelError;
 use kvern_kernels::limits::{Gauge, Limit};
 use kvern_models::{Checkpoint, LoadError, LoadFormat, ModelConfig, ModelFiles};
@@ -60,9 +60,10 @@ pub fn run(config: &Config, bench: &BenchConfig, out: &mut dyn Write) -> Result<
         LoadFormat::Files => ModelFiles::open(&located.path)?,
         LoadFormat::Dummy { .. } => ModelFiles::open_config(&located.path)?,
     };
-    let model = ModelConfig::read(&Checkpoint::open(&files)?)?;
+    let checkpoint = Checkpoint::open(&files)?;
+    let model = ModelConfig::read(&checkpoint)?;
     let workloads = workloads(config, bench, &model)?;
-    let device = crate::device::open(&config.engine)?;
+    let device = crate::device::open(&config.engine, &checkpoint)?;
     let gauge = if bench.limits { Some(Gauge::new(&device)?) } else { None };
     let chunk = config.engine.step_tokens_max(&device);
     let room = Room::for_workloads(&workloads, bench.steps, chunk);
@@ -73,8 +74,8 @@ pub fn run(config: &Config, bench: &BenchConfig, out: &mut dyn Write) -> Result<
     })?;
     let Measured { rates, limits } = measure(&mut runner, gauge.as_ref(), &workloads, bench)?;
     let steps = bench.steps;
-    let costs =
-        workloads.iter().map(|&workload| Cost::of(workload, steps, &model, runner.weight_bytes(), &config.engine));
+    let read = ReadBytes { weights: runner.weight_bytes(), kv_value: runner.kv_value_bytes() };
+    let costs = workloads.iter().map(|&workload| Cost::of(workload, steps, &model, read));
     let rows = workloads.iter().zip(costs).zip(rates);
     let report = Report {
         model: &located.name,

@@ -116,6 +116,7 @@ fn report(runtime: &Runtime, name: &str, path: &str, started: Instant) {
     );
     tracing::info!(
         memory = %HumanBytes(account.kv_bytes),
+        dtype = account.kv_dtype.name(),
         blocks = account.kv_blocks,
         block_size = account.block_size,
         tokens = u64::from(account.kv_blocks) * u64::from(account.block_size),

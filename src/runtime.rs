@@ -16,7 +16,7 @@ use crate::record::Recorder;
 use crate::telemetry::{Telemetry, TelemetryInfo};
 use account::{KvRoom, Wanted};
 use kvern_core::{ClassSpec, CoreConfig, CostModel, Engine as Core, Micros, WorkerId, WorkerSpec};
-use kvern_kernels::{Device, KernelError, KvDType};
+use kvern_kernels::{Device, KernelError};
 use kvern_models::{Checkpoint, LoadError, LoadOptions, LoadProgress, ModelConfig, ModelFiles, StepLimits};
 use std::fmt;
 use std::sync::Arc;
@@ -116,7 +116,9 @@ pub fn start(
     options: &RuntimeOptions,
     progress: &mut dyn FnMut(StartProgress),
 ) -> Result<Runtime, StartError> {
-    start_on(crate::device::open(&options.engine)?, files, options, progress)
+    let checkpoint = Checkpoint::open(files)?;
+    let device = crate::device::open(&options.engine, &checkpoint)?;
+    start_model(device, files, ModelConfig::read(&checkpoint)?, options, progress)
 }
 
 /// As [`start`], on this device.
@@ -127,10 +129,21 @@ pub fn start_on(
     progress: &mut dyn FnMut(StartProgress),
 ) -> Result<Runtime, StartError> {
     let model_config = ModelConfig::read(&Checkpoint::open(files)?)?;
+    start_model(device, files, model_config, options, progress)
+}
+
+fn start_model(
+    device: Device,
+    files: &ModelFiles,
+    model_config: ModelConfig,
+    options: &RuntimeOptions,
+    progress: &mut dyn FnMut(StartProgress),
+) -> Result<Runtime, StartError> {
     let max_model_len = model_len(&model_config, options)?;
     if device.is_gpu() {
         check_gpu(options)?;
     }
+    let kv_dtype = crate::device::kv_dtype(&options.engine, &device)?;
     let limits = StepLimits {
         tokens_max: options.engine.step_tokens_max(&device) as usize,
         sequences_max: options.engine.max_num_seqs as usize,
@@ -138,7 +151,7 @@ pub fn start_on(
     };
     let load = LoadOptions { precision: options.engine.precision, format: options.engine.device.load_format, limits };
     let plan_ahead = options.plan_ahead.unwrap_or(device.is_gpu());
-    let wanted = Wanted { files, load, options, max_model_len };
+    let wanted = Wanted { files, load, options, max_model_len, kv_dtype };
     let mut phases = Phases::new();
     let gpu_room = if device.is_gpu() { Some(wanted.on_gpu(&device)?) } else { None };
     phases.end("account");
@@ -149,7 +162,7 @@ pub fn start_on(
         None => wanted.on_cpu(&loaded, available_memory())?,
     };
     let KvRoom { blocks, reason, table } = room;
-    let shape = loaded.kv_shape(blocks as usize, options.engine.block_size as usize, options.engine.kv_dtype);
+    let shape = loaded.kv_shape(blocks as usize, options.engine.block_size as usize, kv_dtype);
     let (weight_bytes, workspace_bytes) = (loaded.weight_bytes as u64, loaded.workspace_bytes as u64);
     let team = Team::new(device, loaded, shape, &options.scheduling, limits)?;
     phases.end("memory");
@@ -159,6 +172,7 @@ pub fn start_on(
         workspace_bytes: workspace_bytes * team.members.len() as u64,
         kv_bytes: (shape.blocks * shape.block_bytes()) as u64,
         kv_blocks: shape.blocks as u32,
+        kv_dtype,
         block_size: options.engine.block_size,
         kv_reason: reason,
         table,
@@ -299,10 +313,7 @@ fn telemetry_info(options: &RuntimeOptions, max_model_len: u32, account: &Memory
         block_size: options.engine.block_size,
         num_blocks: account.kv_blocks,
         kv_cache_bytes: account.kv_bytes,
-        kv_dtype: match options.engine.kv_dtype {
-            KvDType::F32 => "f32",
-            KvDType::BF16 => "bf16",
-        },
+        kv_dtype: account.kv_dtype.name(),
         prefix_caching: options.engine.prefix_caching,
         classes: options.scheduling.classes.iter().map(|class| class.name.clone()).collect(),
     }

@@ -4,18 +4,18 @@
 
 mod support;
 
-use kvern::config::{DeviceConfig, PoolLayout, WorkerLayout};
+use kvern::config::{Config, DeviceConfig, Environment, PoolLayout, WorkerLayout};
 use kvern::request::{Engine, TokenEvent};
 use kvern::runtime::{self, Runtime, StartError};
 use kvern_core::FinishReason;
 use kvern_cuda_shim::device::{Call, Options, ShimDriver};
 use kvern_kernels::{CpuOptions, Device, Element, KvDType, Precision};
-use kvern_models::ModelFiles;
+use kvern_models::{Checkpoint, ModelFiles};
 use std::path::Path;
 use std::sync::Arc;
 use support::{
-    Answer, Ask, EngineConfig, RuntimeOptions, SchedulingConfig, collect, engine, greedy, options, submit, together,
-    tokens,
+    Answer, Ask, EngineConfig, RuntimeOptions, SchedulingConfig, collect, engine, greedy, metric, options, submit,
+    together, tokens,
 };
 
 const VOCAB: u32 = 128;
@@ -28,7 +28,7 @@ fn model() -> ModelFiles {
 fn small() -> RuntimeOptions {
     let engine = EngineConfig {
         precision: Precision::F32,
-        kv_dtype: KvDType::F32,
+        kv_dtype: None,
         max_model_len: Some(72),
         max_num_seqs: 6,
         max_num_batched_tokens: Some(48),
@@ -125,18 +125,22 @@ fn steps_ahead(log: &[String]) -> usize {
     ahead
 }
 
+/// Longer, and with nothing that needs the last token's id on the host.
+fn unhindered(mut ask: Ask) -> Ask {
+    ask.sampling.min_tokens = 0;
+    ask.max_new_tokens += 8;
+    ask
+}
+
+fn has_penalties(ask: &Ask) -> bool {
+    ask.sampling.repetition_penalty != 1.0 || ask.sampling.presence_penalty != 0.0
+}
+
 /// Steps are launched before the one before them has ended, whatever runs when.
 #[test]
 fn steps_go_ahead_of_the_host() {
-    // Nothing that needs the last token's id on the host.
-    let plain = |mut ask: Ask| {
-        ask.sampling.repetition_penalty = 1.0;
-        ask.sampling.presence_penalty = 0.0;
-        ask.sampling.min_tokens = 0;
-        ask.max_new_tokens += 8;
-        ask
-    };
-    let asks: Vec<Ask> = asks().into_iter().map(plain).collect();
+    let asks: Vec<Ask> = asks().into_iter().map(unhindered).collect();
+    assert_eq!(asks.iter().filter(|ask| has_penalties(ask)).count(), 4);
     let (driver, in_turns) = on_gpu(&RuntimeOptions { plan_ahead: Some(false), ..small() });
     let expected = together(&in_turns, &asks);
     in_turns.join();
@@ -150,6 +154,25 @@ fn steps_go_ahead_of_the_host() {
         assert_eq!(driver.refusals(), Vec::<String>::new());
         assert!(steps_ahead(&driver.log()) > 20, "steps are launched ahead");
     }
+}
+
+/// Who loses its blocks computes them again; what it has seen is still on the device, or another's place by then.
+#[test]
+fn who_is_preempted_says_the_same() {
+    let mut asks: Vec<Ask> = asks().into_iter().map(unhindered).filter(|ask| ask.prompt.len() < 24).collect();
+    asks.iter_mut().for_each(|ask| ask.max_new_tokens = 45);
+    assert!(asks.iter().filter(|ask| has_penalties(ask)).count() > 2);
+    let cpu = on_cpu(&small());
+    let alone: Vec<Answer> = asks.iter().map(|ask| collect(submit(&cpu.handle, ask))).collect();
+    cpu.join();
+    // Blocks of 8 KiB, one of them for nobody.
+    let engine = EngineConfig { kv_cache_memory_bytes: Some(10 << 13), ..small().engine };
+    let (driver, runtime) = on_gpu(&RuntimeOptions { engine, ..small() });
+    assert_eq!(tokens(&together(&runtime, &asks)), tokens(&alone));
+    assert!(metric(&runtime.handle, "vllm:num_preemptions_total") > 0.0);
+    assert!(steps_ahead(&driver.log()) > 20, "steps are launched ahead");
+    runtime.join();
+    assert_eq!(driver.refusals(), Vec::<String>::new());
 }
 
 /// A request that ends while a step with it is ahead leaves its blocks to others, as any other does.
@@ -272,9 +295,111 @@ fn what_does_not_fit_is_refused_before_it_is_taken() {
     let account = runtime.account.clone();
     let kv = account.table.iter().find(|(purpose, _)| purpose == "the KV cache").unwrap().1;
     assert!(kv > 1 << 20 && account.kv_bytes < kv, "{account:?}");
+    // 16 bits for each token of the vocabulary and each running request.
+    let seen = account.table.iter().find(|(purpose, _)| purpose == "seen tokens of penalties").unwrap().1;
+    assert_eq!(seen, 6 * u64::from(VOCAB) * 2);
     let all: u64 = account.table.iter().map(|(_, bytes)| bytes).sum();
     assert!(all <= 400 << 20, "{account:?}");
     runtime.join();
+}
+
+/// A folder with a model whose weights are made on the device, of sizes that the kernels for 16 bits take.
+fn made_model() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let config = r#"{
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float16", "hidden_act": "silu",
+        "vocab_size": 128, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "head_dim": 64,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0, "tie_word_embeddings": true, "bos_token_id": 1, "eos_token_id": 2
+    }"#;
+    std::fs::write(folder.path().join("config.json"), config).unwrap();
+    folder
+}
+
+/// A server of these flags, on a GPU that computes in what they ask for.
+fn serve_made(flags: &[&str]) -> (Arc<ShimDriver>, Result<Runtime, StartError>) {
+    let folder = made_model();
+    let files = ModelFiles::open_config(folder.path()).unwrap();
+    let usual = ["--max-model-len=72", "--max-num-seqs=6", "--max-num-batched-tokens=48", "--load-format=dummy"];
+    let memory = ["--kv-cache-memory-bytes=4MiB", "--memory-utilization=1"];
+    let argv = [&["kvern", "serve"], &usual[..], &memory[..], flags].concat().into_iter().map(Into::into).collect();
+    let engine = Config::resolve(argv, &Environment::default()).unwrap().engine;
+    let driver = ShimDriver::new(Options::default());
+    let stored = Checkpoint::open(&files).unwrap().stored_format();
+    let element = kvern::device::element(engine.precision, stored);
+    let device = Device::gpu(Arc::clone(&driver) as _, element).unwrap();
+    let runtime = runtime::start_on(device, &files, &RuntimeOptions { engine, ..options() }, &mut |_| {});
+    (driver, runtime)
+}
+
+/// Log-probabilities of the likeliest first tokens of an answer, falling.
+fn likeliest(runtime: &Runtime, ask: &Ask) -> Vec<f32> {
+    let sampling = kvern::request::SamplingParams { logprobs: Some(20), ..greedy() };
+    let mut events = submit(&runtime.handle, &Ask { sampling, max_new_tokens: 1, ..ask.clone() });
+    while let Some(event) = events.blocking_recv() {
+        if let TokenEvent::Token { logprobs: Some(logprobs), .. } = event {
+            return logprobs.top.iter().map(|(_, logprob)| *logprob).collect();
+        }
+    }
+    panic!("an answer has a token")
+}
+
+/// `--dtype float16`: weights, activations, K and V in F16. Answers do not depend on who else is in a step, and the likeliest
+/// tokens' log-probabilities are those of F32 but for the rounding to 11 bits of mantissa after each op.
+#[test]
+fn float16_is_what_computes() {
+    const TOLERANCE: f32 = 0.01;
+    let asks = asks();
+    let start = |flags: &[&str]| {
+        let (driver, runtime) = serve_made(flags);
+        (driver, runtime.unwrap_or_else(|error| panic!("{error}")))
+    };
+    let (_, exact) = start(&["--dtype", "float32"]);
+    let expected: Vec<Vec<f32>> = asks.iter().map(|ask| likeliest(&exact, ask)).collect();
+    let exact_account = exact.account.clone();
+    exact.join();
+
+    let (driver, half) = start(&["--dtype", "float16"]);
+    let account = &half.account;
+    assert_eq!(account.kv_dtype, KvDType::F16);
+    assert!(account.device.ends_with("f16)"), "{}", account.device);
+    // Two blocks in the place of one; a block more is there in both.
+    assert_eq!(account.kv_blocks + 1, 2 * (exact_account.kv_blocks + 1));
+    assert_eq!(account.weight_bytes * 2, exact_account.weight_bytes);
+    let kv_row = |account: &runtime::MemoryAccount| {
+        account.table.iter().find(|(purpose, _)| purpose == "the KV cache").unwrap().1
+    };
+    assert_eq!(kv_row(account), kv_row(&exact_account));
+    let metrics = half.handle.metrics_text();
+    assert!(metrics.contains("cache_dtype=\"f16\""), "{metrics}");
+
+    driver.clear_log();
+    let alone: Vec<Answer> = asks.iter().map(|ask| collect(submit(&half.handle, ask))).collect();
+    assert_eq!(tokens(&together(&half, &asks)), tokens(&alone));
+    let log = driver.log();
+    assert!(log.iter().any(|line| line.starts_with("graph ")), "decode steps are captured ones");
+    let mut worst = 0.0f32;
+    for (ask, expected) in asks.iter().zip(&expected) {
+        let found = likeliest(&half, ask);
+        assert_eq!(found.len(), 20);
+        worst = found.iter().zip(expected).fold(worst, |worst, (found, expected)| worst.max((found - expected).abs()));
+    }
+    println!("log-probabilities are off by up to {worst}");
+    assert!(worst > 0.0 && worst <= TOLERANCE, "{worst}");
+    half.join();
+    assert_eq!(driver.refusals(), Vec::<String>::new());
+}
+
+/// The cache has the type of the device; another one is refused before anything is taken.
+#[test]
+fn a_cache_of_another_type_is_refused() {
+    for (dtype, cache, usual) in [("half", "bf16", "f16"), ("auto", "float16", "bf16"), ("f32", "bf16", "f32")] {
+        let (driver, runtime) = serve_made(&["--dtype", dtype, "--kv-cache-dtype", cache]);
+        let error = runtime.err().unwrap().to_string();
+        let expected = format!("--kv-cache-dtype: expected auto or {usual} on a GPU");
+        assert!(error.starts_with(&expected), "{error}");
+        assert!(!driver.log().iter().any(|line| line.contains("copy_to_device")), "nothing was loaded");
+    }
 }
 
 #[test]

@@ -240,6 +240,10 @@ struct FillParams {
 
 // How one row is sampled. Fields as the server's sampling parameters; top_k 0 is all. bias_first..bias_first + bias_count are
 // entries of the bias arrays, count_first.. of the token counts; within a row the tokens of each are distinct.
+//
+// Penalties are for the seen tokens of slot seen_slot, NONE for a row without penalties; the rows of a launch have slots of their
+// own. Where seen_anew is not 0 the slot takes the row's token counts, and nothing else, before it is read; otherwise it goes on as
+// it is, and the row has no counts. The token that the row samples is added to it.
 struct SampleRow {
     uint64_t seed;
     uint32_t position;
@@ -256,7 +260,11 @@ struct SampleRow {
     uint32_t count_count;
     uint32_t top_logprobs;
     uint32_t wants_logprob;
+    uint32_t seen_slot;
+    uint32_t seen_anew;
 };
+
+constexpr uint16_t SEEN_IN_PROMPT = 0x8000, SEEN_COUNT_MAX = 0x7fff;
 
 // A token that the prompt or the output holds: its count in the output, 0 for one that only the prompt holds.
 struct TokenCount {
@@ -273,7 +281,8 @@ struct TokenBias {
 // logits f32 [rows][vocab], unchanged; scratch f32 [rows][vocab]. tokens[r] is the sampled one, or NONE where the row holds NaN or
 // +infinity or nothing finite. mask, where not null, has one bit per token, [rows][ceil(vocab / 32)]: a zero forbids it.
 // logprobs[r][0] is the token's under the raw logits; then those of the top_logprobs likeliest, whose tokens are in
-// top_tokens[r]. Both have top_stride entries per row for the top ones. Grid = rows.
+// top_tokens[r]. Both have top_stride entries per row for the top ones. seen [slots][vocab]: 0 for a token that was not seen, else how
+// often the output has it, up to SEEN_COUNT_MAX, and SEEN_IN_PROMPT where it is known to be in the prompt. Grid = rows.
 struct SampleParams {
     const float *logits;
     float *scratch;
@@ -284,6 +293,7 @@ struct SampleParams {
     uint32_t *tokens;
     float *logprobs;
     uint32_t *top_tokens;
+    uint16_t *seen;
     uint32_t vocab;
     uint32_t top_stride;
 };

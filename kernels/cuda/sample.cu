@@ -159,8 +159,32 @@ __device__ __forceinline__ Wide uniform_bits(Wide seed, uint32_t position) {
     return mix(key + (static_cast<Wide>(position) + 1) * 0x9e3779b97f4a7c15ull) >> 11;
 }
 
-// Bias, mask and penalties. Within each list tokens are distinct, so that no two threads are at one logit.
-__device__ __forceinline__ void adjust(const SampleParams &p, const SampleRow &row, const float *logits, float *adjusted) {
+// The seen tokens of the block's row; null where there are no penalties.
+__device__ __forceinline__ uint16_t *seen_of(const SampleParams &p) {
+    const uint32_t slot = p.rows[blockIdx.x].seen_slot;
+    return slot != KVERN_NONE ? p.seen + static_cast<size_t>(slot) * p.vocab : nullptr;
+}
+
+// A slot's seen tokens become those of the row's list, which are distinct.
+__device__ __forceinline__ void see_anew(const SampleParams &p, const SampleRow &row, uint16_t *seen) {
+    for (uint32_t i = threadIdx.x; i < p.vocab; i += THREADS) {
+        seen[i] = 0;
+    }
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < row.count_count; i += THREADS) {
+        const TokenCount entry = p.counts[row.count_first + i];
+        if (entry.token < p.vocab) {
+            const uint32_t count = min(entry.count, static_cast<uint32_t>(SEEN_COUNT_MAX));
+            seen[entry.token] = count == 0 ? SEEN_IN_PROMPT : static_cast<uint16_t>(count);
+        }
+    }
+    __syncthreads();
+}
+
+// Bias, mask and penalties. Among biases tokens are distinct, so that no two threads are at one logit. `seen` is null where there
+// are no penalties.
+__device__ __forceinline__ void adjust(const SampleParams &p, const SampleRow &row, const uint16_t *seen, const float *logits,
+                                       float *adjusted) {
     const uint32_t *mask = p.mask ? p.mask + static_cast<size_t>(blockIdx.x) * ((p.vocab + 31) / 32) : nullptr;
     for (uint32_t i = threadIdx.x; i < p.vocab; i += THREADS) {
         const bool allowed = !mask || (mask[i / 32] >> (i % 32) & 1) != 0;
@@ -174,15 +198,15 @@ __device__ __forceinline__ void adjust(const SampleParams &p, const SampleRow &r
         }
     }
     __syncthreads();
-    for (uint32_t i = threadIdx.x; i < row.count_count; i += THREADS) {
-        const TokenCount seen = p.counts[row.count_first + i];
-        if (seen.token < p.vocab) {
-            float logit = adjusted[seen.token];
+    for (uint32_t i = threadIdx.x; seen && i < p.vocab; i += THREADS) {
+        if (seen[i] != 0) {
+            const uint32_t count = seen[i] & SEEN_COUNT_MAX;
+            float logit = adjusted[i];
             logit = logit > 0 ? logit / row.repetition_penalty : logit * row.repetition_penalty;
-            if (seen.count > 0) {
-                logit -= row.frequency_penalty * static_cast<float>(seen.count) + row.presence_penalty;
+            if (count > 0) {
+                logit -= row.frequency_penalty * static_cast<float>(count) + row.presence_penalty;
             }
-            adjusted[seen.token] = logit;
+            adjusted[i] = logit;
         }
     }
     __syncthreads();
@@ -255,13 +279,17 @@ KVERN_KERNEL(kvern_sample, SampleParams, THREADS) {
     const SampleRow row = p.rows[blockIdx.x];
     const float *logits = p.logits + static_cast<size_t>(blockIdx.x) * p.vocab;
     float *scratch = p.scratch + static_cast<size_t>(blockIdx.x) * p.vocab;
+    uint16_t *seen = seen_of(p);
+    if (seen && row.seen_anew != 0) {
+        see_anew(p, row, seen);
+    }
     const Wide raw_best = best_of(logits, p.vocab);
     Wide best = raw_best;
     uint32_t token = KVERN_NONE;
-    const bool adjusts = row.bias_count != 0 || row.count_count != 0 || p.mask;
+    const bool adjusts = row.bias_count != 0 || seen || p.mask;
     // The same for all threads, as are the conditions below.
     if (raw_best != FAILED && (adjusts || row.temperature != 0.0f)) {
-        adjust(p, row, logits, scratch);
+        adjust(p, row, seen, logits, scratch);
         best = best_of(scratch, p.vocab);
     }
     if (best != FAILED) {
@@ -279,5 +307,10 @@ KVERN_KERNEL(kvern_sample, SampleParams, THREADS) {
     }
     if (threadIdx.x == 0) {
         p.tokens[blockIdx.x] = token;
+        // Looked up again: kept from the beginning, the address would take registers from the draw.
+        seen = seen_of(p);
+        if (seen && token != KVERN_NONE && (seen[token] & SEEN_COUNT_MAX) != SEEN_COUNT_MAX) {
+            seen[token] = static_cast<uint16_t>(seen[token] + 1);
+        }
     }
 }

@@ -89,8 +89,7 @@ impl CpuDevice {
         let pool = pool::Pool::new(threads)?;
         let opened =
             (0..threads).map(|_| Ok(Mutex::new(Buffer::zeros(quant_task::OPEN_RECORDS)?))).collect::<Result<_>>()?;
-        let own_activations =
-            (0..threads).map(|_| Ok(Mutex::new(quantize::OwnRows::new()?))).collect::<Result<_>>()?;
+        let own_activations = (0..threads).map(|_| Ok(Mutex::new(quantize::OwnRows::new()?))).collect::<Result<_>>()?;
         Ok(CpuDevice {
             pool,
             isa,

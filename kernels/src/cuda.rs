@@ -17,6 +17,7 @@
 //! prefix.rs     sequences of a step that begin with the same blocks
 //! graphs.rs     launches of decode steps, captured once per batch size
 //! sampling.rs   logits to tokens
+//! seen.rs       whose seen tokens are where, for penalties
 //! ```
 
 pub mod driver;
@@ -32,6 +33,7 @@ mod ops;
 mod prefix;
 mod products;
 pub(crate) mod sampling;
+mod seen;
 pub(crate) mod weights;
 
 use std::sync::{Arc, Mutex, PoisonError};

@@ -111,6 +111,15 @@ impl Device {
         matches!(self.backend, Backend::Cuda(_))
     }
 
+    /// Type of activations on a GPU; `None` on the CPU, where they are F32.
+    #[must_use]
+    pub fn element(&self) -> Option<Element> {
+        match &self.backend {
+            Backend::Cpu(_) => None,
+            Backend::Cuda(gpu) => Some(gpu.element),
+        }
+    }
+
     /// Bytes of the GPU's memory that are free; `None` on the CPU.
     pub fn free_bytes(&self) -> Result<Option<usize>> {
         match &self.backend {

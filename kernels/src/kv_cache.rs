@@ -1,5 +1,6 @@
 //! K and V of every layer, in blocks.
 
+use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -19,6 +20,25 @@ pub enum KvDType {
     F32,
     #[default]
     BF16,
+    /// On a GPU only.
+    F16,
+}
+
+/// What K and V are on a GPU with activations of this type.
+impl From<Element> for KvDType {
+    fn from(element: Element) -> Self {
+        match element {
+            Element::F32 => KvDType::F32,
+            Element::F16 => KvDType::F16,
+            Element::BF16 => KvDType::BF16,
+        }
+    }
+}
+
+impl fmt::Display for KvDType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
 }
 
 impl KvDType {
@@ -27,7 +47,17 @@ impl KvDType {
     pub fn bytes(self) -> usize {
         match self {
             KvDType::F32 => 4,
-            KvDType::BF16 => 2,
+            KvDType::BF16 | KvDType::F16 => 2,
+        }
+    }
+
+    /// As settings and metrics spell it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            KvDType::F32 => "f32",
+            KvDType::BF16 => "bf16",
+            KvDType::F16 => "f16",
         }
     }
 
@@ -35,7 +65,7 @@ impl KvDType {
     fn cell_values(self) -> usize {
         match self {
             KvDType::F32 => 1,
-            KvDType::BF16 => 2,
+            KvDType::BF16 | KvDType::F16 => 2,
         }
     }
 }
@@ -110,13 +140,9 @@ pub(crate) struct DeviceKv {
 
 impl DeviceKv {
     fn new(gpu: &CudaDevice, shape: KvShape) -> Result<Self> {
-        let dtype = match gpu.element {
-            Element::F32 => KvDType::F32,
-            Element::BF16 | Element::F16 => KvDType::BF16,
-        };
-        if shape.dtype != dtype {
-            let expected = format!("{dtype:?}, as activations on the GPU ({})", gpu.element);
-            return Err(KernelError::shape("kv cache", expected, format!("{:?}", shape.dtype)));
+        if shape.dtype != KvDType::from(gpu.element) {
+            let expected = format!("{}, as activations on the GPU", gpu.element);
+            return Err(KernelError::shape("kv cache", expected, shape.dtype));
         }
         let rows = (shape.blocks + 1) * shape.kv_heads * shape.block_size;
         if u32::try_from(rows).is_err() {
@@ -171,8 +197,8 @@ impl<C: Plain> Cells<C> {
 }
 
 impl KvCache {
-    /// Zeros on the CPU, where memory is touched lazily by the operating system; anything on a GPU. A shape with a zero, or too
-    /// large to address, is [`Shape`](KernelError::Shape).
+    /// Zeros on the CPU, where memory is touched lazily by the operating system; anything on a GPU. A shape with a zero or too
+    /// large to address, or a type that the device does not have, is [`Shape`](KernelError::Shape).
     pub fn new(device: &Device, shape: KvShape) -> Result<KvCache> {
         let even = |size: usize| size.checked_next_multiple_of(shape.dtype.cell_values());
         let sizes = [shape.layers, shape.blocks, shape.kv_heads, 2].map(Some);
@@ -196,6 +222,7 @@ impl KvCache {
         let data = match shape.dtype {
             KvDType::F32 => KvData::F32(Cells(Buffer::zeros(cells)?)),
             KvDType::BF16 => KvData::BF16(Cells(Buffer::zeros(cells)?)),
+            KvDType::F16 => return Err(KernelError::shape("kv cache", "f32 or bf16 on the CPU", shape.dtype)),
         };
         Ok(KvCache { data, shape })
     }

@@ -97,6 +97,8 @@ pub enum Precision {
     F32,
     /// Rounded to BF16 at load, as are activations in each product.
     BF16,
+    /// Rounded to F16 at load; on the CPU widened in registers and multiplied with F32 activations.
+    F16,
 }
 
 /// A weight matrix in the layout that the device's kernels want. Several stored matrices of equal `cols` may be stacked

@@ -215,6 +215,7 @@ fn products(device: &Device, dtype: KvDType) -> Products {
     match dtype {
         KvDType::F32 => Products::F32,
         KvDType::BF16 => device.bf16_products().unwrap(),
+        KvDType::F16 => panic!("a CPU has no cache of f16"),
     }
 }
 
@@ -422,6 +423,8 @@ fn hostile_shapes_are_refused() {
     let shape = KvShape { layers: 1, blocks: 4, block_size: 4, kv_heads: 1, head_dim: 8, dtype: KvDType::F32 };
     assert!(KvCache::new(&device, KvShape { blocks: usize::MAX, ..shape }).is_err());
     assert!(KvCache::new(&device, KvShape { block_size: 0, ..shape }).is_err());
+    let f16 = KvCache::new(&device, KvShape { dtype: KvDType::F16, ..shape }).map(drop).unwrap_err();
+    assert_eq!(f16.to_string(), "kv cache: expected f32 or bf16 on the CPU, found f16");
     let kv = KvCache::new(&device, shape).unwrap();
     let heads = HeadLayout { heads: 2, kv_heads: 1, head_dim: 8 };
     let mut plan = AttentionPlan::new(&device, heads, &AttentionLimits::new(8, 2, 16)).unwrap();

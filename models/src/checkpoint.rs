@@ -3,6 +3,8 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use kvern_kernels::Format;
+
 use crate::error::LoadError;
 use crate::gguf::Gguf;
 use crate::safetensors::SafeTensorsFiles;
@@ -149,5 +151,29 @@ impl Checkpoint {
             Checkpoint::SafeTensors(files) => files.path(),
             Checkpoint::ConfigOnly(dir) => dir,
         }
+    }
+
+    /// The format that most bytes of its tensors have, among those that Kvern reads: of the matrices, as norms and biases are
+    /// small beside them. `None` where there are no such tensors.
+    #[must_use]
+    pub fn stored_format(&self) -> Option<Format> {
+        let mut sums: Vec<(Format, usize)> = Vec::new();
+        let mut count = |format: Option<Format>, bytes: usize| {
+            let Some(format) = format else { return };
+            match sums.iter_mut().find(|(known, _)| *known == format) {
+                Some((_, sum)) => *sum += bytes,
+                None => sums.push((format, bytes)),
+            }
+        };
+        match self {
+            Checkpoint::Gguf(gguf) => {
+                gguf.tensors().for_each(|(_, info)| count(info.tensor_type.format(), gguf.tensor_bytes(info).len()));
+            }
+            Checkpoint::SafeTensors(files) => {
+                files.tensors().for_each(|(_, info)| count(info.format(), files.bytes(info).len()));
+            }
+            Checkpoint::ConfigOnly(_) => {}
+        }
+        sums.into_iter().max_by_key(|(_, bytes)| *bytes).map(|(format, _)| format)
     }
 }

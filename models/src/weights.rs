@@ -7,7 +7,6 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use ::safetensors::Dtype;
 use kvern_kernels::{Format, MatrixView, RowOrder, dequantize};
 
 use crate::checkpoint::Checkpoint;
@@ -195,15 +194,9 @@ impl<'a> Weights<'a> {
             Checkpoint::SafeTensors(files) => {
                 let Some((name, info)) = files.tensor(name) else { return Ok(None) };
                 let path = files.tensor_path(info);
-                let format = match info.dtype {
-                    Dtype::F32 => Format::F32,
-                    Dtype::F16 => Format::F16,
-                    Dtype::BF16 => Format::BF16,
-                    other => {
-                        let reason = format!("expected F32, F16 or BF16, found {other:?}");
-                        return Err(LoadError::tensor(path, name, reason));
-                    }
-                };
+                let format = info.format().ok_or_else(|| {
+                    LoadError::tensor(path, name, format!("expected F32, F16 or BF16, found {:?}", info.dtype))
+                })?;
                 Ok(Some(Stored { name, path, format, shape: info.shape.clone(), bytes: files.bytes(info) }))
             }
             Checkpoint::ConfigOnly(_) => Ok(None),

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use kvern_cuda_shim::device::{Options, ShimDriver};
-use kvern_kernels::{CpuOptions, Device, Element, KvCache, KvDType, Precision};
+use kvern_kernels::{Device, Element, KvCache, KvDType, Precision};
 use kvern_models::{LoadFormat, LoadOptions, LoadedModel, ModelFiles, StepLimits, load};
 use paged::{BLOCK_SIZE, Slice, blocks_of, cpu_options, scattered, step};
 use safetensors::SafeTensors;
@@ -45,8 +45,7 @@ impl Rig {
     fn gpu(files: &ModelFiles, element: Element, options: &LoadOptions, shim: Options) -> Rig {
         let driver = ShimDriver::new(shim);
         let device = Device::gpu(Arc::clone(&driver) as _, element).unwrap();
-        let dtype = if element == Element::F32 { KvDType::F32 } else { KvDType::BF16 };
-        Rig::on(device, Some(driver), files, options, dtype)
+        Rig::on(device, Some(driver), files, options, element.into())
     }
 
     fn cpu(files: &ModelFiles, options: &LoadOptions) -> Rig {

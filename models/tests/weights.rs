@@ -245,3 +245,37 @@ fn models_are_found() {
     let absent = ModelFiles::open(&none.path().join("absent")).unwrap_err().to_string();
     assert!(absent.contains("absent: No such file"), "{absent}");
 }
+
+/// By the bytes: norms and biases have other formats than the matrices.
+#[test]
+fn the_format_of_most_bytes() {
+    let format = |files: &ModelFiles| Checkpoint::open(files).unwrap().stored_format();
+    let stored = |path: &std::path::Path| format(&ModelFiles::open(path).unwrap());
+    // Q4_1, but for the table.
+    assert_eq!(stored(&common::default_model()), Some(Format::Q4_1));
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("model.gguf");
+    small_llama().write(&path);
+    assert_eq!(stored(&path), Some(Format::F32));
+
+    let entry = |name: &str, dtype: &str, count: usize, start: usize, bytes: usize| {
+        format!(r#""{name}":{{"dtype":"{dtype}","shape":[{count}],"data_offsets":[{start},{}]}}"#, start + bytes)
+    };
+    let tensors = [
+        entry("a", "F16", 6, 0, 12),
+        entry("b", "F32", 2, 12, 8),
+        entry("c", "BF16", 4, 20, 8),
+        // Of a type that is never read.
+        entry("d", "U8", 100, 28, 100),
+        entry("e", "BF16", 3, 128, 6),
+    ];
+    let of = |tensors: &[String], bytes| {
+        let file = with_header(&format!("{{{}}}", tensors.join(",")), bytes);
+        let config = llama_config().to_string().into_bytes();
+        stored(folder(&[("config.json", config), ("model.safetensors", file)]).path())
+    };
+    assert_eq!(of(&tensors[..4], 128), Some(Format::F16));
+    assert_eq!(of(&tensors, 134), Some(Format::BF16));
+    assert_eq!(of(&[entry("d", "U8", 100, 0, 100)], 100), None);
+    assert_eq!(format(&ModelFiles::ConfigOnly { dir: dir.path().to_owned() }), None);
+}

@@ -1,7 +1,6 @@
 """A closed-loop load on a server that streams: clients that each send their next request when the last answer is complete.
 
-The client keeps what arrives with its time and reads it after the run, so that it hardly takes part in the contest for cores;
-its own use of them is part of the result. Prompts are token ids, the same for every server.
+The client's own use of the cores is part of the result. Prompts are token ids, the same for every server.
 """
 
 import asyncio
@@ -9,7 +8,6 @@ import contextlib
 import dataclasses
 import http.client
 import json
-import os
 import pathlib
 import random
 import socket
@@ -18,9 +16,10 @@ import subprocess
 import sys
 import time
 
+import streaming
 from bench.quiet import busy_s
 
-HOST = "127.0.0.1"
+HOST = streaming.HOST
 READY_S_MAX = 60
 RUN_S_MAX = 900
 CLIENTS = 8
@@ -73,11 +72,11 @@ def measure(server: Server, seed: int) -> "tuple[float, dict]":
     """Start the server, warm it up with other prompts, run the load, stop it: cores that others used, and the figures."""
     with running(server) as (process, port):
         asyncio.run(load(server, port, prompts(~seed)[:2]))
-        busy, own, used, began = busy_s(), own_s(), process_s(process.pid), time.monotonic()
+        busy, own, used, began = busy_s(), streaming.own_s(), streaming.process_s(process.pid), time.monotonic()
         answers = asyncio.run(asyncio.wait_for(load(server, port, prompts(seed)), RUN_S_MAX))
         wall = time.monotonic() - began
-        client = own_s() - own
-        others = busy_s() - busy - client - (process_s(process.pid) - used)
+        client = streaming.own_s() - own
+        others = busy_s() - busy - client - (streaming.process_s(process.pid) - used)
     return max(0.0, others / wall), {**figures(answers, wall), "client_cores": client / wall}
 
 
@@ -111,16 +110,9 @@ def is_ready(server: Server, port: int) -> bool:
         connection.close()
 
 
-@dataclasses.dataclass
-class Answer:
-    began: float
-    # What arrived, and when.
-    chunks: "list[tuple[float, bytes]]"
-
-
-async def load(server: Server, port: int, wanted: "list[list[int]]") -> "list[Answer]":
+async def load(server: Server, port: int, wanted: "list[list[int]]") -> "list[streaming.Answer]":
     todo = iter(wanted)
-    answers: "list[Answer]" = []
+    answers: "list[streaming.Answer]" = []
 
     async def client() -> None:
         for prompt in todo:
@@ -130,39 +122,19 @@ async def load(server: Server, port: int, wanted: "list[list[int]]") -> "list[An
     return answers
 
 
-async def ask(server: Server, port: int, prompt: "list[int]") -> Answer:
-    body = json.dumps({**server.body, "prompt": prompt}).encode()
-    head = (f"POST {server.path} HTTP/1.1\r\nHost: {HOST}:{port}\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n")
-    began = time.monotonic()
-    reader, writer = await asyncio.open_connection(HOST, port)
-    writer.write(head.encode() + body)
-    chunks = []
-    while chunk := await reader.read(1 << 16):
-        chunks.append((time.monotonic(), chunk))
-    writer.close()
-    return Answer(began, chunks)
+async def ask(server: Server, port: int, prompt: "list[int]") -> streaming.Answer:
+    content = streaming.request(port, server.path, {**server.body, "prompt": prompt})
+    return await streaming.fetch(port, content, RUN_S_MAX)
 
 
-def events(answer: Answer) -> "list[tuple[float, dict]]":
-    """The events of a stream with the time when each was complete."""
-    found, line = [], b""
-    for at, chunk in answer.chunks:
-        *lines, line = (line + chunk).split(b"\n")
-        for text in lines:
-            if text.startswith(b"data: {"):
-                found.append((at, json.loads(text[6:])))
-    return found
-
-
-def figures(answers: "list[Answer]", wall: float) -> dict:
+def figures(answers: "list[streaming.Answer]", wall: float) -> dict:
     """Output tokens per second, and times to the first and between tokens in milliseconds."""
     first, gaps = [], []
     for answer in answers:
-        found = events(answer)
+        found = [(at, json.loads(text)) for at, text in answer.events()]
         counts = [count for _, event in found if (count := tokens_of(event)) is not None]
         if counts[-1:] != [NEW_TOKENS]:
-            got = answer.chunks[0][1][:300] if answer.chunks else b"nothing"
+            got = answer.beginning()[:300]
             sys.exit(f"expected an answer of {NEW_TOKENS} tokens, found {counts[-1:]}: {got!r}")
         times = [at for at, event in found if text_of(event)]
         first.append(times[0] - answer.began)
@@ -182,18 +154,3 @@ def tokens_of(event: dict) -> "int | None":
 def text_of(event: dict) -> str:
     choices = event.get("choices")
     return choices[0]["text"] if choices else event.get("content", "")
-
-
-def own_s() -> float:
-    times = os.times()
-    return times.user + times.system
-
-
-def process_s(pid: int) -> float:
-    """Seconds of processor time of a process; 0 where the system does not tell."""
-    stat = pathlib.Path(f"/proc/{pid}/stat")
-    if not stat.is_file():
-        return 0.0
-    fields = stat.read_text().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-

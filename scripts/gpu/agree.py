@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Compares the server on a GPU with transformers on the same GPU, over the HTTP API.
 
-f32: greedy tokens must be the same, but where two are as likely as each other. bf16: the server's own tokens are given
-to transformers in f32, which is the truth, and in bf16, which is the measure: the server's log-probabilities may be
-off the truth as far as those of transformers in bf16 are, times a factor.
+f32: greedy tokens must be the same, but where two are as likely as each other. bf16 and f16: the server's own tokens are
+given to transformers in f32, which is the truth, and in the same type, which is the measure: the server's
+log-probabilities may be off the truth as far as those of transformers in that type are, times a factor.
 """
 
 import sys
@@ -20,6 +20,8 @@ TIE = 2e-3
 FACTORS = (1.5, 3.0)
 # And what it may be off in any case: transformers may be right by luck.
 FLOORS = (1e-3, 2e-2)
+# Types of 16 bits, as the server calls them and as torch does.
+HALVES = {"bf16": torch.bfloat16, "f16": torch.float16}
 
 
 def load(folder, dtype: torch.dtype):
@@ -90,9 +92,10 @@ def check_f32(options, truth, vocabulary: Vocabulary, prompts: "list[list[int]]"
     return good
 
 
-def check_bf16(options, truth, peer, vocabulary: Vocabulary, prompts: "list[list[int]]") -> bool:
+def check_16_bits(options, dtype: str, truth, vocabulary: Vocabulary, prompts: "list[list[int]]") -> bool:
+    peer = load(options.model, HALVES[dtype])
     ours, theirs = [], []
-    for prompt, found in zip(prompts, ask(options, "bf16", prompts)):
+    for prompt, found in zip(prompts, ask(options, dtype, prompts)):
         answer = vocabulary.known(found["tokens"])
         if not answer:
             continue
@@ -102,15 +105,15 @@ def check_bf16(options, truth, peer, vocabulary: Vocabulary, prompts: "list[list
         ours.append((said - exact).abs())
         theirs.append((logprobs(peer, prompt, answer).gather(1, chosen)[:, 0] - exact).abs())
     if not ours:
-        print("bf16: expected tokens of the vocabulary, found none: FAIL")
+        print(f"{dtype}: expected tokens of the vocabulary, found none: FAIL")
         return False
     ours, theirs = torch.cat(ours), torch.cat(theirs)
     good = True
     for name, of, factor, floor in zip(("mean", "max"), (torch.mean, torch.max), FACTORS, FLOORS):
         found, limit = of(ours).item(), max(floor, factor * of(theirs).item())
         good = good and found <= limit
-        print(f"bf16, {name} over {len(ours)} tokens: off by {found:.5f}, "
-              f"transformers in bf16 by {of(theirs).item():.5f} (limit {limit:.5f}): "
+        print(f"{dtype}, {name} over {len(ours)} tokens: off by {found:.5f}, "
+              f"transformers in {dtype} by {of(theirs).item():.5f} (limit {limit:.5f}): "
               f"{'pass' if found <= limit else 'FAIL'}")
     return good
 
@@ -120,8 +123,9 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     vocabulary = Vocabulary(transformers.AutoTokenizer.from_pretrained(options.model))
     prompts = [vocabulary.prompt(text) for text in server.PROMPTS]
-    truth, peer = load(options.model, torch.float32), load(options.model, torch.bfloat16)
-    results = [check_f32(options, truth, vocabulary, prompts), check_bf16(options, truth, peer, vocabulary, prompts)]
+    truth = load(options.model, torch.float32)
+    results = [check_f32(options, truth, vocabulary, prompts)]
+    results += [check_16_bits(options, dtype, truth, vocabulary, prompts) for dtype in HALVES]
     sys.exit(not all(results))
 
 

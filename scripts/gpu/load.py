@@ -11,7 +11,6 @@ import argparse
 import asyncio
 import dataclasses
 import json
-import os
 import pathlib
 import random
 import statistics
@@ -22,6 +21,10 @@ import time
 
 import made
 import server
+
+# The folder above this one, in the repository and in the bundle.
+sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent))
+import streaming
 
 AIM = 3.0
 RUN_S_MAX = 400
@@ -88,85 +91,41 @@ def percentiles(seconds: "list[float]") -> "dict | None":
     return {name: cuts[at - 1] * 1e3 for name, at in (("p50", 50), ("p95", 95), ("p99", 99))}
 
 
-class Client(asyncio.Protocol):
-    """One request. What arrives is kept with its time and read after the run: the client must not be what is slow."""
-
-    def __init__(self, request: bytes):
-        self.request, self.began, self.chunks = request, 0.0, []
-        self.ended = asyncio.get_running_loop().create_future()
-
-    def connection_made(self, transport) -> None:
-        self.began = time.perf_counter()
-        transport.write(self.request)
-
-    def data_received(self, data: bytes) -> None:
-        self.chunks.append((time.perf_counter(), data))
-
-    def connection_lost(self, error) -> None:
-        if not self.ended.done():
-            self.ended.set_result(None)
-
-    def stream(self) -> Stream:
-        times, tokens, line = [], 0, b""
-        for at, chunk in self.chunks:
-            *lines, line = (line + chunk).split(b"\n")
-            for text in lines:
-                if not text.startswith(b"data: {"):
-                    continue
-                if b'"error"' in text and "error" in json.loads(text[6:]):
-                    return Stream(self.began, times, tokens, text[6:306].decode(errors="replace"))
-                if b'"choices":[]' in text:
-                    tokens = json.loads(text[6:])["usage"]["completion_tokens"]
-                elif b'"text":""' not in text:
-                    times.append(at)
-        head = self.chunks[0][1] if self.chunks else b"nothing"
-        if not head.startswith(b"HTTP/1.1 200"):
-            said = head.partition(b"\r\n")[0] + b" " + head.partition(b"\r\n\r\n")[2][:300]
-            return Stream(self.began, times, tokens, f"expected status 200, found {said.decode(errors='replace')}")
-        return Stream(self.began, times, tokens)
+def read(answer: streaming.Answer) -> Stream:
+    times, tokens, began = [], 0, answer.began
+    for at, text in answer.events():
+        if b'"error"' in text and "error" in json.loads(text):
+            return Stream(began, times, tokens, text[:300].decode(errors="replace"))
+        if b'"choices":[]' in text:
+            tokens = json.loads(text)["usage"]["completion_tokens"]
+        elif b'"text":""' not in text:
+            times.append(at)
+    head = answer.beginning()
+    if not head.startswith(b"HTTP/1.1 200"):
+        said = head.partition(b"\r\n")[0] + b" " + head.partition(b"\r\n\r\n")[2][:300]
+        return Stream(began, times, tokens, f"expected status 200, found {said.decode(errors='replace')}")
+    return Stream(began, times, tokens)
 
 
-async def ask(port: int, prompts: "list[list[int]]", tokens: int) -> "list[Client]":
-    loop = asyncio.get_running_loop()
-    requests = [request(port, prompt, tokens) for prompt in prompts]
-
-    async def one(content: bytes) -> Client:
-        _, client = await loop.create_connection(lambda: Client(content), server.HOST, port)
-        await asyncio.wait([client.ended], timeout=RUN_S_MAX)
-        return client
-
-    return await asyncio.gather(*map(one, requests))
+async def ask(port: int, prompts: "list[list[int]]", tokens: int) -> "list[streaming.Answer]":
+    requests = [streaming.request(port, "/v1/completions", body(prompt, tokens)) for prompt in prompts]
+    return await asyncio.gather(*(streaming.fetch(port, content, RUN_S_MAX) for content in requests))
 
 
-def request(port: int, prompt: "list[int]", tokens: int) -> bytes:
+def body(prompt: "list[int]", tokens: int) -> dict:
     # Text of special tokens too: an event for every token.
-    body = json.dumps({"model": "check", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True,
-                       "skip_special_tokens": False, "stream": True, "stream_options": {"include_usage": True}})
-    return (f"POST /v1/completions HTTP/1.1\r\nHost: {server.HOST}:{port}\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n{body}").encode()
+    return {"model": "check", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True,
+            "skip_special_tokens": False, "stream": True, "stream_options": {"include_usage": True}}
 
 
 def run(port: int, pid: int, prompts: "list[list[int]]", tokens: int) -> dict:
     """One run of the load, and the cores that client and server used meanwhile."""
-    began, own, theirs = time.monotonic(), own_s(), process_s(pid)
-    clients = asyncio.run(ask(port, prompts, tokens))
+    began, own, theirs = time.monotonic(), streaming.own_s(), streaming.process_s(pid)
+    answers = asyncio.run(ask(port, prompts, tokens))
     wall = time.monotonic() - began
-    shares = {"client_cores": (own_s() - own) / wall, "server_cores": (process_s(pid) - theirs) / wall}
-    return {**figures([client.stream() for client in clients], tokens), **shares}
-
-
-def own_s() -> float:
-    times = os.times()
-    return times.user + times.system
-
-
-def process_s(pid: int) -> float:
-    """Seconds of processor time of a process; 0 where the system does not tell."""
-    stat = pathlib.Path(f"/proc/{pid}/stat")
-    if not stat.is_file():
-        return 0.0
-    fields = stat.read_text().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    client, server_s = streaming.own_s() - own, streaming.process_s(pid) - theirs
+    return {**figures([read(answer) for answer in answers], tokens),
+            "client_cores": client / wall, "server_cores": server_s / wall}
 
 
 def measure(options, folder: pathlib.Path, vocabulary: int) -> "list[dict]":

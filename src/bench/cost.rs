@@ -1,6 +1,6 @@
 //! What a round at least reads and multiplies, to be held against the machine's limits.
 
-use crate::config::{EngineConfig, Workload};
+use crate::config::Workload;
 use kvern_models::ModelConfig;
 
 /// Of one round.
@@ -14,14 +14,15 @@ pub(super) struct Cost {
     pub(super) read_bytes: Option<f64>,
 }
 
+/// What is read: bytes of all weights, and of one value of K or V.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct ReadBytes {
+    pub(super) weights: usize,
+    pub(super) kv_value: usize,
+}
+
 impl Cost {
-    pub(super) fn of(
-        workload: Workload,
-        steps: u32,
-        model: &ModelConfig,
-        weight_bytes: usize,
-        engine: &EngineConfig,
-    ) -> Cost {
+    pub(super) fn of(workload: Workload, steps: u32, model: &ModelConfig, bytes: ReadBytes) -> Cost {
         let head = 2.0 * (model.hidden_size * model.vocab_size) as f64;
         let tokens = workload.tokens(steps) as f64;
         let (sampled, read_bytes) = match workload {
@@ -29,8 +30,8 @@ impl Cost {
             Workload::Decode { streams, context } => {
                 // The steps' own tokens are read too, half of them on average.
                 let context = f64::from(context) + f64::from(steps) / 2.0;
-                let kv = f64::from(streams) * kv_bytes(model, context, engine);
-                let step = weight_bytes as f64 + kv;
+                let kv = f64::from(streams) * kv_bytes(model, context, bytes.kv_value);
+                let step = bytes.weights as f64 + kv;
                 (tokens, model.tie_word_embeddings.then_some(f64::from(steps) * step))
             }
         };
@@ -48,8 +49,8 @@ fn layer_operations(model: &ModelConfig) -> f64 {
 }
 
 /// K and V that one token reads of a sequence of `context` tokens.
-fn kv_bytes(model: &ModelConfig, context: f64, engine: &EngineConfig) -> f64 {
-    let token = (2 * model.heads.kv_heads * model.heads.head_dim * engine.kv_dtype.bytes()) as f64;
+fn kv_bytes(model: &ModelConfig, context: f64, value_bytes: usize) -> f64 {
+    let token = (2 * model.heads.kv_heads * model.heads.head_dim * value_bytes) as f64;
     (0..model.layers)
         .map(|layer| token * model.window(layer).map_or(context, |window| context.min(f64::from(window))))
         .sum()
@@ -60,7 +61,6 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use super::*;
-    use crate::config::{Config, Environment};
     use kvern_models::{Checkpoint, ModelFiles};
     use std::path::Path;
 
@@ -71,8 +71,7 @@ mod tests {
         let untied = ModelConfig::read(&Checkpoint::open(&ModelFiles::open(&path).unwrap()).unwrap()).unwrap();
         let tied = ModelConfig { tie_word_embeddings: true, ..untied.clone() };
         let windowed = ModelConfig { windows: vec![None, Some(10)], ..tied.clone() };
-        let argv = ["kvern", "bench"].map(std::ffi::OsString::from).to_vec();
-        let engine = Config::resolve(argv, &Environment::default()).unwrap().engine;
+        let bytes = ReadBytes { weights: 1000, kv_value: 2 };
         let (token, head, kv_token) = (2.0 * 61_440.0, 2.0 * 8_192.0, 128.0);
         let decode = Workload::Decode { streams: 3, context: 20 };
         let cases = [
@@ -82,7 +81,7 @@ mod tests {
             (decode, &windowed, 12.0 * (token + head), Some(4.0 * (1000.0 + 3.0 * (22.0 + 10.0) * kv_token))),
         ];
         for (workload, model, product_operations, read_bytes) in cases {
-            let found = Cost::of(workload, 4, model, 1000, &engine);
+            let found = Cost::of(workload, 4, model, bytes);
             assert_eq!(found, Cost { product_operations, read_bytes }, "{workload} {:?}", model.windows);
         }
     }

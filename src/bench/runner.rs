@@ -73,7 +73,7 @@ impl Runner {
         let options = LoadOptions { precision: engine.precision, format: engine.device.load_format, limits };
         let mut loaded = kvern_models::load(device, files, &options, &mut |_| {})?;
         let blocks = scattered(room.blocks(engine.block_size));
-        let shape = loaded.kv_shape(blocks.len(), engine.block_size as usize, engine.kv_dtype);
+        let shape = loaded.kv_shape(blocks.len(), engine.block_size as usize, crate::device::kv_dtype(engine, device)?);
         admit(shape.blocks as u64 * shape.block_bytes() as u64)?;
         let mut blocks = blocks.into_iter();
         let sequences = room.contexts.iter().map(|context| {
@@ -96,6 +96,11 @@ impl Runner {
     /// Bytes of the packed weights.
     pub(super) fn weight_bytes(&self) -> usize {
         self.loaded.weight_bytes
+    }
+
+    /// Bytes of a value of K or V.
+    pub(super) fn kv_value_bytes(&self) -> usize {
+        self.kv.shape().dtype.bytes()
     }
 
     /// Runs one round; the time of filling the contexts that decoding starts from does not count.
@@ -157,7 +162,8 @@ impl Runner {
                 last_sampled: false,
             });
         }
-        self.loaded.model.forward(&self.batch.fill(plan), &mut self.kv).map(drop)
+        let batch = self.batch.fill(plan).expect("a plan that brings whole tables and known tokens can be laid out");
+        self.loaded.model.forward(&batch, &mut self.kv).map(drop)
     }
 }
 

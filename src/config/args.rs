@@ -294,10 +294,11 @@ pub(super) struct EngineArgs {
     /// The opposite of --enable-prefix-caching
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value = "false")]
     pub(super) no_enable_prefix_caching: bool,
-    /// Precision of the weights; auto keeps them as they are stored
+    /// Precision of the weights, and on a GPU of activations: auto keeps weights as they are stored; activations are then f16
+    /// for a model stored in F16, else bf16
     #[arg(long, value_name = "DTYPE", value_enum, default_value_t = DtypeArg::Auto)]
     pub(super) dtype: DtypeArg,
-    /// Precision of the KV cache; auto is f32 with --dtype f32, bf16 otherwise
+    /// Precision of the KV cache; auto is f32 with --dtype f32 and bf16 otherwise, on a GPU that of activations
     #[arg(long, value_name = "DTYPE", value_enum, default_value_t = DtypeArg::Auto)]
     pub(super) kv_cache_dtype: DtypeArg,
     /// Compute threads [default: one per available core]
@@ -334,6 +335,8 @@ pub(super) enum DtypeArg {
     F32,
     #[value(alias = "bfloat16")]
     Bf16,
+    #[value(aliases = ["float16", "half"])]
+    F16,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

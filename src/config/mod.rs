@@ -152,7 +152,8 @@ pub struct EngineConfig {
     /// `None`: [`KV_CACHE_SHARE_OF_AVAILABLE`].
     pub kv_cache_memory_bytes: Option<u64>,
     pub precision: Precision,
-    pub kv_dtype: KvDType,
+    /// `None`: [what suits the device](crate::device::kv_dtype).
+    pub kv_dtype: Option<KvDType>,
     pub device: DeviceConfig,
     pub cpu: CpuOptions,
 }

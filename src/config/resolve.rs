@@ -174,10 +174,13 @@ fn engine_config(args: EngineArgs) -> Result<EngineConfig, ConfigError> {
         DtypeArg::Auto => Precision::AsStored,
         DtypeArg::F32 => Precision::F32,
         DtypeArg::Bf16 => Precision::BF16,
+        DtypeArg::F16 => Precision::F16,
     };
-    let kv_dtype = match (args.kv_cache_dtype, args.dtype) {
-        (DtypeArg::F32, _) | (DtypeArg::Auto, DtypeArg::F32) => KvDType::F32,
-        (DtypeArg::Bf16 | DtypeArg::Auto, _) => KvDType::BF16,
+    let kv_dtype = match args.kv_cache_dtype {
+        DtypeArg::Auto => None,
+        DtypeArg::F32 => Some(KvDType::F32),
+        DtypeArg::Bf16 => Some(KvDType::BF16),
+        DtypeArg::F16 => Some(KvDType::F16),
     };
     let isa = match args.cpu_isa {
         CpuIsaArg::Auto => None,

@@ -43,7 +43,7 @@ fn defaults() {
     assert_eq!(engine.step_tokens_max(&cpu), 512);
     assert_eq!((engine.max_num_queued_reqs, engine.max_model_len, engine.kv_cache_memory_bytes), (1024, None, None));
     assert!(engine.prefix_caching && engine.cpu.threads.is_none() && engine.cpu.isa.is_none());
-    assert_eq!((engine.precision, engine.kv_dtype), (Precision::AsStored, KvDType::BF16));
+    assert_eq!((engine.precision, engine.kv_dtype), (Precision::AsStored, None));
     assert_eq!(config.model.name, None);
     assert_eq!(config.model.hub.cache_dir, PathBuf::from("/h/.cache/huggingface/hub"));
     assert_eq!((config.model.hub.endpoint.as_str(), config.model.hub.offline), ("https://huggingface.co", false));
@@ -229,13 +229,18 @@ fn a_kubernetes_service_link_is_not_a_port() {
 
 #[test]
 fn switches_and_dtypes() {
-    let cases: [(&[&str], bool, Precision, KvDType); 6] = [
-        (&["serve", "--enable-prefix-caching=false"], false, Precision::AsStored, KvDType::BF16),
-        (&["serve", "--no-enable-prefix-caching=false"], true, Precision::AsStored, KvDType::BF16),
-        (&["serve", "--enable-prefix-caching", "--dtype", "f32"], true, Precision::F32, KvDType::F32),
-        (&["serve", "--dtype", "float32", "--kv-cache-dtype", "bf16"], true, Precision::F32, KvDType::BF16),
-        (&["serve", "--dtype", "bfloat16", "--kv-cache-dtype", "f32"], true, Precision::BF16, KvDType::F32),
-        (&["serve", "--no-enable-prefix-caching", "--cpu-isa", "avx2"], false, Precision::AsStored, KvDType::BF16),
+    let (f32, f16, bf16) = (Some(KvDType::F32), Some(KvDType::F16), Some(KvDType::BF16));
+    let cases: [(&[&str], bool, Precision, Option<KvDType>); 10] = [
+        (&["serve", "--enable-prefix-caching=false"], false, Precision::AsStored, None),
+        (&["serve", "--no-enable-prefix-caching=false"], true, Precision::AsStored, None),
+        (&["serve", "--enable-prefix-caching", "--dtype", "f32"], true, Precision::F32, None),
+        (&["serve", "--dtype", "float32", "--kv-cache-dtype", "bf16"], true, Precision::F32, bf16),
+        (&["serve", "--dtype", "bfloat16", "--kv-cache-dtype", "f32"], true, Precision::BF16, f32),
+        (&["serve", "--dtype", "f16", "--kv-cache-dtype", "auto"], true, Precision::F16, None),
+        (&["serve", "--dtype", "float16", "--kv-cache-dtype", "half"], true, Precision::F16, f16),
+        (&["serve", "--dtype", "half", "--kv-cache-dtype", "float16"], true, Precision::F16, f16),
+        (&["serve", "--dtype", "auto", "--kv-cache-dtype", "bfloat16"], true, Precision::AsStored, bf16),
+        (&["serve", "--no-enable-prefix-caching", "--cpu-isa", "avx2"], false, Precision::AsStored, None),
     ];
     for (args, caching, precision, kv) in cases {
         let engine = resolve(args, &[]).unwrap().engine;

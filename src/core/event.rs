@@ -66,8 +66,8 @@ pub struct Submission {
     pub min_new_tokens: u32,
     /// Tokens that finish the request (end of sequence among them, unless it is ignored), sorted.
     pub stop_tokens: Vec<TokenId>,
-    /// What is sampled depends on the tokens before it by more than the logits, so that no step of it can be planned ahead of
-    /// them: see [`crate::Engine::plan_ahead`].
+    /// Whoever lays out a step has to know the tokens before the one that it samples, by more than the logits, so that no step can
+    /// be planned ahead of them: see [`crate::Engine::plan_ahead`].
     pub needs_tokens: bool,
     /// Whose prefix cache it uses beyond its public blocks.
     pub salt: CacheSalt,

@@ -7,7 +7,7 @@ use super::team::Team;
 use super::{RuntimeOptions, StartError};
 use crate::config::{KV_CACHE_SHARE_OF_AVAILABLE, PoolLayout};
 use indicatif::HumanBytes;
-use kvern_kernels::{Device, KvShape};
+use kvern_kernels::{Device, KvDType, KvShape};
 use kvern_models::{LoadOptions, LoadedModel, ModelFiles, StepLimits};
 use std::fmt::Write as _;
 
@@ -26,6 +26,7 @@ pub struct MemoryAccount {
     pub workspace_bytes: u64,
     pub kv_bytes: u64,
     pub kv_blocks: u32,
+    pub kv_dtype: KvDType,
     pub block_size: u32,
     /// Why the KV cache got what it got.
     pub kv_reason: String,
@@ -63,6 +64,7 @@ pub(super) struct Wanted<'a> {
     pub(super) load: LoadOptions,
     pub(super) options: &'a RuntimeOptions,
     pub(super) max_model_len: u32,
+    pub(super) kv_dtype: KvDType,
 }
 
 impl Wanted<'_> {
@@ -73,7 +75,7 @@ impl Wanted<'_> {
     }
 
     fn shape(&self, loaded: &LoadedModel, blocks: usize) -> KvShape {
-        loaded.kv_shape(blocks, self.options.engine.block_size as usize, self.options.engine.kv_dtype)
+        loaded.kv_shape(blocks, self.options.engine.block_size as usize, self.kv_dtype)
     }
 
     /// Room on a CPU for a model that is loaded: what was asked for, else a share of the free memory.

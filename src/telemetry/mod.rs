@@ -39,7 +39,7 @@ pub struct TelemetryInfo {
     pub num_blocks: u32,
     /// Bytes of the pool.
     pub kv_cache_bytes: u64,
-    /// `bf16` or `f32`.
+    /// `bf16`, `f16` or `f32`.
     pub kv_dtype: &'static str,
     pub prefix_caching: bool,
     /// Names of the priority classes, the most urgent first.

@@ -5,12 +5,22 @@
 //!
 //! And what the last step sampled, for a step that was planned before that was known ([`kvern_core::LAST_SAMPLED`]).
 
-use kvern_core::{RequestId, Sampled, SeqSlice, StepPlan, TokenId};
+use kvern_core::{RequestId, Sampled, StepPlan, TokenId};
 use kvern_models::{ForwardBatch, StepLimits};
 use std::collections::HashMap;
 
 /// Most vectors of forgotten tables that are kept for new ones.
 const SPARE_MAX: usize = 64;
+
+/// Why a plan cannot be laid out: it goes on with what is not here, because the step before it failed or never came. The core
+/// brings all of it when it repeats the step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum BatchError {
+    #[error("request {}: expected a step that goes on with at most the {kept} blocks kept of its table, found {wanted}", request.0)]
+    Table { request: RequestId, kept: usize, wanted: usize },
+    #[error("request {}: expected a step that goes on with a token of the step before it, found none sampled there", request.0)]
+    Token { request: RequestId },
+}
 
 /// Owner of the arrays behind a [`ForwardBatch`].
 #[derive(Debug)]
@@ -72,20 +82,21 @@ impl BatchBuffers {
 
     /// Takes what is new in the tables; gives the length of the longest of the step.
     ///
-    /// # Panics
-    /// When a slice goes on with a table that is not here: a plan did not come, or the request was forgotten too early. The
-    /// step then fails, and the core brings whole tables when it repeats it.
-    fn keep_tables(&mut self, plan: &StepPlan) -> usize {
+    /// # Errors
+    /// A slice goes on with a table that is not here: a plan did not come, or the request was forgotten too early.
+    fn keep_tables(&mut self, plan: &StepPlan) -> Result<usize, BatchError> {
         let mut longest = 0;
         for slice in &plan.slices {
+            let (kept, wanted) = (self.tables.get(&slice.request).map_or(0, Vec::len), slice.table_len as usize);
+            if wanted > kept {
+                return Err(BatchError::Table { request: slice.request, kept, wanted });
+            }
             let table = self.tables.entry(slice.request).or_insert_with(|| self.spare.pop().unwrap_or_default());
-            let (kept, stay) = (table.len(), slice.table_len as usize);
-            assert!(kept >= stay, "{:?} goes on with {stay} blocks, {kept} are kept", slice.request);
-            table.truncate(stay);
+            table.truncate(wanted);
             table.extend(plan.slice_blocks(slice).iter().map(|block| block.0));
             longest = longest.max(table.len());
         }
-        longest
+        Ok(longest)
     }
 
     /// What the step that was last laid out has sampled. One that fails says nothing.
@@ -102,60 +113,78 @@ impl BatchBuffers {
 
     /// Says where the tokens of a step are that was planned before they were known; `false` for any other.
     ///
-    /// # Panics
-    /// When the step before samples nothing for one of the slices: it failed, and so does this one.
-    fn place(&mut self, plan: &StepPlan) -> bool {
-        self.input_ids.clear();
-        self.last_places.clear();
-        let is_ahead = plan.slices.iter().any(|slice| slice.last_sampled);
-        if is_ahead {
-            // The slices of both steps are in the same order.
-            let mut last = self.sampling.iter().enumerate();
-            let place = |slice: &SeqSlice| match last.find(|(_, request)| **request == slice.request) {
-                Some((place, _)) => place as u32,
-                None => panic!("{:?} goes on with a token that the last step did not sample", slice.request),
-            };
-            self.last_places.extend(plan.slices.iter().map(place));
-            // The device has its own.
-            self.input_ids.resize(plan.slices.len(), 0);
-        }
+    /// # Errors
+    /// The step before samples nothing for one of the slices: it failed, and so does this one, and what goes on with it.
+    fn place(&mut self, plan: &StepPlan) -> Result<bool, BatchError> {
+        let placed = self.place_last(plan);
         self.sampling.clear();
-        self.sampling.extend(plan.slices.iter().filter(|slice| slice.sample).map(|slice| slice.request));
-        is_ahead
+        if placed.is_ok() {
+            self.sampling.extend(plan.slices.iter().filter(|slice| slice.sample).map(|slice| slice.request));
+        }
+        placed
     }
 
-    /// Fills in the tokens of a step that was planned before they were known; `false` for any other.
-    ///
-    /// # Panics
-    /// When the step before has sampled nothing for one of the slices: it failed, and so does this one.
-    fn resolve(&mut self, plan: &StepPlan) -> bool {
+    fn place_last(&mut self, plan: &StepPlan) -> Result<bool, BatchError> {
         self.input_ids.clear();
-        let is_ahead = plan.slices.iter().any(|slice| slice.last_sampled);
-        if is_ahead {
-            // The slices of both steps are in the same order.
-            let mut last = self.last_sampled.iter();
-            let token = |slice: &SeqSlice| match last.find(|(request, _)| *request == slice.request) {
-                Some((_, Sampled::Token(token))) => *token,
+        self.last_places.clear();
+        if !is_ahead(plan) {
+            return Ok(false);
+        }
+        // The slices of both steps are in the same order.
+        let mut last = self.sampling.iter().enumerate();
+        for slice in &plan.slices {
+            let place = last.find(|(_, request)| **request == slice.request);
+            let (place, _) = place.ok_or(BatchError::Token { request: slice.request })?;
+            self.last_places.push(place as u32);
+            // The device has its own.
+            self.input_ids.push(0);
+        }
+        Ok(true)
+    }
+
+    /// Fills in the tokens of a step that was planned before they were known; `false` for any other. Afterwards nothing is
+    /// there to go on with, until the step has sampled.
+    ///
+    /// # Errors
+    /// The step before has sampled nothing for one of the slices: it failed, and so does this one.
+    fn resolve(&mut self, plan: &StepPlan) -> Result<bool, BatchError> {
+        self.input_ids.clear();
+        // The slices of both steps are in the same order.
+        let mut last = self.last_sampled.drain(..);
+        if !is_ahead(plan) {
+            return Ok(false);
+        }
+        for slice in &plan.slices {
+            let token = match last.find(|(request, _)| *request == slice.request) {
+                Some((_, Sampled::Token(token))) => token,
                 // The request has ended; nobody asks for what comes of it.
                 Some((_, Sampled::Failed)) => 0,
-                None => panic!("{:?} goes on with a token that the last step did not sample", slice.request),
+                None => return Err(BatchError::Token { request: slice.request }),
             };
-            self.input_ids.extend(plan.slices.iter().map(token));
+            self.input_ids.push(token);
         }
-        self.last_sampled.clear();
-        is_ahead
+        Ok(true)
     }
 
     /// Lays out `plan`. Block tables are padded with block 0 to the longest of the step; padding is never read.
-    pub(crate) fn fill<'a>(&'a mut self, plan: &'a StepPlan) -> ForwardBatch<'a> {
+    ///
+    /// # Errors
+    /// The plan goes on with what is not here. Such a step fails, as do those that go on with it.
+    pub(crate) fn fill<'a>(&'a mut self, plan: &'a StepPlan) -> Result<ForwardBatch<'a>, BatchError> {
         self.positions.clear();
         self.slot_mapping.clear();
         self.cu_seqlens_q.clear();
         self.context_lens.clear();
         self.block_tables.clear();
         self.sample_rows.clear();
-        self.block_table_stride = self.keep_tables(plan);
+        // First, so that a step that fails at its tables leaves nothing to go on with either.
         let is_ahead = if self.tokens_on_device { self.place(plan) } else { self.resolve(plan) };
+        let longest = self.keep_tables(plan);
+        if longest.is_err() {
+            self.forget_sampled();
+        }
+        let (is_ahead, longest) = (is_ahead?, longest?);
+        self.block_table_stride = longest;
         self.cu_seqlens_q.push(0);
         for slice in &plan.slices {
             let table = &self.tables[&slice.request];
@@ -175,7 +204,7 @@ impl BatchBuffers {
                 self.sample_rows.push(rows - 1);
             }
         }
-        ForwardBatch {
+        Ok(ForwardBatch {
             input_ids: if is_ahead { &self.input_ids } else { &plan.tokens },
             positions: &self.positions,
             slot_mapping: &self.slot_mapping,
@@ -185,12 +214,19 @@ impl BatchBuffers {
             block_table_stride: self.block_table_stride,
             sample_rows: &self.sample_rows,
             last_sampled: &self.last_places,
-        }
+        })
     }
+}
+
+/// Whether it was planned before the tokens that it goes on with were known.
+fn is_ahead(plan: &StepPlan) -> bool {
+    plan.slices.iter().any(|slice| slice.last_sampled)
 }
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
+
     use super::*;
     use kvern_core::{BlockId, SeqSlice, StepId, WorkerId};
 
@@ -232,7 +268,7 @@ mod tests {
             Part { request: 2, start: 2, tokens: 3, table_len: 0, blocks: &[4, 9] },
         ]);
         let mut buffers = BatchBuffers::new(LIMITS, 4, false);
-        let batch = buffers.fill(&plan);
+        let batch = buffers.fill(&plan).unwrap();
         assert_eq!(batch.positions, [5, 2, 3, 4]);
         assert_eq!(batch.slot_mapping, [3 * 4 + 1, 4 * 4 + 2, 4 * 4 + 3, 9 * 4]);
         assert_eq!(batch.cu_seqlens_q, [0, 1, 4]);
@@ -245,7 +281,7 @@ mod tests {
     fn keeps_tables_from_plan_to_plan() {
         let mut buffers = BatchBuffers::new(LIMITS, 4, false);
         let mut check = |parts: &[Part<'_>], expected: &[u32]| {
-            assert_eq!(buffers.fill(&plan(parts)).block_tables, expected);
+            assert_eq!(buffers.fill(&plan(parts)).unwrap().block_tables, expected);
         };
         let part = |request, start, table_len, blocks| Part { request, start, tokens: 1, table_len, blocks };
         check(&[part(1, 3, 0, &[7]), part(2, 6, 0, &[4, 9])], &[7, 0, 4, 9]);
@@ -260,17 +296,18 @@ mod tests {
     fn forgets_a_table() {
         let mut buffers = BatchBuffers::new(LIMITS, 4, false);
         let first = [Part { request: 1, start: 3, tokens: 1, table_len: 0, blocks: &[7] }];
-        buffers.fill(&plan(&first));
+        buffers.fill(&plan(&first)).unwrap();
         buffers.forget(RequestId(1));
         buffers.forget(RequestId(2));
         assert!(buffers.tables.is_empty());
         let goes_on = plan(&[Part { request: 1, start: 4, tokens: 1, table_len: 1, blocks: &[3] }]);
-        let unknown = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            buffers.fill(&goes_on);
-        }));
-        assert!(unknown.is_err(), "a table that goes on must be there");
+        let error = buffers.fill(&goes_on).err().unwrap();
+        assert_eq!(error, BatchError::Table { request: RequestId(1), kept: 0, wanted: 1 });
+        let text = "request 1: expected a step that goes on with at most the 0 blocks kept of its table, found 1";
+        assert_eq!(error.to_string(), text);
+        assert!(buffers.tables.is_empty(), "a table that is not here is not begun in its middle");
         // The next plan brings it whole.
-        assert_eq!(buffers.fill(&plan(&first)).block_tables, [7]);
+        assert_eq!(buffers.fill(&plan(&first)).unwrap().block_tables, [7]);
     }
 
     #[test]
@@ -285,16 +322,17 @@ mod tests {
             plan
         };
         let known = plan(&[first(1, &[7]), first(2, &[4]), first(3, &[9])]);
-        assert_eq!(buffers.fill(&known).input_ids, [2, 2, 2]);
+        assert_eq!(buffers.fill(&known).unwrap().input_ids, [2, 2, 2]);
         let sampled = |request, result| (RequestId(request), result);
         buffers.note(&[sampled(1, Sampled::Token(11)), sampled(2, Sampled::Failed), sampled(3, Sampled::Token(13))]);
-        assert_eq!(buffers.fill(&ahead(&[2, 3])).input_ids, [0, 13]);
-        // That step says nothing, so it has failed.
-        let unknown = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            buffers.fill(&ahead(&[3]));
-        }));
-        assert!(unknown.is_err(), "what was sampled two steps ago is not what goes on");
-        assert_eq!(buffers.fill(&known).input_ids, [2, 2, 2]);
+        assert_eq!(buffers.fill(&ahead(&[2, 3])).unwrap().input_ids, [0, 13]);
+        // That step says nothing, so it has failed: what was sampled two steps ago is not what goes on.
+        let error = buffers.fill(&ahead(&[3])).err().unwrap();
+        assert_eq!(error, BatchError::Token { request: RequestId(3) });
+        let text =
+            "request 3: expected a step that goes on with a token of the step before it, found none sampled there";
+        assert_eq!(error.to_string(), text);
+        assert_eq!(buffers.fill(&known).unwrap().input_ids, [2, 2, 2]);
     }
 
     #[test]
@@ -309,17 +347,16 @@ mod tests {
             plan
         };
         let known = plan(&[first(1, &[7]), first(2, &[4]), first(3, &[9])]);
-        assert!(buffers.fill(&known).last_sampled.is_empty());
+        assert!(buffers.fill(&known).unwrap().last_sampled.is_empty());
         let plan = ahead(&[2, 3], 3);
-        let batch = buffers.fill(&plan);
+        let batch = buffers.fill(&plan).unwrap();
         assert_eq!((batch.input_ids, batch.last_sampled), (&[0, 0][..], &[1, 2][..]));
         // Places are those of the step just before.
-        assert_eq!(buffers.fill(&ahead(&[3], 3)).last_sampled, [1]);
+        assert_eq!(buffers.fill(&ahead(&[3], 3)).unwrap().last_sampled, [1]);
         buffers.forget_sampled();
-        let failed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            buffers.fill(&ahead(&[3], 3));
-        }));
-        assert!(failed.is_err(), "nothing goes on after a step that failed");
-        assert!(buffers.fill(&known).last_sampled.is_empty());
+        let token = BatchError::Token { request: RequestId(3) };
+        assert_eq!(buffers.fill(&ahead(&[3], 3)).err(), Some(token), "nothing goes on after a step that failed");
+        assert_eq!(buffers.fill(&ahead(&[3], 3)).err(), Some(token), "nor after one that could not be laid out");
+        assert!(buffers.fill(&known).unwrap().last_sampled.is_empty());
     }
 }

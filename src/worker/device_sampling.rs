@@ -1,7 +1,7 @@
 //! Sampling on a GPU: each sampled row's settings go to the device, and its token comes back.
 
 use super::sampler::TokenCounts;
-use super::{SequenceSampling, StepOutput};
+use super::{SequenceSampling, StepError, StepOutput};
 use crate::request::{SamplingParams, TokenLogprobs};
 use kvern_core::{RequestId, Sampled, StepPlan, TokenId};
 use kvern_kernels::{DeviceSampler, KernelError, SampleBias, SampleCount, SampleRow};
@@ -9,22 +9,32 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 /// Brings to the sampler how each slice that samples is sampled, in order.
+///
+/// # Errors
+/// A slice of a step that was planned ahead has penalties, and the device does not have all that it has seen; or the sampler
+/// refuses a row.
 pub(super) fn push_rows(
     sampler: &mut DeviceSampler,
     sequences: &HashMap<RequestId, Arc<SequenceSampling>>,
     plan: &StepPlan,
-) {
+) -> Result<(), StepError> {
     sampler.begin();
     for slice in plan.slices.iter().filter(|slice| slice.sample) {
         let position = slice.start + slice.tokens.len() as u32;
         match sequences.get(&slice.request) {
             Some(sequence) => sequence.with_counts(position, |params, counts| {
-                sampler.push(sample_row(params, position), biases(params, counts), seen(counts));
+                let id = params.uses_penalties().then_some(slice.request.0);
+                // The counts lack the token that such a slice goes on with.
+                if slice.last_sampled && id.is_some_and(|id| !sampler.knows(id, position)) {
+                    return Err(StepError::Seen { request: slice.request, position });
+                }
+                Ok(sampler.push(sample_row(params, position), biases(params, counts), id, seen(counts))?)
             }),
             // Nobody wants its token; its row is passed over.
-            None => sampler.push(greedy_row(position), [].into_iter(), [].into_iter()),
-        }
+            None => Ok(sampler.push(SampleRow::greedy(position), [].into_iter(), None, [].into_iter())?),
+        }?;
     }
+    Ok(())
 }
 
 /// Waits for the tokens of the oldest step that the sampler has under way, which is `plan`.
@@ -63,27 +73,7 @@ fn sample_row(params: &SamplingParams, position: u32) -> SampleRow {
         frequency_penalty: params.frequency_penalty,
         top_logprobs: params.logprobs.unwrap_or(0),
         wants_logprob: u32::from(params.logprobs.is_some()),
-        ..greedy_row(position)
-    }
-}
-
-fn greedy_row(position: u32) -> SampleRow {
-    SampleRow {
-        seed: 0,
-        position,
-        temperature: 0.0,
-        top_p: 1.0,
-        min_p: 0.0,
-        top_k: 0,
-        repetition_penalty: 1.0,
-        presence_penalty: 0.0,
-        frequency_penalty: 0.0,
-        bias_first: 0,
-        bias_count: 0,
-        count_first: 0,
-        count_count: 0,
-        top_logprobs: 0,
-        wants_logprob: 0,
+        ..SampleRow::greedy(position)
     }
 }
 

@@ -7,6 +7,7 @@
 pub(crate) mod batch;
 mod device_sampling;
 mod sampler;
+mod step_time;
 mod transfer;
 
 pub use transfer::{Mover, Transfer};
@@ -14,7 +15,7 @@ pub use transfer::{Mover, Transfer};
 pub use sampler::{Draw, Scratch, TokenCounts, sample};
 
 use crate::request::{SamplingParams, TokenLogprobs};
-use batch::BatchBuffers;
+use batch::{BatchBuffers, BatchError};
 use kvern_core::{RequestId, Sampled, SeqSlice, StepPlan, TokenId};
 use kvern_kernels::{Device, DeviceSampler, KernelError, KvCache, Tensor};
 use kvern_models::{Model, StepLimits};
@@ -23,7 +24,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
+use step_time::StepTime;
 
 /// A step and what changed since the last one. Sent to a worker that is idle, or at one step, so a channel of two is enough.
 #[derive(Debug)]
@@ -143,6 +145,21 @@ pub struct Worker {
     is_lost: bool,
 }
 
+/// Why a step failed, panics apart.
+#[derive(Debug, thiserror::Error)]
+enum StepError {
+    #[error(transparent)]
+    Batch(#[from] BatchError),
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    #[error(
+        "request {}: expected the tokens that it has seen before position {position} on the device, as the step was \
+         planned ahead, found others",
+        request.0
+    )]
+    Seen { request: RequestId, position: u32 },
+}
+
 /// A step between its two ends.
 struct Begun {
     plan: StepPlan,
@@ -222,6 +239,9 @@ impl Worker {
                 SequenceChange::Forget(id) => {
                     self.sequences.remove(&id);
                     self.batch.forget(id);
+                    if let Some(sampler) = &mut self.sampler {
+                        sampler.forget(id.0);
+                    }
                 }
             }
         }
@@ -254,21 +274,21 @@ impl Worker {
         if outcome.is_err() {
             logprobs.clear();
             sampled.clear();
+            // Whatever the device has added to what they have seen was never said, nor what a step ahead of this one's end added.
+            if let Some(sampler) = &mut self.sampler {
+                plan.slices.iter().for_each(|slice| sampler.forget(slice.request.0));
+            }
         }
         let device_us = self.step_time.ended(at, may_be_followed).as_micros() as u64;
         StepResult { plan, sampled, changes, logprobs, device_us, error: outcome.err() }
     }
 
     /// What went wrong in `work`, in words. Sound to go on after a panic: a step overwrites whatever buffers it reads.
-    fn guard(
-        &mut self,
-        plan: &StepPlan,
-        work: impl FnOnce(&mut Self) -> Result<(), KernelError>,
-    ) -> Result<(), String> {
+    fn guard(&mut self, plan: &StepPlan, work: impl FnOnce(&mut Self) -> Result<(), StepError>) -> Result<(), String> {
         match catch_unwind(AssertUnwindSafe(|| work(self))) {
             Ok(Ok(())) => Ok(()),
             Ok(Err(error)) => {
-                if matches!(error, KernelError::DeviceLost { .. }) && !self.is_lost {
+                if matches!(error, StepError::Kernel(KernelError::DeviceLost { .. })) && !self.is_lost {
                     tracing::error!(step = plan.step.0, %error, "the worker ends");
                     self.is_lost = true;
                 }
@@ -283,8 +303,8 @@ impl Worker {
         plan: &StepPlan,
         sampled: &mut Vec<(RequestId, Sampled)>,
         logprobs: &mut Vec<(RequestId, Box<TokenLogprobs>)>,
-    ) -> Result<(), KernelError> {
-        let batch = self.batch.fill(plan);
+    ) -> Result<(), StepError> {
+        let batch = self.batch.fill(plan)?;
         let rows = batch.sample_rows.len();
         let logits = self.model.forward(&batch, &mut self.kv)?;
         if rows == 0 {
@@ -308,56 +328,29 @@ impl Worker {
 
 impl Worker {
     /// Puts a step on the device. How its rows are sampled goes first, so that nothing of it waits for the forward pass.
-    fn launch(&mut self, plan: &StepPlan) -> Result<(), KernelError> {
-        let batch = self.batch.fill(plan);
+    fn launch(&mut self, plan: &StepPlan) -> Result<(), StepError> {
+        let batch = self.batch.fill(plan)?;
         let samples = !batch.sample_rows.is_empty();
         if let Some(sampler) = self.sampler.as_mut().filter(|_| samples) {
-            device_sampling::push_rows(sampler, &self.sequences, plan);
+            device_sampling::push_rows(sampler, &self.sequences, plan)?;
             sampler.upload(&self.device)?;
         }
         let logits = self.model.forward(&batch, &mut self.kv)?;
         match self.sampler.as_mut().filter(|_| samples) {
-            Some(sampler) => sampler.launch(&self.device, logits),
+            Some(sampler) => Ok(sampler.launch(&self.device, logits)?),
             None => Ok(()),
         }
     }
 
     /// Waits for the oldest step on the device, which is `plan`.
-    fn land(&mut self, plan: &StepPlan, output: &mut StepOutput<'_>) -> Result<(), KernelError> {
+    fn land(&mut self, plan: &StepPlan, output: &mut StepOutput<'_>) -> Result<(), StepError> {
         match &mut self.sampler {
             Some(sampler) if plan.slices.iter().any(|slice| slice.sample) => {
-                device_sampling::take_rows(sampler, &self.sequences, plan, output)
+                Ok(device_sampling::take_rows(sampler, &self.sequences, plan, output)?)
             }
             // A step is done when the device has done it; on a CPU it is.
-            _ => self.device.synchronize(),
+            _ => Ok(self.device.synchronize()?),
         }
-    }
-}
-
-/// How long steps take the device.
-#[derive(Debug, Default)]
-struct StepTime {
-    /// Of the last step that another might have followed ahead of its end.
-    last_decode: Duration,
-    last_end: Option<Instant>,
-}
-
-impl StepTime {
-    /// A step that began at `begun` has ended: the time since then, or since the step before it ended, which the device did first.
-    fn ended(&mut self, begun: Instant, is_decode: bool) -> Duration {
-        let now = Instant::now();
-        let from = self.last_end.map_or(begun, |end| end.max(begun));
-        self.last_end = Some(now);
-        if is_decode {
-            self.last_decode = now - from;
-        }
-        now - from
-    }
-
-    /// How long to look for a step to follow the one under way: not so long that its end is missed, if it takes as long as the
-    /// last one of its kind did.
-    fn patience(&self) -> Duration {
-        (self.last_decode / 2).clamp(Duration::from_micros(50), Duration::from_millis(20))
     }
 }
 

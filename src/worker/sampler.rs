@@ -53,12 +53,14 @@ impl TokenCounts {
 }
 
 impl SamplingParams {
-    /// Whether what is drawn depends on the tokens drawn before by more than the logits.
+    /// Whether the host has to know the tokens drawn before to have the next one drawn: the list of forbidden tokens is its own.
+    /// What penalties are for a device keeps itself.
     pub(crate) fn needs_tokens(&self) -> bool {
-        self.uses_penalties() || self.min_tokens > 0
+        self.min_tokens > 0
     }
 
-    fn uses_penalties(&self) -> bool {
+    /// Whether logits change by which tokens were seen.
+    pub(super) fn uses_penalties(&self) -> bool {
         self.presence_penalty != 0.0 || self.frequency_penalty != 0.0 || self.repetition_penalty != 1.0
     }
 }

@@ -7,7 +7,7 @@ use kvern::request::{Engine, Request, SamplingParams, Terms, TokenEvent, TokenRx
 pub use kvern::runtime::RuntimeOptions;
 use kvern::runtime::{self, Runtime};
 use kvern_core::{FinishReason, TokenId, Usage};
-use kvern_kernels::{CpuIsa, CpuOptions, KvDType, Precision};
+use kvern_kernels::{CpuIsa, CpuOptions, Precision};
 use kvern_models::ModelFiles;
 use std::path::PathBuf;
 
@@ -46,7 +46,7 @@ pub fn engine() -> EngineConfig {
     EngineConfig {
         cpu: cpu_options(),
         precision: Precision::AsStored,
-        kv_dtype: KvDType::BF16,
+        kv_dtype: None,
         max_model_len: Some(2048),
         max_num_seqs: 32,
         max_num_batched_tokens: Some(256),

@@ -12,6 +12,9 @@ impl Ptr {
 /// Where an optional number is absent.
 pub const NONE: u32 = u32::MAX;
 
+/// Most often that a token counts as seen in an output.
+pub const SEEN_COUNT_MAX: u32 = 0x7fff;
+
 /// A struct that kernels take by value.
 ///
 /// # Safety
@@ -263,6 +266,8 @@ params! {
         count_count: u32,
         top_logprobs: u32,
         wants_logprob: u32,
+        seen_slot: u32,
+        seen_anew: u32,
     }
     /// How often a token was seen.
     TokenCount {
@@ -285,7 +290,34 @@ params! {
         tokens: Ptr,
         logprobs: Ptr,
         top_tokens: Ptr,
+        seen: Ptr,
         vocab: u32,
         top_stride: u32,
+    }
+}
+
+impl SampleRow {
+    /// The likeliest token for `position`, without biases, penalties and log-probabilities.
+    #[must_use]
+    pub const fn greedy(position: u32) -> Self {
+        SampleRow {
+            seed: 0,
+            position,
+            temperature: 0.0,
+            top_p: 1.0,
+            min_p: 0.0,
+            top_k: 0,
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            bias_first: 0,
+            bias_count: 0,
+            count_first: 0,
+            count_count: 0,
+            top_logprobs: 0,
+            wants_logprob: 0,
+            seen_slot: NONE,
+            seen_anew: 0,
+        }
     }
 }

@@ -3,7 +3,7 @@
 
 mod support;
 
-use kvern_cuda_abi::{NONE, Ptr, SampleParams, SampleRow, TokenBias, TokenCount, launch};
+use kvern_cuda_abi::{NONE, Ptr, SEEN_COUNT_MAX, SampleParams, SampleRow, TokenBias, TokenCount, launch};
 use kvern_cuda_shim::{Buffer, Launch};
 use support::sampling::{Row, expected, plain, with};
 use support::*;
@@ -13,7 +13,23 @@ const TOP_STRIDE: usize = 5;
 /// Tokens, log-probabilities as bits, and top tokens of every row.
 type Sampled = (Vec<u32>, Vec<u32>, Vec<u32>);
 
+/// Rows that have seen tokens begin anew, in slots of another order.
 fn sample(logits: &[f32], vocab: usize, rows: &[Row], mask: Option<&[u32]>) -> Sampled {
+    let rows: Vec<Row> = rows
+        .iter()
+        .enumerate()
+        .map(|(at, row)| match row.counts.is_empty() {
+            true => row.clone(),
+            false => with(row.clone(), |p| (p.seen_slot, p.seen_anew) = ((rows.len() - 1 - at) as u32, 1)),
+        })
+        .collect();
+    // What was there is another's.
+    let seen: Vec<u16> = (0..rows.len() * vocab).map(|at| at as u16 | 1).collect();
+    sample_seen(logits, vocab, &rows, mask, &seen).0
+}
+
+/// Over slots that hold `seen`; gives what they hold then.
+fn sample_seen(logits: &[f32], vocab: usize, rows: &[Row], mask: Option<&[u32]>, seen: &[u16]) -> (Sampled, Vec<u16>) {
     let (mut biases, mut counts) = (Vec::new(), Vec::new());
     let params: Vec<SampleRow> = rows
         .iter()
@@ -30,6 +46,7 @@ fn sample(logits: &[f32], vocab: usize, rows: &[Row], mask: Option<&[u32]>) -> S
         let values =
             [Buffer::of(logits), Buffer::poisoned(logits.len()), Buffer::poisoned(rows.len() * (TOP_STRIDE + 1))];
         let tokens = [Buffer::<u32>::poisoned(rows.len()), Buffer::of(&vec![NONE; rows.len() * TOP_STRIDE])];
+        let seen = Buffer::of(seen);
         let params = SampleParams {
             logits: values[0].ptr(),
             scratch: values[1].ptr(),
@@ -40,22 +57,19 @@ fn sample(logits: &[f32], vocab: usize, rows: &[Row], mask: Option<&[u32]>) -> S
             tokens: tokens[0].ptr(),
             logprobs: values[2].ptr(),
             top_tokens: tokens[1].ptr(),
+            seen: seen.ptr(),
             vocab: vocab as u32,
             top_stride: TOP_STRIDE as u32,
         };
-        ((lists, values, tokens), params)
+        ((lists, values, tokens, seen), params)
     };
-    let read = |memory: &(_, [Buffer<f32>; 3], [Buffer<u32>; 2])| {
-        let (_, values, tokens): &((_, _, _, _), _, _) = memory;
+    let read = |memory: &(_, [Buffer<f32>; 3], [Buffer<u32>; 2], Buffer<u16>)| {
+        let (_, values, tokens, seen): &((_, _, _, _), _, _, _) = memory;
         let unchanged = bits(&values[0]) == logits.iter().map(|logit| logit.to_bits()).collect::<Vec<_>>();
         assert!(unchanged, "the logits are as they were");
-        (tokens[0].values(), bits(&values[2]), tokens[1].values())
+        ((tokens[0].values(), bits(&values[2]), tokens[1].values()), seen.values())
     };
-    run_sample(rows.len(), make, read)
-}
-
-fn run_sample<M>(rows: usize, make: impl Fn() -> (M, SampleParams), read: impl Fn(&M) -> Sampled) -> Sampled {
-    run("kvern_sample", Launch::new(rows, launch::SAMPLE_THREADS), make, read).unwrap()
+    run("kvern_sample", Launch::new(rows.len(), launch::SAMPLE_THREADS), make, read).unwrap()
 }
 
 /// Every row over its own logits, one launch.
@@ -115,6 +129,95 @@ fn greedy_and_penalties_match() {
     check(1000, &[row.clone(), hot.clone(), plain(1, 0.0), with(row, |p| p.temperature = 1e-40), hot], normal, false);
     check(64, &[plain(1, 0.0)], |_, at| if at % 2 == 0 { 1.0 } else { 0.5 }, false);
     check(40, &[plain(1, 0.0)], |_, at| if at % 2 == 0 { -0.0 } else { 0.0 }, false);
+}
+
+/// What a slot holds for these tokens.
+fn slot(vocab: usize, counts: &[TokenCount]) -> Vec<u16> {
+    let mut slot = vec![0; vocab];
+    for TokenCount { token, count } in counts {
+        slot[*token as usize] = if *count == 0 { 0x8000 } else { (*count).min(SEEN_COUNT_MAX) as u16 };
+    }
+    slot
+}
+
+/// What is sampled is seen by the next launch, without a list; a slot is its row's alone.
+#[test]
+fn seen_tokens_go_on_in_their_slot() {
+    const VOCAB: usize = 70;
+    let penalties = |p: &mut SampleRow| {
+        (p.repetition_penalty, p.presence_penalty, p.frequency_penalty) = (1.4, 0.5, 0.3);
+    };
+    let prompt: Vec<TokenCount> = [(3, 0), (9, 2), (40, 0)].map(|(token, count)| TokenCount { token, count }).to_vec();
+    let mut rows = [with(plain(5, 0.0), penalties), plain(6, 0.9), with(plain(7, 0.8), penalties)];
+    (rows[0].params.seen_slot, rows[2].params.seen_slot) = (2, 0);
+    // Row 2 has seen nothing when it begins.
+    rows[0].counts = prompt;
+    let mut seen = vec![0xabcd; 3 * VOCAB];
+    let mut random = Random(8);
+    let mut repeats = 0;
+    for step in 0..24 {
+        // Few likely tokens, so that they come again.
+        let mut logit = |at: usize| random.unit() * 2.0 + if at.is_multiple_of(9) { 3.0 } else { 0.0 };
+        let logits: Vec<f32> = (0..3 * VOCAB).map(&mut logit).collect();
+        let launched = rows.clone().map(|row| Row {
+            counts: if step == 0 { row.counts.clone() } else { Vec::new() },
+            ..with(row, |p| (p.seen_anew, p.position) = (u32::from(step == 0), 17 + step))
+        });
+        let ((tokens, _, _), after) = sample_seen(&logits, VOCAB, &launched, None, &seen);
+        for (at, row) in rows.iter_mut().enumerate() {
+            row.params.position = 17 + step;
+            let expected = expected(&logits[at * VOCAB..][..VOCAB], row, None);
+            assert_eq!(Some(tokens[at]), expected, "step {step}, row {at}");
+            if row.params.seen_slot == NONE {
+                continue;
+            }
+            match row.counts.iter_mut().find(|entry| entry.token == tokens[at]) {
+                Some(entry) => (entry.count, repeats) = (entry.count + 1, repeats + 1),
+                None => row.counts.push(TokenCount { token: tokens[at], count: 1 }),
+            }
+            let own = &after[row.params.seen_slot as usize * VOCAB..][..VOCAB];
+            // Whether the prompt has it too is not asked of a token that the output has.
+            let without_prompt: Vec<u16> =
+                own.iter().map(|&seen| if seen > 0x8000 { seen & 0x7fff } else { seen }).collect();
+            assert_eq!(without_prompt, slot(VOCAB, &row.counts), "step {step}, row {at}");
+        }
+        assert_eq!(after[VOCAB..2 * VOCAB], [0xabcd; VOCAB], "nobody's slot is as it was");
+        seen = after;
+    }
+    assert!(repeats > 4, "tokens came again: {repeats}");
+}
+
+/// A count ends at its most; a row without a token adds none, but takes its list.
+#[test]
+fn seen_tokens_at_their_limits() {
+    const VOCAB: usize = 40;
+    let counts: Vec<TokenCount> =
+        [(7, 40_000), (8, 32_766), (9, 1)].map(|(token, count)| TokenCount { token, count }).to_vec();
+    let mut row = with(plain(1, 0.0), |p| (p.frequency_penalty, p.seen_slot, p.seen_anew) = (1e-4, 0, 1));
+    row.counts.clone_from(&counts);
+    let likeliest = |token: u32| {
+        let mut row = row.clone();
+        row.biases = vec![TokenBias { token, bias: 100.0 }];
+        row
+    };
+    let logits = [0.25; VOCAB];
+    for (token, count) in [(7, SEEN_COUNT_MAX), (8, SEEN_COUNT_MAX), (9, 2), (0, 1)] {
+        let ((tokens, _, _), seen) = sample_seen(&logits, VOCAB, &[likeliest(token)], None, &[9; VOCAB]);
+        let mut after = slot(VOCAB, &counts);
+        after[token as usize] = count as u16;
+        assert_eq!((tokens[0], seen), (token, after));
+    }
+    let ((tokens, _, _), seen) = sample_seen(&[f32::NAN; VOCAB], VOCAB, &[row], None, &[9; VOCAB]);
+    assert_eq!((tokens[0], seen), (NONE, slot(VOCAB, &counts)));
+    // So much of one, which counts as the most: 3.2767 less.
+    let mut least = with(plain(1, 0.0), |p| (p.frequency_penalty, p.seen_slot, p.seen_anew) = (1e-4, 0, 1));
+    least.counts = counts[..1].to_vec();
+    let edge = |ahead: f32| {
+        let mut logits = [0.0; VOCAB];
+        logits[7] = ahead;
+        sample_seen(&logits, VOCAB, std::slice::from_ref(&least), None, &[9; VOCAB]).0.0[0]
+    };
+    assert_eq!((edge(3.2766), edge(3.2768)), (0, 7));
 }
 
 #[test]

@@ -21,7 +21,7 @@ pub(crate) fn pack(cpu: &CpuDevice, matrix: &MatrixView<'_>, precision: Precisio
         (Precision::BF16, _) | (Precision::AsStored, Format::BF16) => {
             Panels::BF16(pack_floats(cpu, matrix, 2, |to: &mut Pair, at, x| *to = to.with(at, x))?)
         }
-        (Precision::AsStored, Format::F16) => {
+        (Precision::F16, _) | (Precision::AsStored, Format::F16) => {
             Panels::F16(pack_floats(cpu, matrix, 1, |to, _, x| *to = f16::from_f32(x).to_bits())?)
         }
         (Precision::AsStored, format) => {

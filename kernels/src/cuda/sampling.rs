@@ -9,6 +9,7 @@ pub use kvern_cuda_abi::{SampleRow, TokenBias as SampleBias, TokenCount as Sampl
 
 use super::driver::Element;
 use super::memory::{DeviceMemory, Milestone, Pinned, StepArray};
+use super::seen::SeenSlots;
 use super::{CudaDevice, shape};
 use crate::device::Backend;
 use crate::step_inputs::SampledTokens;
@@ -32,6 +33,9 @@ pub struct SampledRow {
 /// A step's rows are [pushed](Self::push) and [uploaded](Self::upload) before its forward pass is launched, so that the next
 /// step's can be while it runs; [`launch`](Self::launch) follows the forward pass, and [`finish`](Self::finish) waits for the
 /// oldest step that was launched. Two may be under way.
+///
+/// Which tokens a sequence with penalties has seen is kept on the device, `rows_max x vocab` numbers of 16 bits: the kernel adds
+/// what it samples, and the host brings tokens only where a sequence [begins](Self::knows).
 pub struct DeviceSampler {
     rows: StepArray<SampleRow>,
     biases: StepArray<TokenBias>,
@@ -45,6 +49,9 @@ pub struct DeviceSampler {
     /// The rows of them that are on the device.
     staged: Range<usize>,
     scratch: DeviceMemory,
+    /// Of a slot and a token: whether, and how often, the slot's sequence has seen it.
+    seen: DeviceMemory,
+    slots: SeenSlots,
     tokens: Arc<DeviceMemory>,
     logprobs: DeviceMemory,
     top_tokens: DeviceMemory,
@@ -113,6 +120,9 @@ impl DeviceSampler {
             new_counts: Vec::new(),
             staged: 0..0,
             scratch: DeviceMemory::new(&gpu.driver, "the sampler's scratch", scratch)?,
+            // Half as many bytes as the scratch, so a size in range.
+            seen: DeviceMemory::new(&gpu.driver, "seen tokens of penalties", rows_max * vocab * size_of::<u16>())?,
+            slots: SeenSlots::new(rows_max),
             tokens,
             logprobs: DeviceMemory::new(&gpu.driver, OUTPUTS, rows_max * (top_max + 1) * size_of::<f32>())?,
             top_tokens: DeviceMemory::new(&gpu.driver, OUTPUTS, rows_max * top_max * size_of::<u32>())?,
@@ -131,22 +141,47 @@ impl DeviceSampler {
         self.new_biases.clear();
         self.new_counts.clear();
         self.staged = 0..0;
+        self.slots.begin();
     }
 
-    /// How the next row is sampled. `row`'s places in the lists are set here; tokens of each list are distinct.
+    /// Whether the device has, or will have once what was launched has run, all tokens that `sequence` has seen before
+    /// `position`, so that a row there needs no counts.
+    #[must_use]
+    pub fn knows(&self, sequence: u64, position: u32) -> bool {
+        self.slots.knows(sequence, position)
+    }
+
+    /// A sequence has ended, or a step with it has failed: what is kept of it counts no more.
+    pub fn forget(&mut self, sequence: u64) {
+        self.slots.forget(sequence);
+    }
+
+    /// How the next row is sampled: `row`'s places in the lists are set here; tokens of each list are distinct. A row with
+    /// penalties names its sequence. `counts` are all tokens that it has seen before the row's position; they are not read where
+    /// they are [known](Self::knows).
+    ///
+    /// # Errors
+    /// The sequence is in the step already, or the step has too many rows with penalties.
     pub fn push(
         &mut self,
         mut row: SampleRow,
         biases: impl Iterator<Item = TokenBias>,
+        sequence: Option<u64>,
         counts: impl Iterator<Item = TokenCount>,
-    ) {
+    ) -> Result<()> {
+        let place = sequence.map(|sequence| self.slots.place(sequence, row.position)).transpose()?;
+        let anew = place.is_some_and(|place| place.anew);
+        (row.seen_slot, row.seen_anew) = (place.map_or(NONE, |place| place.slot), u32::from(anew));
         (row.bias_first, row.count_first) = (self.new_biases.len() as u32, self.new_counts.len() as u32);
         self.new_biases.extend(biases);
-        self.new_counts.extend(counts);
+        if anew {
+            self.new_counts.extend(counts);
+        }
         row.bias_count = self.new_biases.len() as u32 - row.bias_first;
         row.count_count = self.new_counts.len() as u32 - row.count_first;
         row.top_logprobs = row.top_logprobs.min(self.top_max as u32);
         self.new_rows.push(row);
+        Ok(())
     }
 
     /// Puts what was pushed on its way to the device.
@@ -237,12 +272,13 @@ impl DeviceSampler {
             tokens,
             logprobs,
             top_tokens,
+            seen: self.seen.ptr(),
             vocab: self.vocab as u32,
             top_stride: self.top_max as u32,
         };
         let Results { tokens: to_tokens, logprobs: to_logprobs, top_tokens: to_top, .. } = &mut self.results[results];
-        // SAFETY: there are as many logits, and room for the results of `rows_max` rows, which are not fewer. Nobody touches the
-        // host's results before `done`.
+        // SAFETY: there are as many logits, and room for the results of `rows_max` rows, which are not fewer; slots are below
+        // `rows_max`, and a launch's are different. Nobody touches the host's results before `done`.
         unsafe {
             gpu.launch(gpu.kernels.sample, shape([count, 1], launch::SAMPLE_THREADS), &params)?;
             to_tokens.copy_from(gpu.stream, tokens, first, count)?;

@@ -12,6 +12,7 @@ use std::ops::Range;
 use std::path::{Component, Path, PathBuf};
 
 use ::safetensors::Dtype;
+use kvern_kernels::Format;
 use memmap2::Mmap;
 use serde::Deserialize;
 
@@ -47,6 +48,19 @@ pub struct TensorInfo {
     pub shape: Vec<usize>,
     shard: usize,
     bytes: Range<usize>,
+}
+
+impl TensorInfo {
+    /// The format that Kvern reads it as; `None` for types that it does not have.
+    #[must_use]
+    pub fn format(&self) -> Option<Format> {
+        match self.dtype {
+            Dtype::F32 => Some(Format::F32),
+            Dtype::F16 => Some(Format::F16),
+            Dtype::BF16 => Some(Format::BF16),
+            _ => None,
+        }
+    }
 }
 
 #[derive(Deserialize)]

@@ -150,13 +150,14 @@ const TABLE: &[(&str, &[Field])] = &[
         &[
             ("logits", |l| Read(l.blocks() * l.number("vocab") * 4)),
             ("scratch", |l| Write(l.blocks() * l.number("vocab") * 4)),
-            ("rows", |l| Read(l.blocks() * 64)),
+            ("rows", |l| Read(l.blocks() * 72)),
             ("biases", |_| ReadSome),
             ("counts", |_| ReadSome),
             ("mask", |l| Read(l.blocks() * l.number("vocab").div_ceil(32) * 4)),
             ("tokens", |l| Write(l.blocks() * 4)),
             ("logprobs", |l| Write(l.blocks() * (l.number("top_stride") + 1) * 4)),
             ("top_tokens", |l| Write(l.blocks() * l.number("top_stride") * 4)),
+            ("seen", |_| WriteSome),
         ],
     ),
 ];

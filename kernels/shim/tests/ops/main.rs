@@ -123,7 +123,7 @@ impl Rig {
 
     /// Type of K and V.
     fn kv_dtype(&self) -> KvDType {
-        if self.element == Element::F32 { KvDType::F32 } else { KvDType::BF16 }
+        self.element.into()
     }
 }
 

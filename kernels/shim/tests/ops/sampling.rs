@@ -19,8 +19,10 @@ struct Sampled {
 
 fn sample(rig: &Rig, sampler: &mut DeviceSampler, logits: &Tensor, rows: &[Row]) -> Sampled {
     sampler.begin();
-    for Row { params, biases, counts } in rows {
-        sampler.push(*params, biases.iter().copied(), counts.iter().copied());
+    for (at, Row { params, biases, counts }) in rows.iter().enumerate() {
+        // Of the same position every time, so that each begins anew.
+        let sequence = (!counts.is_empty()).then_some(at as u64);
+        sampler.push(*params, biases.iter().copied(), sequence, counts.iter().copied()).unwrap();
     }
     sampler.upload(&rig.device).unwrap();
     sampler.launch(&rig.device, logits).unwrap();
@@ -133,6 +135,60 @@ fn entries_for_several_launches() {
     let Some(shim) = &rig.shim else { return };
     let launches = shim.log().iter().filter(|line| line.contains("kvern_sample")).count();
     assert_eq!(launches, 2, "{:?}", shim.log());
+}
+
+/// A step follows the one before it before that one's tokens are known: nothing of them comes from the host.
+#[test]
+fn seen_tokens_stay_on_the_device() {
+    const VOCAB: usize = 300;
+    const STEPS: u32 = 20;
+    let rig = Rig::new(Element::F32);
+    let penalties = |row: Row| with(row, |p| (p.repetition_penalty, p.frequency_penalty) = (1.5, 0.6));
+    let prompt: Vec<SampleCount> =
+        [(3, 0), (150, 1), (299, 0)].map(|(token, count)| SampleCount { token, count }).to_vec();
+    let mut rows = [penalties(plain(1, 0.0)), plain(2, 0.7), penalties(plain(3, 0.9)), penalties(plain(4, 0.0))];
+    rows[0].counts = prompt;
+    let at = |row: &Row, step: u32| with(row.clone(), |p| p.position = 17 + step);
+    let mut random = Random(12);
+    // Few distinct likely tokens, so that they come again.
+    let mut make = || -> Vec<f32> {
+        (0..rows.len() * VOCAB).map(|at| random.unit() + if at % 31 == 0 { 2.0 } else { 0.0 }).collect()
+    };
+    let logits: Vec<Vec<f32>> = (0..STEPS).map(|_| make()).collect();
+    let tensors: Vec<Tensor> = logits.iter().map(|logits| rig.tensor(VOCAB, logits)).collect();
+    let mut sampler = sampler(&rig, rows.len(), VOCAB);
+    let begin = |sampler: &mut DeviceSampler, rows: &[Row; 4], step: u32| {
+        sampler.begin();
+        for (number, row) in rows.iter().enumerate() {
+            let Row { params, biases, counts } = at(row, step);
+            let sequence = (number != 1).then_some(100 + number as u64);
+            assert!(sequence.is_none_or(|id| sampler.knows(id, params.position) == (step > 0)));
+            // Nobody asks for counts after the first step: these would be wrong.
+            sampler.push(params, biases.into_iter(), sequence, counts.into_iter()).unwrap();
+        }
+        sampler.upload(&rig.device).unwrap();
+        sampler.launch(&rig.device, &tensors[step as usize]).unwrap();
+    };
+    let begun = rows.clone();
+    begin(&mut sampler, &begun, 0);
+    let mut repeats = 0;
+    for step in 0..STEPS {
+        if step + 1 < STEPS {
+            begin(&mut sampler, &begun, step + 1);
+        }
+        let tokens: Vec<Option<u32>> = sampler.finish().unwrap().iter().map(|row| row.token).collect();
+        for (number, row) in rows.iter_mut().enumerate() {
+            let own = &logits[step as usize][number * VOCAB..][..VOCAB];
+            assert_eq!(tokens[number], expected(own, &at(row, step), None), "step {step}, row {number}");
+            let token = tokens[number].unwrap();
+            match row.counts.iter_mut().find(|entry| entry.token == token) {
+                _ if number == 1 => {}
+                Some(entry) => (entry.count, repeats) = (entry.count + 1, repeats + 1),
+                None => row.counts.push(SampleCount { token, count: 1 }),
+            }
+        }
+    }
+    assert!(repeats > 10, "tokens came again: {repeats}");
 }
 
 #[test]

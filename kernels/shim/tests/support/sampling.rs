@@ -11,23 +11,7 @@ pub(crate) struct Row {
 }
 
 pub(crate) fn plain(seed: u64, temperature: f32) -> Row {
-    let params = SampleRow {
-        seed,
-        position: 17,
-        temperature,
-        top_p: 1.0,
-        min_p: 0.0,
-        top_k: 0,
-        repetition_penalty: 1.0,
-        presence_penalty: 0.0,
-        frequency_penalty: 0.0,
-        bias_first: 0,
-        bias_count: 0,
-        count_first: 0,
-        count_count: 0,
-        top_logprobs: 0,
-        wants_logprob: 0,
-    };
+    let params = SampleRow { seed, temperature, ..SampleRow::greedy(17) };
     Row { params, biases: Vec::new(), counts: Vec::new() }
 }
 
