@@ -1,7 +1,7 @@
 //! The device that the settings name: a GPU where there is one, else the CPU.
 
 use crate::config::{DeviceChoice, EngineConfig};
-use kvern_kernels::{Device, Element, KernelError, Precision};
+use kvern_kernels::{Device, Element, GpuOptions, KernelError, Precision};
 
 /// Opens it. Where `auto` finds no GPU, the log says why in one line, unless the binary is one without CUDA.
 ///
@@ -12,10 +12,11 @@ pub fn open(engine: &EngineConfig) -> Result<Device, KernelError> {
         Precision::F32 => Element::F32,
         Precision::AsStored | Precision::BF16 => Element::BF16,
     };
+    let gpu = GpuOptions { element, programmatic_launches: engine.device.programmatic_launches };
     match engine.device.choice {
         DeviceChoice::Cpu => Device::cpu(engine.cpu),
-        DeviceChoice::Cuda(number) => Device::cuda(number, element),
-        DeviceChoice::Auto => match Device::cuda(0, element) {
+        DeviceChoice::Cuda(number) => Device::cuda(number, gpu),
+        DeviceChoice::Auto => match Device::cuda(0, gpu) {
             Ok(device) => Ok(device),
             Err(KernelError::BuiltWithoutCuda) => Device::cpu(engine.cpu),
             Err(error) => {

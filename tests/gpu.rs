@@ -9,7 +9,7 @@ use kvern::request::{Engine, TokenEvent};
 use kvern::runtime::{self, Runtime, StartError};
 use kvern_core::FinishReason;
 use kvern_cuda_shim::device::{Call, Options, ShimDriver};
-use kvern_kernels::{CpuOptions, Device, Element, KvDType, Precision};
+use kvern_kernels::{CpuOptions, Device, Element, GpuOptions, KvDType, Precision};
 use kvern_models::ModelFiles;
 use std::path::Path;
 use std::sync::Arc;
@@ -46,7 +46,9 @@ fn on_cpu(options: &RuntimeOptions) -> Runtime {
 
 fn try_on_gpu(options: &RuntimeOptions, shim: Options) -> (Arc<ShimDriver>, Result<Runtime, StartError>) {
     let driver = ShimDriver::new(shim);
-    let device = Device::gpu(Arc::clone(&driver) as _, Element::F32).unwrap();
+    let programmatic_launches = options.engine.device.programmatic_launches;
+    let gpu = GpuOptions { element: Element::F32, programmatic_launches };
+    let device = Device::gpu(Arc::clone(&driver) as _, gpu).unwrap();
     let runtime = runtime::start_on(device, &model(), options, &mut |_| {});
     (driver, runtime)
 }
@@ -107,6 +109,21 @@ fn a_gpu_says_what_the_cpu_says() {
         runtime.join();
         assert_eq!(driver.refusals(), Vec::<String>::new());
     }
+}
+
+/// Launches that may begin before the one before has ended say the same, and all of a step's are such.
+#[test]
+fn launches_that_begin_early_say_the_same() {
+    let device = DeviceConfig { programmatic_launches: true, ..small().engine.device };
+    let options = RuntimeOptions { engine: EngineConfig { device, ..small().engine }, ..small() };
+    let (driver, runtime) = on_gpu(&options);
+    driver.clear_log();
+    assert_eq!(tokens(&together(&runtime, &asks())), tokens(&alone()));
+    runtime.join();
+    let log = driver.log();
+    let launches: Vec<_> = log.iter().filter(|line| line.starts_with("launch ")).collect();
+    assert!(!launches.is_empty() && launches.iter().all(|line| line.contains(" early ")), "{launches:?}");
+    assert_eq!(driver.refusals(), Vec::<String>::new());
 }
 
 /// Captured steps that were launched while the tokens of the step before were still to be waited for.

@@ -45,7 +45,7 @@ pub(crate) use ops::{add_rms_norm, attention, embed, gather_rows, rms_norm, rope
 pub(crate) use products::matmul;
 use weights::Loader;
 
-use crate::Result;
+use crate::{GpuOptions, Result};
 
 /// Scratch of cuBLASLt's products: what NVIDIA asks for on Hopper.
 const WORKSPACE_BYTES: usize = 32 << 20;
@@ -63,6 +63,8 @@ pub(crate) struct Gpu {
     /// Of activations, of weights that are not quantized, and of K and V.
     pub(crate) element: Element,
     pub(crate) kernels: Kernels,
+    /// Launches may begin while the one before ends.
+    pub(super) early: bool,
     /// Of products.
     workspace: DeviceMemory,
     widened: DeviceMemory,
@@ -80,16 +82,15 @@ impl std::ops::Deref for CudaDevice {
 }
 
 impl CudaDevice {
-    /// A device on which activations are of type `element`.
-    pub(crate) fn new(driver: Arc<dyn Driver>, element: Element) -> Result<Self> {
-        let kernels = Kernels::new(driver.as_ref(), element)?;
+    pub(crate) fn new(driver: Arc<dyn Driver>, options: GpuOptions) -> Result<Self> {
+        let kernels = Kernels::new(driver.as_ref(), options.element)?;
         let loader = Arc::new(Mutex::new(Loader::new(&driver)?));
-        CudaDevice::on_stream(driver, element, kernels, loader, StreamPriority::Normal)
+        CudaDevice::on_stream(driver, options, kernels, loader, StreamPriority::Normal)
     }
 
     /// A device whose driver only counts, and tells what.
-    pub(crate) fn counting(driver: Arc<CountingDriver>, element: Element) -> Result<Self> {
-        let mut device = CudaDevice::new(Arc::clone(&driver) as Arc<dyn Driver>, element)?;
+    pub(crate) fn counting(driver: Arc<CountingDriver>, options: GpuOptions) -> Result<Self> {
+        let mut device = CudaDevice::new(Arc::clone(&driver) as Arc<dyn Driver>, options)?;
         let gpu = Arc::get_mut(&mut device.0).expect("a new device has one owner");
         gpu.counter = Some(driver);
         Ok(device)
@@ -102,17 +103,19 @@ impl CudaDevice {
 
     /// The same GPU with a stream of its own, for a second worker.
     pub(crate) fn second(&self, priority: StreamPriority) -> Result<Self> {
-        let Gpu { driver, element, kernels, loader, .. } = &*self.0;
-        CudaDevice::on_stream(Arc::clone(driver), *element, kernels.clone(), Arc::clone(loader), priority)
+        let Gpu { driver, element, early, kernels, loader, .. } = &*self.0;
+        let options = GpuOptions { element: *element, programmatic_launches: *early };
+        CudaDevice::on_stream(Arc::clone(driver), options, kernels.clone(), Arc::clone(loader), priority)
     }
 
     fn on_stream(
         driver: Arc<dyn Driver>,
-        element: Element,
+        options: GpuOptions,
         kernels: Kernels,
         loader: Arc<Mutex<Loader>>,
         priority: StreamPriority,
     ) -> Result<Self> {
+        let GpuOptions { element, programmatic_launches: early } = options;
         let workspace = DeviceMemory::new(&driver, "workspace of products", WORKSPACE_BYTES)?;
         let widened = DeviceMemory::new(&driver, "workspace of products", WIDENED_BYTES)?;
         let (stream, idle) = (driver.stream(priority)?, Mutex::new(Milestone::new(&driver)?));
@@ -121,6 +124,7 @@ impl CudaDevice {
             stream,
             element,
             kernels,
+            early,
             workspace,
             widened,
             idle,
@@ -145,6 +149,7 @@ impl Gpu {
     pub(crate) unsafe fn launch<P: KernelParams>(&self, kernel: Kernel, shape: LaunchShape, params: &P) -> Result<()> {
         // SAFETY: parameter structs are plain data without padding.
         let bytes = unsafe { std::slice::from_raw_parts(std::ptr::from_ref(params).cast(), size_of::<P>()) };
+        let shape = LaunchShape { early: self.early, ..shape };
         // SAFETY: the caller's promise.
         unsafe { self.driver.launch(self.stream, kernel, shape, bytes, &P::LAYOUT) }
     }
@@ -165,5 +170,5 @@ impl Gpu {
 /// A launch of `grid` blocks of `threads` threads.
 pub(crate) fn shape(grid: [usize; 2], threads: usize) -> LaunchShape {
     let narrow = |size: usize| u32::try_from(size).expect("sizes of a launch are below 2^32, as ids and slots are");
-    LaunchShape { grid: grid.map(narrow), threads: narrow(threads), shared_bytes: 0 }
+    LaunchShape { grid: grid.map(narrow), threads: narrow(threads), shared_bytes: 0, early: false }
 }

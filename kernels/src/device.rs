@@ -34,6 +34,21 @@ pub struct CpuOptions {
     pub isa: Option<CpuIsa>,
 }
 
+/// How a GPU is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GpuOptions {
+    /// Of activations.
+    pub element: Element,
+    /// Launches may begin while the one before them ends, where the GPU can do that.
+    pub programmatic_launches: bool,
+}
+
+impl From<Element> for GpuOptions {
+    fn from(element: Element) -> Self {
+        GpuOptions { element, programmatic_launches: false }
+    }
+}
+
 /// A device and its execution resources; cloning shares them. Ops on one device are issued by one thread at a time: an
 /// op that finds another one running panics.
 #[derive(Clone)]
@@ -60,10 +75,9 @@ impl Device {
         Ok(Device { backend: Backend::Cpu(Arc::new(CpuDevice::new(options, false)?)) })
     }
 
-    /// GPU number `ordinal` of this machine, with activations of type `element`. A machine or a binary without is an error
-    /// that says what is missing.
-    pub fn cuda(ordinal: usize, element: Element) -> Result<Device> {
-        Device::gpu(cuda_driver::open(ordinal)?, element)
+    /// GPU number `ordinal` of this machine. A machine or a binary without is an error that says what is missing.
+    pub fn cuda(ordinal: usize, options: impl Into<GpuOptions>) -> Result<Device> {
+        Device::gpu(cuda_driver::open(ordinal)?, options)
     }
 
     /// GPUs of this machine; an error says why there can be none.
@@ -75,7 +89,7 @@ impl Device {
     pub fn counting(&self) -> Result<Option<Device>> {
         let Backend::Cuda(gpu) = &self.backend else { return Ok(None) };
         let driver = Arc::new(CountingDriver::new(gpu.driver.properties().clone()));
-        let device = cuda::CudaDevice::counting(driver, gpu.element)?;
+        let device = cuda::CudaDevice::counting(driver, gpu.element.into())?;
         Ok(Some(Device { backend: Backend::Cuda(device) }))
     }
 
@@ -88,9 +102,9 @@ impl Device {
         }
     }
 
-    /// The GPU behind `driver`, with activations of type `element`.
-    pub fn gpu(driver: Arc<dyn Driver>, element: Element) -> Result<Device> {
-        Ok(Device { backend: Backend::Cuda(cuda::CudaDevice::new(driver, element)?) })
+    /// The GPU behind `driver`.
+    pub fn gpu(driver: Arc<dyn Driver>, options: impl Into<GpuOptions>) -> Result<Device> {
+        Ok(Device { backend: Backend::Cuda(cuda::CudaDevice::new(driver, options.into())?) })
     }
 
     /// A device for a second worker beside this one: on a GPU, a stream of its own over the same memory, whose work goes first

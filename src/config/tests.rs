@@ -228,6 +228,23 @@ fn a_kubernetes_service_link_is_not_a_port() {
 }
 
 #[test]
+fn launches_take_turns_unless_asked_otherwise() {
+    let cases: [(&[&str], Variables<'_>, bool); 5] = [
+        (&["serve"], &[], false),
+        (&["serve", "--programmatic-launches", "auto"], &[], false),
+        (&["serve", "--programmatic-launches", "off"], &[], false),
+        (&["bench", "--programmatic-launches=on"], &[], true),
+        (&["serve"], &[("KVERN_PROGRAMMATIC_LAUNCHES", "on")], true),
+    ];
+    for (args, env, expected) in cases {
+        assert_eq!(resolve(args, env).unwrap().engine.device.programmatic_launches, expected, "{args:?} {env:?}");
+    }
+    assert!(resolve(&["serve", "--programmatic-launches", "yes"], &[]).is_err());
+    let Err(ConfigError::Usage(help)) = resolve(&["serve", "--help"], &[]) else { panic!("help") };
+    assert!(!help.to_string().contains("programmatic"), "not offered before it is measured");
+}
+
+#[test]
 fn switches_and_dtypes() {
     let cases: [(&[&str], bool, Precision, KvDType); 6] = [
         (&["serve", "--enable-prefix-caching=false"], false, Precision::AsStored, KvDType::BF16),

@@ -107,6 +107,9 @@ pub struct LaunchShape {
     pub grid: [u32; 2],
     pub threads: u32,
     pub shared_bytes: u32,
+    /// It may begin while the launch before it on its stream ends, where the device can do that: the kernel waits for
+    /// that itself before it touches memory that kernels write.
+    pub early: bool,
 }
 
 /// A product of matrices: `out[m][n] = sum over k of x[m][k] w[n][k] (+ bias[n])`, accumulated in f32. All row-major; `x` and

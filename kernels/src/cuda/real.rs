@@ -56,13 +56,13 @@ const GRAPHS_MAX: usize = 4096;
 pub(crate) fn open(ordinal: usize) -> Result<Arc<dyn Driver>> {
     let (context, properties) = Context::open(ordinal)?;
     Ok(Arc::new(Gpu {
-        properties,
         priorities: Priorities::of(&context)?,
         streams: Table::new("streams", STREAMS_MAX),
         events: Table::new("events", EVENTS_MAX),
         graphs: Table::new("graphs", GRAPHS_MAX),
-        modules: Modules::load(&context)?,
+        modules: Modules::load(&context, properties.compute_capability)?,
         products: Products::open()?,
+        properties,
         context,
     }))
 }

@@ -37,7 +37,8 @@ pub(super) struct Operation {
 impl Operation {
     pub(super) fn launch(launch: KernelLaunch) -> Result<Operation, String> {
         let accesses = launch.launched().accesses()?;
-        Ok(Operation { what: Arc::clone(&launch.kernel), work: Work::Launch(launch), accesses })
+        let early = if launch.shape.early { " early" } else { "" };
+        Ok(Operation { what: format!("{}{early}", launch.kernel).into(), work: Work::Launch(launch), accesses })
     }
 
     pub(super) fn gemm(gemm: &Gemm) -> Result<Operation, String> {
@@ -127,8 +128,9 @@ impl KernelLaunch {
                 memory.find(pool, 1, Place::Device).map_err(named)?;
             }
         }
-        let LaunchShape { grid, threads, shared_bytes } = self.shape;
+        let LaunchShape { grid, threads, shared_bytes, early } = self.shape;
         let shape = Launch { grid: [grid[0], grid[1], 1], shared_bytes, ..Launch::new(1, threads as usize) };
+        let shape = if early { shape.early() } else { shape };
         let shape = if reverse { shape.reverse() } else { shape };
         // SAFETY: pointers were checked to lie in buffers that are alive; how far the kernel goes beyond what was
         // checked, the caller of the driver's launch promises, and guard pages stop what is close.

@@ -51,7 +51,7 @@ impl Rig {
 
     fn launch<P: KernelParams>(&self, stream: usize, kernel: &str, grid: u32, threads: u32, params: &P) -> Result<()> {
         let kernel = self.driver.kernel(kernel, 0)?;
-        let shape = LaunchShape { grid: [grid, 1], threads, shared_bytes: 0 };
+        let shape = LaunchShape { grid: [grid, 1], threads, shared_bytes: 0, early: false };
         // SAFETY: parameters are plain data without padding; tests of wrong ones expect them to be refused.
         unsafe { self.driver.launch(self.streams[stream], kernel, shape, bytes_of(params), layout::<P>()) }
     }

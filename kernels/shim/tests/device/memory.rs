@@ -43,7 +43,7 @@ fn extents_follow_from_the_parameters() {
         outputs,
         out_stride,
         out_f32: 0,
-        pad: 0,
+        prefetch: 0,
     };
     let gemv = |params: GemvParams| rig.launch(0, "kvern_gemv_q4_0_f32_r1", params.outputs.div_ceil(4), 128, &params);
     gemv(params(out, 5, 100)).unwrap();
@@ -174,7 +174,7 @@ fn lists_of_pools_name_live_memory() {
         }
         let params = BlockCopyParams { pools: lists, pairs, block_bytes: 32, pair_count: 1, pool_count: 2 };
         let kernel = rig.driver.kernel("kvern_block_copy", 0).unwrap();
-        let shape = LaunchShape { grid: [1, 2], threads: 32, shared_bytes: 0 };
+        let shape = LaunchShape { grid: [1, 2], threads: 32, shared_bytes: 0, early: false };
         let layout = layout::<BlockCopyParams>();
         // SAFETY: sizes are right, and a pool that is not there is to be refused.
         let done = unsafe { rig.driver.launch(rig.streams[0], kernel, shape, bytes_of(&params), layout) };

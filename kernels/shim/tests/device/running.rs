@@ -16,7 +16,7 @@ fn kernels_take_what_they_are_made_for() {
     assert_eq!(rig.driver.kernel("kvern_silu_mul_f32", 0).unwrap(), kernel);
     let params = GateParams { x, out, rows: 1, columns: COLUMNS as u32 };
     let launch = |kernel, grid, threads, shared_bytes, params: &[u8], layout| {
-        let shape = LaunchShape { grid, threads, shared_bytes };
+        let shape = LaunchShape { grid, threads, shared_bytes, early: false };
         // SAFETY: a wrong one is to be refused.
         unsafe { rig.driver.launch(rig.streams[0], kernel, shape, params, layout) }
     };

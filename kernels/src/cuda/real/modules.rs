@@ -21,6 +21,9 @@ const KERNELS_MAX: usize = 1024;
 /// Shared memory, static and dynamic, that a block has without being asked for.
 const UNASKED_SHARED_BYTES: u32 = 48 * 1024;
 
+/// Compute capability from which on launches can begin early.
+const EARLY_CAPABILITY_MIN: (u32, u32) = (9, 0);
+
 /// Gives bytes an alignment, which `include_bytes!` does not.
 #[repr(C, align(64))]
 struct Aligned<T>(T);
@@ -48,11 +51,13 @@ pub(super) struct Modules {
     loaded: Vec<Raw<sys::CUmod_st>>,
     kernels: Table<Entry>,
     by_name: Mutex<HashMap<String, Named>>,
+    /// The device can begin a launch before the one before it has ended.
+    can_begin_early: bool,
 }
 
 impl Modules {
-    /// Loads all kernels of this binary into the current context.
-    pub(super) fn load(context: &Context) -> Result<Self> {
+    /// Loads all kernels of this binary into the current context, of a device of this compute capability.
+    pub(super) fn load(context: &Context, capability: (u32, u32)) -> Result<Self> {
         if FATBINS.is_empty() {
             let text = "expected CUDA kernels in this binary, found none: it was built without `make cuda`";
             return Err(KernelError::Unsupported(text.into()));
@@ -61,6 +66,7 @@ impl Modules {
             loaded: Vec::with_capacity(FATBINS.len()),
             kernels: Table::new("kernels", KERNELS_MAX),
             by_name: Mutex::new(HashMap::new()),
+            can_begin_early: capability >= EARLY_CAPABILITY_MIN,
         };
         for (name, bytes) in FATBINS {
             let mut module = std::ptr::null_mut();
@@ -173,31 +179,72 @@ impl Modules {
             let found = format!("{} for {} of {}", params.len(), layout.name, layout.bytes);
             return Err(KernelError::shape("launch", expected, found));
         }
-        // One parameter: the struct. The driver copies it before it returns.
-        let mut arguments = [params.as_ptr().cast_mut().cast()];
-        let LaunchShape { grid: [x, y], threads, shared_bytes } = shape;
+        let LaunchShape { grid: [x, y], threads, shared_bytes, early } = shape;
         // SAFETY: the function is of a loaded module, takes one parameter, and that is as long as it takes it to be;
         // the rest is the caller's.
         let status = unsafe {
-            sys::cuLaunchKernel(
-                entry.function.0,
-                x,
-                y,
-                1,
-                threads,
-                1,
-                1,
-                shared_bytes,
-                stream,
-                arguments.as_mut_ptr(),
-                std::ptr::null_mut(),
-            )
+            if early && self.can_begin_early {
+                launch_early(entry.function.0, stream, shape, params)
+            } else {
+                launch_in_turn(entry.function.0, stream, shape, params)
+            }
         };
         context.check(
             format_args!("launch of {} [{x} x {y} blocks of {threads}, {shared_bytes} bytes]", entry.name),
             status,
         )
     }
+}
+
+/// A launch that begins when all that is on the stream is done.
+///
+/// # Safety
+/// The function takes one parameter, as long as `params`; else as of [`Modules::launch`].
+unsafe fn launch_in_turn(
+    function: sys::CUfunction,
+    stream: sys::CUstream,
+    shape: LaunchShape,
+    params: &[u8],
+) -> CUresult {
+    // One parameter: the struct. The driver copies it before it returns.
+    let mut arguments = [params.as_ptr().cast_mut().cast()];
+    let LaunchShape { grid: [x, y], threads, shared_bytes, .. } = shape;
+    let (parameters, extra) = (arguments.as_mut_ptr(), std::ptr::null_mut());
+    // SAFETY: the caller's; the arguments live until the call returns.
+    unsafe { sys::cuLaunchKernel(function, x, y, 1, threads, 1, 1, shared_bytes, stream, parameters, extra) }
+}
+
+/// A launch that may begin as soon as the kernel before it on the stream allows it, and then waits for that kernel
+/// itself. In a capture this becomes an edge of that kind between the two.
+///
+/// # Safety
+/// As of [`launch_in_turn`].
+unsafe fn launch_early(
+    function: sys::CUfunction,
+    stream: sys::CUstream,
+    shape: LaunchShape,
+    params: &[u8],
+) -> CUresult {
+    let mut arguments = [params.as_ptr().cast_mut().cast()];
+    let mut value = sys::CUlaunchAttributeValue { pad: [0; 64] };
+    value.programmaticStreamSerializationAllowed = 1;
+    let id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+    let mut attribute = sys::CUlaunchAttribute { id, pad: [0; 4], value };
+    let LaunchShape { grid: [x, y], threads, shared_bytes, .. } = shape;
+    let config = sys::CUlaunchConfig {
+        gridDimX: x,
+        gridDimY: y,
+        gridDimZ: 1,
+        blockDimX: threads,
+        blockDimY: 1,
+        blockDimZ: 1,
+        sharedMemBytes: shared_bytes,
+        hStream: stream,
+        attrs: &raw mut attribute,
+        numAttrs: 1,
+    };
+    // SAFETY: the caller's; configuration, attribute and arguments live until the call returns.
+    unsafe { sys::cuLaunchKernelEx(&raw const config, function, arguments.as_mut_ptr(), std::ptr::null_mut()) }
 }
 
 impl Drop for Modules {

@@ -14,7 +14,7 @@ use crate::cuda::driver::Element;
 const INSIDE: &str = "KVERN_TEST_FAKE_DRIVER";
 
 static LAYOUT: Layout = Layout { name: "TestParams", bytes: 48, fields: &[] };
-const SHAPE: LaunchShape = LaunchShape { grid: [3, 2], threads: 128, shared_bytes: 16 };
+const SHAPE: LaunchShape = LaunchShape { grid: [3, 2], threads: 128, shared_bytes: 16, early: false };
 const PARAMS: [u64; 6] = [7; 6];
 
 fn params() -> &'static [u8] {
@@ -97,6 +97,9 @@ fn whole(gpu: &dyn Driver) {
         gpu.launch(stream, kernel, SHAPE, params(), &LAYOUT).unwrap();
         said(gpu.launch(stream, kernel, SHAPE, &params()[..40], &LAYOUT));
         said(gpu.launch(stream, kernel, LaunchShape { grid: [0, 1], ..SHAPE }, params(), &LAYOUT));
+        let early = LaunchShape { early: true, ..SHAPE };
+        gpu.launch(stream, kernel, early, params(), &LAYOUT).unwrap();
+        said(gpu.launch(stream, kernel, LaunchShape { grid: [0, 1], ..early }, params(), &LAYOUT));
     }
     // Every thread gets the context.
     std::thread::scope(|scope| {
@@ -204,6 +207,16 @@ fn every_call_reaches_the_driver_as_meant_and_everything_is_given_back() {
         let failed = transcript("whole", &[("FAKE_CAPTURE", "901")]);
         let expected = "= cuStreamEndCapture: CUDA_ERROR_STREAM_CAPTURE_INVALIDATED (what it means)\n";
         assert!(failed.contains(expected) && !failed.contains("> cuGraph"), "{failed}");
+    }
+}
+
+/// Below compute capability 9.0 launches take turns, whatever was asked for.
+#[test]
+fn launches_begin_early_where_the_device_can() {
+    if built_with_kernels() {
+        let found = transcript("whole", &[("FAKE_CAPABILITY", "8")]);
+        let launches = found.matches("> cuLaunchKernel kvern_one").count();
+        assert!(launches == 4 && !found.contains("cuLaunchKernelEx"), "{found}");
     }
 }
 

@@ -267,6 +267,29 @@ int cuLaunchKernel(void *function, unsigned x, unsigned y, unsigned z, unsigned 
     return x == 0 ? INVALID_VALUE : SUCCESS;
 }
 
+struct attribute {
+    int id;
+    char pad[4];
+    int value;
+    char rest[60];
+};
+
+struct launch {
+    unsigned x, y, z, threads, threads_y, threads_z, shared_bytes;
+    void *stream;
+    const struct attribute *attributes;
+    unsigned count;
+};
+
+int cuLaunchKernelEx(const struct launch *launch, void *function, void **parameters, void **extra) {
+    IN_CONTEXT;
+    NOTE("cuLaunchKernelEx %s %ux%ux%u of %ux%ux%u shared %u on %p, %u attribute: %d = %d, parameter %llu extra %d",
+         (char *)function, launch->x, launch->y, launch->z, launch->threads, launch->threads_y, launch->threads_z,
+         launch->shared_bytes, launch->stream, launch->count, launch->attributes->id, launch->attributes->value,
+         *(unsigned long long *)parameters[0], extra != NULL);
+    return launch->x == 0 ? INVALID_VALUE : SUCCESS;
+}
+
 int cuStreamBeginCapture_v2(void *stream, int mode) {
     IN_CONTEXT;
     NOTE("cuStreamBeginCapture %p mode %d", stream, mode);
