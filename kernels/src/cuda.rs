@@ -37,7 +37,7 @@ pub(crate) mod weights;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use account::{Allocations, CountingDriver};
-use driver::{Driver, Element, Kernel, LaunchShape, Stream, StreamPriority};
+use driver::{Driver, Element, Kernel, LaunchShape, Part, Stream, StreamPriority};
 use kernels::Kernels;
 use kvern_cuda_abi::KernelParams;
 use memory::{DeviceMemory, Milestone};
@@ -60,6 +60,8 @@ pub(crate) struct CudaDevice(Arc<Gpu>);
 pub(crate) struct Gpu {
     pub(crate) driver: Arc<dyn Driver>,
     pub(crate) stream: Stream,
+    /// What of the device the stream has, where that is not all.
+    pub(super) part: Option<Part>,
     /// Of activations, of weights that are not quantized, and of K and V.
     pub(crate) element: Element,
     pub(crate) kernels: Kernels,
@@ -84,8 +86,9 @@ impl std::ops::Deref for CudaDevice {
 impl CudaDevice {
     pub(crate) fn new(driver: Arc<dyn Driver>, options: GpuOptions) -> Result<Self> {
         let kernels = Kernels::new(driver.as_ref(), options.element)?;
-        let loader = Arc::new(Mutex::new(Loader::new(&driver)?));
-        CudaDevice::on_stream(driver, options, kernels, loader, StreamPriority::Normal)
+        let stream = driver.stream(StreamPriority::Normal, None)?;
+        let loader = Arc::new(Mutex::new(Loader::new(&driver, stream)?));
+        CudaDevice::on_stream(driver, options, kernels, loader, (stream, None))
     }
 
     /// A device whose driver only counts, and tells what.
@@ -101,11 +104,12 @@ impl CudaDevice {
         self.counter.as_ref().map(|counter| counter.allocations())
     }
 
-    /// The same GPU with a stream of its own, for a second worker.
-    pub(crate) fn second(&self, priority: StreamPriority) -> Result<Self> {
+    /// The same GPU, or a part of it, with a stream of its own, for a second worker.
+    pub(crate) fn second(&self, priority: StreamPriority, part: Option<Part>) -> Result<Self> {
         let Gpu { driver, element, early, kernels, loader, .. } = &*self.0;
         let options = GpuOptions { element: *element, programmatic_launches: *early };
-        CudaDevice::on_stream(Arc::clone(driver), options, kernels.clone(), Arc::clone(loader), priority)
+        let place = (driver.stream(priority, part)?, part);
+        CudaDevice::on_stream(Arc::clone(driver), options, kernels.clone(), Arc::clone(loader), place)
     }
 
     fn on_stream(
@@ -113,15 +117,16 @@ impl CudaDevice {
         options: GpuOptions,
         kernels: Kernels,
         loader: Arc<Mutex<Loader>>,
-        priority: StreamPriority,
+        (stream, part): (Stream, Option<Part>),
     ) -> Result<Self> {
         let GpuOptions { element, programmatic_launches: early } = options;
         let workspace = DeviceMemory::new(&driver, "workspace of products", WORKSPACE_BYTES)?;
         let widened = DeviceMemory::new(&driver, "workspace of products", WIDENED_BYTES)?;
-        let (stream, idle) = (driver.stream(priority)?, Mutex::new(Milestone::new(&driver)?));
+        let idle = Mutex::new(Milestone::new(&driver, stream)?);
         Ok(CudaDevice(Arc::new(Gpu {
             driver,
             stream,
+            part,
             element,
             kernels,
             early,
@@ -137,11 +142,18 @@ impl CudaDevice {
     pub(crate) fn describe(&self) -> String {
         let properties = self.driver.properties();
         let (major, minor) = properties.compute_capability;
-        format!("{} (sm_{major}{minor}, {})", properties.name, self.element)
+        let all = properties.multiprocessors;
+        let part = self.part.map(|part| format!(", {} of {all} multiprocessors", part.multiprocessors));
+        format!("{} (sm_{major}{minor}, {}{})", properties.name, self.element, part.unwrap_or_default())
     }
 }
 
 impl Gpu {
+    /// That work on the stream runs on.
+    pub(super) fn multiprocessors(&self) -> usize {
+        self.part.map_or(self.driver.properties().multiprocessors, |part| part.multiprocessors as usize)
+    }
+
     /// Puts a launch on the stream.
     ///
     /// # Safety

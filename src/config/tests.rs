@@ -228,6 +228,16 @@ fn a_kubernetes_service_link_is_not_a_port() {
 }
 
 #[test]
+fn a_gpu_is_divided_between_split_workers_alone() {
+    let found = |args: &[&str]| resolve(&[&["serve"][..], args].concat(), &[]).map(|config| server(&config).clone());
+    let split = ["--workers", "split", "--decode-multiprocessors", "48"];
+    assert_eq!(found(&split).unwrap().scheduling.decode_multiprocessors, Some(48));
+    assert_eq!(found(&split[..2]).unwrap().scheduling.decode_multiprocessors, None);
+    let error = found(&split[2..]).unwrap_err().to_string();
+    assert_eq!(error, "--decode-multiprocessors needs --workers split");
+}
+
+#[test]
 fn launches_take_turns_unless_asked_otherwise() {
     let cases: [(&[&str], Variables<'_>, bool); 5] = [
         (&["serve"], &[], false),

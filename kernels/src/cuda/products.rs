@@ -135,6 +135,7 @@ fn product(gpu: &CudaDevice, sides: &Sides, w: Ptr, first: usize, rows: usize) -
         n: rows,
         k: sides.inner,
         out_stride: sides.out_stride,
+        multiprocessors: gpu.part.map_or(0, |part| part.multiprocessors),
         workspace: gpu.workspace.ptr(),
         workspace_bytes: gpu.workspace.bytes(),
     };

@@ -31,8 +31,9 @@ impl Rig {
 
     fn with(options: Options) -> Rig {
         let driver = ShimDriver::new(options);
-        let streams = [StreamPriority::Normal, StreamPriority::High].map(|priority| driver.stream(priority).unwrap());
-        let events = [(); 4].map(|()| driver.event().unwrap());
+        let streams =
+            [StreamPriority::Normal, StreamPriority::High].map(|priority| driver.stream(priority, None).unwrap());
+        let events = [(); 4].map(|()| driver.event(streams[0]).unwrap());
         Rig { driver, streams, events }
     }
 

@@ -49,7 +49,7 @@ fn a_write_needs_an_event_after_reads_and_writes() {
 #[test]
 fn order_passes_on_through_streams_and_through_the_host() {
     let rig = Rig::new();
-    let third = rig.driver.stream(StreamPriority::Normal).unwrap();
+    let third = rig.driver.stream(StreamPriority::Normal, None).unwrap();
     let (x, out) = (rig.device(2 * COLUMNS), rig.device(COLUMNS));
     rig.fill(0, x, 1).unwrap();
     rig.record(0, 0);

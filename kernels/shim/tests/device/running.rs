@@ -2,7 +2,7 @@
 
 use kvern_cuda_abi::{GateParams, RmsNormParams, SequenceSlice, StepInputsParams};
 use kvern_cuda_shim::device::Call;
-use kvern_kernels::cuda::driver::{Driver, Graph, Kernel};
+use kvern_kernels::cuda::driver::{Driver, Graph, Kernel, Part};
 
 use super::*;
 
@@ -283,6 +283,38 @@ fn a_planted_loss_lasts() {
     lost(rig.fill(0, x, 1));
     // SAFETY: no work runs on a lost device.
     unsafe { rig.driver.free(x) };
+}
+
+/// Streams of two parts wait for each other as any two do; what is recorded has to be of the stream's part.
+#[test]
+fn parts_have_streams_and_events_of_their_own() {
+    let rig = Rig::new();
+    let wrong = [(0, "1 to 3 of the 4"), (4, "1 to 3 of the 4"), (3, "a division of 4 multiprocessors, found 4")];
+    for (multiprocessors, words) in wrong {
+        let error = rig.driver.divide(multiprocessors).unwrap_err().to_string();
+        assert!(error.contains(words), "{error}");
+    }
+    rig.driver.clear_log();
+    let parts = rig.driver.divide(1).unwrap();
+    assert_eq!(parts.map(|part| part.multiprocessors), [2, 2], "rounded up");
+    let [first, second] = parts.map(|part| rig.driver.stream(StreamPriority::High, Some(part)).unwrap());
+    let [event, other] = [first, second].map(|stream| rig.driver.event(stream).unwrap());
+    refused(rig.driver.record(rig.events[0], first), &["record", "of the whole device, found one of p0"]);
+    refused(rig.driver.record(other, first), &["of p1, found one of p0"]);
+    refused(rig.driver.stream(StreamPriority::High, Some(Part { number: 2, ..parts[0] })), &["one of 2 parts"]);
+    let rig = Rig { streams: [first, second], events: [event, other, event, other], ..rig };
+    let (x, out) = (rig.device(2 * COLUMNS), rig.device(COLUMNS));
+    rig.fill(0, x, 1).unwrap();
+    refused(rig.gate(1, x, out), &["x: expected to be read after kvern_fill_f32 on s2"]);
+    rig.record(0, 0);
+    rig.wait(1, 0);
+    rig.gate(1, x, out).unwrap();
+    rig.record(1, 1);
+    rig.synchronize(1).unwrap();
+    let log = rig.driver.log();
+    for line in ["part p0 of 2 multiprocessors", "stream s3 High on p1 of 2 multiprocessors"] {
+        assert!(log.iter().any(|found| found == line), "{line:?} is not in {log:?}");
+    }
 }
 
 #[test]

@@ -146,6 +146,10 @@ impl Context {
         Ok((context, properties))
     }
 
+    pub(super) fn device(&self) -> CUdevice {
+        self.device
+    }
+
     /// Makes this the calling thread's context, as every call needs it; some ten nanoseconds where it is that already.
     ///
     /// # Errors
