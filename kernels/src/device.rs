@@ -91,11 +91,6 @@ impl Device {
         Device::gpu(cuda_driver::open(ordinal)?, options)
     }
 
-    /// GPUs of this machine; an error says why there can be none.
-    pub fn cuda_count() -> Result<usize> {
-        cuda_driver::device_count()
-    }
-
     /// A device like this GPU that only counts what is allocated on it; `None` for a CPU.
     pub fn counting(&self) -> Result<Option<Device>> {
         let Backend::Cuda(gpu) = &self.backend else { return Ok(None) };
@@ -118,8 +113,8 @@ impl Device {
         Ok(Device { backend: Backend::Cuda(cuda::CudaDevice::new(driver, options.into())?) })
     }
 
-    /// Divides a GPU's multiprocessors in two: at least so many, and the others. A CPU, or a GPU that cannot be divided, is
-    /// [`Unsupported`](crate::KernelError::Unsupported).
+    /// Divides a GPU's multiprocessors in two: at least so many, and the others. A CPU, or a GPU that cannot be divided,
+    /// is [`Unsupported`](crate::KernelError::Unsupported).
     pub fn divide(&self, multiprocessors: u32) -> Result<[Part; 2]> {
         match &self.backend {
             Backend::Cpu(cpu) => {
@@ -130,8 +125,8 @@ impl Device {
         }
     }
 
-    /// A device for a second worker beside this one: on a GPU, a stream of its own over the same memory; on the CPU, threads
-    /// of its own at the same level.
+    /// A device for a second worker beside this one: on a GPU, a stream of its own over the same memory; on the CPU,
+    /// threads of its own at the same level.
     pub fn beside(&self, share: Share) -> Result<Device> {
         let Share { threads, is_urgent, part } = share;
         match &self.backend {

@@ -278,13 +278,6 @@ impl Driver for ShimDriver {
         self.enter(Call::CopyToHost)?.enqueue(Call::CopyToHost, stream, Ok(operation))
     }
 
-    unsafe fn zero(&self, stream: Stream, memory: Ptr, bytes: usize) -> Result<()> {
-        if bytes == 0 {
-            return Ok(());
-        }
-        self.enter(Call::Zero)?.enqueue(Call::Zero, stream, Ok(Operation::zero(memory.0, bytes)))
-    }
-
     unsafe fn launch(
         &self,
         stream: Stream,

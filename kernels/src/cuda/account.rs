@@ -150,10 +150,6 @@ impl Driver for CountingDriver {
         Ok(())
     }
 
-    unsafe fn zero(&self, _: Stream, _: Ptr, _: usize) -> Result<()> {
-        Ok(())
-    }
-
     unsafe fn launch(&self, _: Stream, _: Kernel, _: LaunchShape, _: &[u8], _: &'static Layout) -> Result<()> {
         Ok(())
     }

@@ -435,7 +435,43 @@ fn with_shared(shape: LaunchShape, bytes: usize) -> LaunchShape {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::sync::Arc;
+
     use super::*;
+    use crate::cuda::account::CountingDriver;
+    use crate::cuda::driver::{DeviceProperties, StreamPriority};
+
+    /// A plan has as many blocks of decode as fit the part of the device that its stream is on.
+    #[test]
+    fn decode_is_cut_for_the_part_of_the_device() {
+        let like = DeviceProperties {
+            name: "a device".to_owned(),
+            compute_capability: (9, 0),
+            driver_version: (13, 0),
+            multiprocessors: 132,
+            shared_bytes: 228 << 10,
+            block_shared_bytes: 227 << 10,
+            memory_bytes: 1 << 30,
+        };
+        let whole = CudaDevice::counting(Arc::new(CountingDriver::new(like)), Element::BF16.into()).unwrap();
+        let heads = HeadLayout { heads: 32, kv_heads: 8, head_dim: 128 };
+        let limits = AttentionLimits {
+            tokens_max: 64,
+            sequences_max: 8,
+            context_max: 256,
+            windows: &[None],
+            shared_prefix_bytes: u64::MAX,
+        };
+        let workers = |gpu: &CudaDevice| DevicePlan::new(gpu, heads, &limits).unwrap().workers as usize;
+        assert_eq!(workers(&whole), launch::decode_workers(132, 8, 4));
+        for part in whole.driver.divide(48).unwrap() {
+            let gpu = whole.second(StreamPriority::High, Some(part)).unwrap();
+            assert_eq!(workers(&gpu), launch::decode_workers(part.multiprocessors as usize, 8, 4), "{part:?}");
+            assert!(workers(&gpu) < workers(&whole), "{part:?}");
+        }
+    }
 
     #[test]
     fn no_shorter_context_is_cut_into_more_pieces() {

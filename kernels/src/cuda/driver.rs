@@ -214,10 +214,6 @@ pub trait Driver: Send + Sync {
     /// Both stretches are as long as said; `to` is pinned, and nobody uses it until the copy is done.
     unsafe fn copy_to_host(&self, stream: Stream, to: NonNull<u8>, from: Ptr, bytes: usize) -> Result<()>;
 
-    /// # Safety
-    /// The stretch is as long as said.
-    unsafe fn zero(&self, stream: Stream, memory: Ptr, bytes: usize) -> Result<()>;
-
     /// `params` are the bytes of the kernel's parameter struct; they are copied. `layout` describes it.
     ///
     /// # Safety

@@ -224,8 +224,8 @@ impl Loader {
         })
     }
 
-    /// Has `rows` rows of `row_bytes` filled, each by `fill`, and copied to `to`. The copies are on their way when it returns, and
-    /// what is put on `stream` from then on comes after them.
+    /// Has `rows` rows of `row_bytes` filled, each by `fill`, and copied to `to`. The copies are on their way when it
+    /// returns, and what is put on `stream` from then on comes after them.
     fn write(
         &mut self,
         stream: Stream,

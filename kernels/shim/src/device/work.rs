@@ -22,7 +22,6 @@ pub(super) enum Work {
     Launch(KernelLaunch),
     Gemm(Gemm),
     Copy { to: u64, from: u64, bytes: usize },
-    Zero { at: u64, bytes: usize },
     Graph(Vec<Operation>),
 }
 
@@ -56,12 +55,6 @@ impl Operation {
         let access = |name, at, kind, place| Access { name, at, extent: Extent::Bytes(bytes as u64), kind, place };
         let accesses = vec![access("from", from, Kind::Read, places[0]), access("to", to, Kind::Write, places[1])];
         Operation { what: format!("{name} {bytes} bytes").into(), work: Work::Copy { to, from, bytes }, accesses }
-    }
-
-    pub(super) fn zero(at: u64, bytes: usize) -> Operation {
-        let extent = Extent::Bytes(bytes as u64);
-        let access = Access { name: "memory", at, extent, kind: Kind::Write, place: Place::Device };
-        Operation { what: format!("zero {bytes} bytes").into(), work: Work::Zero { at, bytes }, accesses: vec![access] }
     }
 
     pub(super) fn graph(number: usize, operations: Vec<Operation>) -> Operation {
@@ -101,11 +94,6 @@ impl Operation {
             // SAFETY: as above; pinned and device memory do not overlap.
             Work::Copy { to, from, bytes } => unsafe {
                 std::ptr::copy_nonoverlapping(*from as *const u8, *to as *mut u8, *bytes);
-                Ok(())
-            },
-            // SAFETY: as above.
-            Work::Zero { at, bytes } => unsafe {
-                (*at as *mut u8).write_bytes(0, *bytes);
                 Ok(())
             },
             Work::Graph(operations) => operations.iter().try_for_each(|operation| operation.run(memory, reverse)),

@@ -85,6 +85,13 @@ impl Rig {
         self.synchronize(3).unwrap();
     }
 
+    /// So many bytes of zeros.
+    fn zero(&self, stream: usize, to: Ptr, bytes: usize) {
+        let from = self.driver.allocate_pinned(bytes).unwrap();
+        // SAFETY: as long, and left alone after the copy.
+        unsafe { self.driver.copy_to_device(self.streams[stream], to, from, bytes) }.unwrap();
+    }
+
     fn to_device(&self, stream: usize, to: Ptr, from: NonNull<u8>, len: usize) -> Result<()> {
         // SAFETY: tests of wrong copies expect them to be refused.
         unsafe { self.driver.copy_to_device(self.streams[stream], to, from, len * 4) }

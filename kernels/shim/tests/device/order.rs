@@ -195,8 +195,7 @@ fn caches_have_to_be_there_and_the_scheduler_orders_them() {
     let (first, second, cache) = (rig.device(48), rig.device(48), rig.device(64));
     let lists = [rig.device(64), rig.device(4)];
     for memory in lists {
-        // SAFETY: as long.
-        unsafe { rig.driver.zero(rig.streams[0], memory, 16) }.unwrap();
+        rig.zero(0, memory, 16);
     }
     rig.finish(0);
     rope(&rig, 0, first, cache, lists).unwrap();

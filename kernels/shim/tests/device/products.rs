@@ -125,8 +125,7 @@ fn wrong_products_are_refused() {
     let rig = Rig::new();
     let (x, w, out) = (rig.device(4 * 8), rig.device(6 * 8), rig.device(4 * 6));
     for memory in [(x, 128), (w, 192)] {
-        // SAFETY: as long.
-        unsafe { rig.driver.zero(rig.streams[0], memory.0, memory.1) }.unwrap();
+        rig.zero(0, memory.0, memory.1);
     }
     let right = Gemm {
         element: Element::F32,

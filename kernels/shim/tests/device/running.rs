@@ -38,12 +38,11 @@ fn kernels_take_what_they_are_made_for() {
     refused(rig.driver.synchronize(Event(7)), &["4 events, found 7"]);
 }
 
-/// Fills, gates, and copies: `[COLUMNS]` of `out` to the host.
+/// Fills, gates, fills again, and copies: `[COLUMNS]` of `out` to the host.
 fn step(rig: &Rig, x: Ptr, out: Ptr, to: NonNull<u8>) {
     rig.fill(0, x, 5).unwrap();
     rig.gate(0, x, out).unwrap();
-    // SAFETY: as long.
-    unsafe { rig.driver.zero(rig.streams[0], x, 8) }.unwrap();
+    rig.fill(0, x, 6).unwrap();
     rig.to_host(0, to, out, COLUMNS).unwrap();
 }
 
@@ -62,8 +61,7 @@ fn a_graph_does_what_its_operations_do() {
         let (eager, left) = (peek(to, COLUMNS), rig.values(0, x, 2 * COLUMNS));
         assert!(eager.iter().any(|bits| *bits != 0));
         for memory in [x, out] {
-            // SAFETY: as long.
-            unsafe { rig.driver.zero(rig.streams[0], memory, 4 * COLUMNS) }.unwrap();
+            rig.zero(0, memory, 4 * COLUMNS);
         }
         rig.driver.begin_capture(rig.streams[0]).unwrap();
         step(&rig, x, out, to);
@@ -173,8 +171,7 @@ fn memory_that_is_copied_from_and_to_keeps_its_values() {
     let rig = Rig::with(Options { lazy: true, ..Options::default() });
     let (x, y, host) = (rig.device(8), rig.device(8), rig.pinned(&[2.5; 8]));
     rig.to_device(0, x, host, 8).unwrap();
-    // SAFETY: as long.
-    unsafe { rig.driver.zero(rig.streams[0], y, 32) }.unwrap();
+    rig.zero(0, y, 32);
     rig.to_host(0, host, y, 8).unwrap();
     assert_eq!(peek(host, 8), [2.5f32.to_bits(); 8]);
     assert_eq!(rig.values(0, x, 8), [2.5f32.to_bits(); 8]);
@@ -327,8 +324,7 @@ fn the_log_tells_what_was_done() {
     rig.wait(1, 1);
     rig.gate(1, x, out).unwrap();
     rig.driver.begin_capture(rig.streams[0]).unwrap();
-    // SAFETY: as long.
-    unsafe { rig.driver.zero(rig.streams[0], x, 16) }.unwrap();
+    rig.fill(0, x, 2).unwrap();
     rig.driver.end_capture(rig.streams[0]).unwrap();
     rig.synchronize(1).unwrap();
     let expected = [
@@ -337,7 +333,7 @@ fn the_log_tells_what_was_done() {
         "wait e1 s1",
         "launch kvern_silu_mul_f32 s1",
         "begin_capture s0",
-        "captured zero 16 bytes s0",
+        "captured launch kvern_fill_f32 s0",
         "end_capture g0 s0 [1 operations]",
         "synchronize e1",
     ];

@@ -76,12 +76,10 @@ impl Modules {
             can_begin_early: capability >= EARLY_CAPABILITY_MIN,
         };
         for (name, bytes) in FATBINS {
-            let (mut library, none) = (std::ptr::null_mut(), std::ptr::null_mut);
-            let (code, options) = (bytes.as_ptr().cast(), std::ptr::null_mut());
+            let (mut library, code) = (std::ptr::null_mut(), bytes.as_ptr().cast());
+            let (jit, options, values) = (std::ptr::null_mut(), std::ptr::null_mut(), std::ptr::null_mut());
             // SAFETY: the bytes are a fatbin, whose header says how long it is; there are no options of either kind.
-            let status = unsafe {
-                sys::cuLibraryLoadData(&raw mut library, code, options, none(), 0, std::ptr::null_mut(), none(), 0)
-            };
+            let status = unsafe { sys::cuLibraryLoadData(&raw mut library, code, jit, values, 0, options, values, 0) };
             context.check(format_args!("cuLibraryLoadData of {name}"), status)?;
             modules.loaded.push(Raw(library));
         }
@@ -114,8 +112,8 @@ impl Modules {
     fn open(&self, context: &Context, name: &str) -> Result<Named> {
         let kernel = self.kernel(context, name)?;
         let mut function = std::ptr::null_mut();
-        // SAFETY: the kernel is of a library that is loaded as long as this lives; the pointer is to a local of the type
-        // that is written. Here and below.
+        // SAFETY: the kernel is of a library that is loaded as long as this lives; the pointer is to a local of the
+        // type that is written. Here and below.
         let status = unsafe { sys::cuKernelGetFunction(&raw mut function, kernel) };
         context.check(format_args!("cuKernelGetFunction of {name}"), status)?;
         // SAFETY: the function is the kernel's in the current context, whose code all parts of the device share.

@@ -1,9 +1,9 @@
 //! Parts of a device: disjoint sets of its multiprocessors, each a green context with streams of its own.
 //!
-//! A green context shares memory and code with the device's own context, which stays the thread's current one: a stream
-//! knows where its work runs, and kernels that belong to no context ([`Modules`](super::modules::Modules)) run where the
-//! stream says. Events are the exception. They have to be of their stream's context, and are of the one that is current
-//! when they are made; the driver allows that for one thread at a time, which is the one that starts the server.
+//! A green context shares memory and code with the device's own context, which stays the thread's current one: a
+//! stream knows where its work runs, and kernels that belong to no context ([`Modules`](super::modules::Modules)) run
+//! where the stream says. Events are the exception. They have to be of their stream's context, and are of the one that
+//! is current when they are made; the driver allows that for one thread at a time, the one that starts the server.
 
 use cudarc::driver::sys::{self, CUdevResourceType, CUgreenCtxCreate_flags as Flags, CUresult};
 
@@ -19,8 +19,8 @@ pub(super) struct GreenContext {
     pub(super) multiprocessors: u32,
 }
 
-/// At least so many multiprocessors, and all others; sizes are rounded up as the device needs it. Every driver that this
-/// backend takes (CUDA 13.0 or later) has the calls; not every device, nor every mode of one, can do it.
+/// At least so many multiprocessors, and all others; sizes are rounded up as the device needs it. Every driver that
+/// this backend takes (CUDA 13.0 or later) has the calls; not every device, nor every mode of one, can do it.
 pub(super) fn divide(context: &Context, multiprocessors: u32) -> Result<[GreenContext; 2]> {
     let (mut all, mut first, mut rest) = (nothing(), nothing(), nothing());
     let kind = CUdevResourceType::CU_DEV_RESOURCE_TYPE_SM;

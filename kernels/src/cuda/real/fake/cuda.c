@@ -156,13 +156,6 @@ int cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t bytes, void *stream) {
     return SUCCESS;
 }
 
-int cuMemsetD8Async(uint64_t memory, unsigned char value, size_t bytes, void *stream) {
-    IN_CONTEXT;
-    NOTE("cuMemsetD8Async %u, %zu on %p", value, bytes, stream);
-    memset((void *)(uintptr_t)memory, value, bytes);
-    return SUCCESS;
-}
-
 int cuStreamCreateWithPriority(void **stream, unsigned flags, int priority) {
     IN_CONTEXT;
     *stream = handle();
