@@ -134,6 +134,10 @@ fn a_decode_worker_has_multiprocessors_of_its_own() {
         made.unwrap_or_else(|| panic!("no stream {place} in {started:?}")).to_owned()
     };
     let [prefill, decode] = [" Normal on p1 of 6 multiprocessors", " High on p0 of 4 multiprocessors"].map(stream);
+    // What is loaded for a worker it waits for on its own stream.
+    for own in [&prefill, &decode] {
+        assert!(started.iter().any(|line| line.starts_with("wait ") && line.ends_with(&format!(" {own}"))), "{own}");
+    }
     driver.clear_log();
     let asks = asks();
     together(&runtime, &asks);
