@@ -5,7 +5,8 @@ Each file becomes target/cuda/fatbin/NAME.fatbin with machine code for sm_80 and
 driver makes code for any later GPU. A file is compiled again when its text, a header, the flags or the compiler's version change.
 
 What the compiler says of every kernel is compared with kernels/cuda/resources.txt: more registers than there, any spill, or the loss of
-128-bit loads (wide) or stores, matrix instructions or asynchronous copies is an error. --accept writes that table anew.
+128-bit loads (wide) or stores, matrix instructions or asynchronous copies is an error. --accept writes that table anew. So is an
+access to memory before a kernel has waited for the launches before it.
 
 Without a compiler, and with no way to install one, this warns and does nothing, unless KVERN_REQUIRE_CUDA=1.
 """
@@ -49,6 +50,9 @@ FEATURES = {
     "mma": re.compile(r"\bmma\.sync\."),
     "async": re.compile(r"\bcp\.async\.cg"),
 }
+# Where a launch may begin early a kernel waits for those before, and touches no memory until then but by prefetches.
+TURN = "griddepcontrol.wait;"
+ACCESS = re.compile(r"^\s*(?:@!?%p\d+\s+)?((?:ld|st|red|atom|cp)\.(?!param|const|shared)\S+)", re.MULTILINE)
 HEADER = f"# {'kernel':40} {'target':8} {'registers':>9} {'shared':>7} {'spills':>6}  features"
 
 
@@ -56,7 +60,7 @@ def digest(source):
     """Of everything that the result depends on."""
     parts = [source, *sorted(SOURCES.glob("*.h"))]
     text = b"".join(part.name.encode() + b"\0" + part.read_bytes() + b"\0" for part in parts)
-    return hashlib.sha256(text + repr((TARGETS, FLAGS, FEATURES, cuda_toolchain.PINS)).encode()).hexdigest()
+    return hashlib.sha256(text + repr((TARGETS, FLAGS, FEATURES, TURN, ACCESS, cuda_toolchain.PINS)).encode()).hexdigest()
 
 
 def features(ptx):
@@ -66,6 +70,19 @@ def features(ptx):
         name = re.match(r"\w+", body)[0]
         found[name] = [feature for feature, pattern in FEATURES.items() if pattern.search(body)]
     return found
+
+
+def out_of_turn(ptx):
+    """What kernels for sm_90 on do to memory before they have waited for the launches before."""
+    if not re.search(r"^\.target sm_90", ptx, re.MULTILINE):
+        return
+    for body in re.split(r"\.entry ", ptx)[1:]:
+        name = re.match(r"\w+", body)[0]
+        before, waits, _ = body.partition(TURN)
+        if not waits:
+            yield f"{name} does not wait for the launches before"
+        elif access := ACCESS.search(before):
+            yield f"{name} has {access[1]} before it waits for the launches before"
 
 
 def resources(log):
@@ -101,9 +118,10 @@ def compile_one(nvcc, source):
     if done.returncode != 0:
         raise SystemExit(f"{source.name} does not compile:\n{done.stdout}{done.stderr}")
     holds = {}
-    for ptx in keep.glob("*.ptx"):
-        for kernel, found in features(ptx.read_text()).items():
-            holds[kernel] = found
+    for text in map(Path.read_text, keep.glob("*.ptx")):
+        holds.update(features(text))
+        if wrong := list(out_of_turn(text)):
+            raise SystemExit(f"{source.name}:\n  " + "\n  ".join(wrong))
     shutil.rmtree(keep)
     rows = [[*row, holds[row[0]]] for row in resources(done.stdout + done.stderr)]
     if not rows:

@@ -1,7 +1,7 @@
 //! The device that the settings name: a GPU where there is one, else the CPU; and what it computes in.
 
 use crate::config::{DeviceChoice, EngineConfig};
-use kvern_kernels::{Device, Element, Format, KernelError, KvDType, Precision};
+use kvern_kernels::{Device, Element, Format, GpuOptions, KernelError, KvDType, Precision};
 use kvern_models::Checkpoint;
 
 /// Opens it for a model. Where `auto` finds no GPU, the log says why in one line, unless the binary is one without CUDA.
@@ -10,10 +10,11 @@ use kvern_models::Checkpoint;
 /// A GPU that was asked for and is not there, or a level of instructions that the CPU lacks.
 pub fn open(engine: &EngineConfig, checkpoint: &Checkpoint) -> Result<Device, KernelError> {
     let element = element(engine.precision, checkpoint.stored_format());
+    let gpu = GpuOptions { element, programmatic_launches: engine.device.programmatic_launches };
     match engine.device.choice {
         DeviceChoice::Cpu => Device::cpu(engine.cpu),
-        DeviceChoice::Cuda(number) => Device::cuda(number, element),
-        DeviceChoice::Auto => match Device::cuda(0, element) {
+        DeviceChoice::Cuda(number) => Device::cuda(number, gpu),
+        DeviceChoice::Auto => match Device::cuda(0, gpu) {
             Ok(device) => Ok(device),
             Err(KernelError::BuiltWithoutCuda) => Device::cpu(engine.cpu),
             Err(error) => {

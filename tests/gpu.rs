@@ -9,7 +9,7 @@ use kvern::request::{Engine, TokenEvent};
 use kvern::runtime::{self, Runtime, StartError};
 use kvern_core::FinishReason;
 use kvern_cuda_shim::device::{Call, Options, ShimDriver};
-use kvern_kernels::{CpuOptions, Device, Element, KvDType, Precision};
+use kvern_kernels::{CpuOptions, Device, Element, GpuOptions, KvDType, Precision};
 use kvern_models::{Checkpoint, ModelFiles};
 use std::path::Path;
 use std::sync::Arc;
@@ -46,7 +46,9 @@ fn on_cpu(options: &RuntimeOptions) -> Runtime {
 
 fn try_on_gpu(options: &RuntimeOptions, shim: Options) -> (Arc<ShimDriver>, Result<Runtime, StartError>) {
     let driver = ShimDriver::new(shim);
-    let device = Device::gpu(Arc::clone(&driver) as _, Element::F32).unwrap();
+    let programmatic_launches = options.engine.device.programmatic_launches;
+    let gpu = GpuOptions { element: Element::F32, programmatic_launches };
+    let device = Device::gpu(Arc::clone(&driver) as _, gpu).unwrap();
     let runtime = runtime::start_on(device, &model(), options, &mut |_| {});
     (driver, runtime)
 }
@@ -94,8 +96,9 @@ fn alone() -> Vec<Answer> {
 fn a_gpu_says_what_the_cpu_says() {
     let (asks, alone) = (asks(), alone());
     let split = SchedulingConfig { workers: WorkerLayout::Split, ..SchedulingConfig::default() };
-    for scheduling in [SchedulingConfig::default(), split] {
-        let layout = scheduling.workers;
+    let parts = SchedulingConfig { decode_multiprocessors: Some(1), ..split.clone() };
+    for scheduling in [SchedulingConfig::default(), split, parts] {
+        let layout = (scheduling.workers, scheduling.decode_multiprocessors);
         let (driver, runtime) = on_gpu(&RuntimeOptions { scheduling, ..small() });
         driver.clear_log();
         assert_eq!(tokens(&together(&runtime, &asks)), tokens(&alone), "{layout:?}, cold");
@@ -107,6 +110,66 @@ fn a_gpu_says_what_the_cpu_says() {
         runtime.join();
         assert_eq!(driver.refusals(), Vec::<String>::new());
     }
+}
+
+/// Each worker's stream is on a part of its own, and everything that runs on it is told so.
+#[test]
+fn a_decode_worker_has_multiprocessors_of_its_own() {
+    let divided = |decode_multiprocessors| {
+        let scheduling = SchedulingConfig {
+            workers: WorkerLayout::Split,
+            decode_multiprocessors: Some(decode_multiprocessors),
+            ..SchedulingConfig::default()
+        };
+        RuntimeOptions { scheduling, ..small() }
+    };
+    // Rounded up by the device.
+    let (driver, runtime) = on_gpu_like(&divided(3), Options { multiprocessors: 10, ..Options::default() });
+    let expected = "prefill on shim (sm_80, f32, 6 of 10 multiprocessors), \
+                    decode on shim (sm_80, f32, 4 of 10 multiprocessors)";
+    assert_eq!(runtime.account.device, expected);
+    let started = driver.log();
+    let stream = |place: &str| {
+        let made = started.iter().find_map(|line| line.strip_prefix("stream ")?.strip_suffix(place));
+        made.unwrap_or_else(|| panic!("no stream {place} in {started:?}")).to_owned()
+    };
+    let [prefill, decode] = [" Normal on p1 of 6 multiprocessors", " High on p0 of 4 multiprocessors"].map(stream);
+    // What is loaded for a worker it waits for on its own stream.
+    for own in [&prefill, &decode] {
+        assert!(started.iter().any(|line| line.starts_with("wait ") && line.ends_with(&format!(" {own}"))), "{own}");
+    }
+    driver.clear_log();
+    let asks = asks();
+    together(&runtime, &asks);
+    runtime.join();
+    let ran = |what: &str, stream: &str| {
+        driver.log().iter().any(|line| line.starts_with(what) && line.split(' ').any(|word| word == stream))
+    };
+    assert!(ran("launch", &prefill) && ran("gemm", &prefill) && ran("graph", &decode) && !ran("graph", &prefill));
+    assert_eq!(driver.refusals(), Vec::<String>::new());
+
+    let refused = |options: &RuntimeOptions, device: Device| {
+        runtime::start_on(device, &model(), options, &mut |_| {}).err().unwrap().to_string()
+    };
+    let shim = || Device::gpu(ShimDriver::new(Options::default()) as _, Element::F32).unwrap();
+    assert_eq!(refused(&divided(4), shim()), "expected 1 to 3 of the 4 multiprocessors of shim, found 4");
+    let text = refused(&divided(4), Device::cpu(CpuOptions::default()).unwrap());
+    assert!(text.starts_with("expected a GPU, whose multiprocessors can be divided, found cpu"), "{text}");
+}
+
+/// Launches that may begin before the one before has ended say the same, and all of a step's are such.
+#[test]
+fn launches_that_begin_early_say_the_same() {
+    let device = DeviceConfig { programmatic_launches: true, ..small().engine.device };
+    let options = RuntimeOptions { engine: EngineConfig { device, ..small().engine }, ..small() };
+    let (driver, runtime) = on_gpu(&options);
+    driver.clear_log();
+    assert_eq!(tokens(&together(&runtime, &asks())), tokens(&alone()));
+    runtime.join();
+    let log = driver.log();
+    let launches: Vec<_> = log.iter().filter(|line| line.starts_with("launch ")).collect();
+    assert!(!launches.is_empty() && launches.iter().all(|line| line.contains(" early ")), "{launches:?}");
+    assert_eq!(driver.refusals(), Vec::<String>::new());
 }
 
 /// Captured steps that were launched while the tokens of the step before were still to be waited for.

@@ -7,6 +7,8 @@
 #include "reduce.h"
 
 constexpr uint32_t GEMV_WARPS = 4, GEMV_OUTPUTS = 4, GEMV_VALUES = 8;
+constexpr uint32_t LINE_BYTES = 128; // Of L2.
+static_assert(GEMV_WARPS == GEMV_OUTPUTS, "a warp fetches an output's first weights");
 
 template <class T> __device__ __forceinline__ void load_values_8(float (&out)[8], const T *from) {
     constexpr int LEN = Pack<T>::LEN;
@@ -39,6 +41,8 @@ template <class T> struct DenseWeights {
             }
         }
     }
+
+    __device__ __forceinline__ uint32_t row_bytes() const { return inner * static_cast<uint32_t>(sizeof(T)); }
 };
 
 // GGUF blocks, row after row.
@@ -50,12 +54,28 @@ template <class Format> struct BlockWeights {
         const size_t block = static_cast<size_t>(output) * (inner / Format::ELEMENTS) + k / Format::ELEMENTS;
         Format::values(out, w + block * Format::BYTES, k % Format::ELEMENTS);
     }
+
+    __device__ __forceinline__ uint32_t row_bytes() const { return inner / Format::ELEMENTS * Format::BYTES; }
 };
+
+// Begins to fetch the first lines of a block's weights, an output's by each warp: no kernel writes them, so they may come while
+// the launch before still runs. The indices are read anew so that nothing of this stays in registers for the product.
+__device__ __forceinline__ void prefetch_weights(const GemvParams &p, size_t row_bytes) {
+    if (p.prefetch != 0) {
+        const uint32_t thread = fresh_thread_index(), output = fresh_block_index() * GEMV_OUTPUTS + thread / 32;
+        const size_t at = output * row_bytes + thread % 32 * LINE_BYTES;
+        if (at < p.outputs * row_bytes) {
+            prefetch_l2(static_cast<const unsigned char *>(p.w) + at);
+        }
+    }
+}
 
 template <class T, int ROWS, class Weights> __device__ __forceinline__ void gemv(const GemvParams &p, const Weights &weights) {
     KVERN_SHARED(float, sums, GEMV_WARPS * GEMV_OUTPUTS * ROWS);
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = blockIdx.x * GEMV_OUTPUTS;
     const T *x = static_cast<const T *>(p.x);
+    prefetch_weights(p, weights.row_bytes());
+    wait_for_launches_before();
     float acc[GEMV_OUTPUTS][ROWS] = {};
     for (uint32_t k = threadIdx.x * GEMV_VALUES; k < p.inner; k += GEMV_WARPS * 32 * GEMV_VALUES) {
         float w[GEMV_OUTPUTS][8];

@@ -3,7 +3,7 @@
 #include "quant.h"
 
 #define ENTRY(format, Format, suffix, T, rows)                                                                         \
-    KVERN_KERNEL(kvern_gemv_##format##_##suffix##_r##rows, GemvParams, GEMV_WARPS * 32) {                              \
+    KVERN_KERNEL_EARLY(kvern_gemv_##format##_##suffix##_r##rows, GemvParams, GEMV_WARPS * 32) {                        \
         gemv<T, rows>(p, BlockWeights<Format>{static_cast<const uint8_t *>(p.w), p.inner});                            \
     }
 #define ENTRIES(suffix, T)                                                                                             \

@@ -3,15 +3,24 @@
 #pragma once
 
 #include "params.h"
+#include "ptx.h"
 
-#ifdef KVERN_HOST_SHIM
-#include "shim/shim.h"
-#else
+// A launch may begin while the one before it on its stream ends (docs/adr/0030-programmatic-launches.md). So every thread
+// first lets the launch after this one do the same, and then waits until all that came before is done and can be seen;
+// that comes before any access to memory that a kernel writes. KVERN_KERNEL does both; the body of a KVERN_KERNEL_EARLY
+// waits itself, by wait_for_launches_before(), and until then may fetch what no kernel writes. Where launches take turns,
+// as they all do below sm_90, neither does anything.
+#ifndef KVERN_HOST_SHIM
 
 // An entry point: one parameter struct by value, at most `threads` threads per block and at least `blocks` blocks per
-// multiprocessor, from which the compiler takes its bound on registers.
-#define KVERN_KERNEL_BLOCKS(name, Params, threads, blocks)                                                             \
-    extern "C" __global__ void __launch_bounds__(threads, blocks) name(const __grid_constant__ Params p)
+// multiprocessor, from which the compiler takes its bound on registers. `BEGIN` is what comes before the body.
+#define KVERN_ENTRY(name, Params, threads, blocks, BEGIN)                                                              \
+    static __device__ __forceinline__ void name##_body(const Params &p);                                               \
+    extern "C" __global__ void __launch_bounds__(threads, blocks) name(const __grid_constant__ Params p) {             \
+        BEGIN();                                                                                                       \
+        name##_body(p);                                                                                                \
+    }                                                                                                                  \
+    static __device__ __forceinline__ void name##_body(const Params &p)
 
 // `count` elements of static shared memory.
 #define KVERN_SHARED(Type, name, count) __shared__ alignas(16) Type name[count]
@@ -24,7 +33,9 @@
 
 #endif
 
+#define KVERN_KERNEL_BLOCKS(name, Params, threads, blocks) KVERN_ENTRY(name, Params, threads, blocks, take_turn)
 #define KVERN_KERNEL(name, Params, threads) KVERN_KERNEL_BLOCKS(name, Params, threads, 1)
+#define KVERN_KERNEL_EARLY(name, Params, threads) KVERN_ENTRY(name, Params, threads, 1, let_next_launch_begin)
 
 // Faults that tests plant, to see that they are noticed.
 enum Planted : unsigned {
@@ -36,4 +47,18 @@ enum Planted : unsigned {
     PLANTED_MISSING_WAIT = 5,
     PLANTED_READ_PAST_END = 6,
     PLANTED_DIVERGED_BARRIER = 7,
+    PLANTED_MISSING_TURN = 8,
 };
+
+__device__ __forceinline__ void wait_for_launches_before() {
+    if (!KVERN_PLANTED(PLANTED_MISSING_TURN)) {
+        grid_dependency_wait();
+    }
+}
+
+__device__ __forceinline__ void let_next_launch_begin() { grid_launch_dependents(); }
+
+__device__ __forceinline__ void take_turn() {
+    let_next_launch_begin();
+    wait_for_launches_before();
+}

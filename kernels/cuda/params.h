@@ -208,7 +208,8 @@ struct PrefillParams {
 
 // out[r][n] = sum over k of x[r][k] w[n][k] (+ bias[n]); x T [rows][inner], rows 1 to 8. w is T or GGUF blocks as stored.
 // out is T, or f32 where out_f32 is not 0: logits. Its rows lie out_stride elements apart, so that weights of different formats write
-// parts of one wide row. Grid = ceil(outputs / 4). inner is a multiple of 8, or of the format's block.
+// parts of one wide row. Grid = ceil(outputs / 4). inner is a multiple of 8, or of the format's block. Where prefetch is not 0,
+// a block's first weights are fetched before it waits for the launches before: for launches that begin early.
 struct GemvParams {
     const void *x;
     const void *w;
@@ -219,7 +220,7 @@ struct GemvParams {
     uint32_t outputs;
     uint32_t out_stride;
     uint32_t out_f32;
-    uint32_t pad;
+    uint32_t prefetch;
 };
 
 // out[i] = value of element i of GGUF blocks as stored; `elements` is a multiple of 256; any grid.

@@ -66,6 +66,41 @@ __device__ __forceinline__ uint4 load_128_streaming(const void *from) {
     return __ldcs(static_cast<const uint4 *>(from));
 }
 
+// Before sm_90 launches on a stream take turns, and these functions do nothing.
+#if __CUDA_ARCH__ >= 900
+
+// The launch after this one may begin, if it was launched so, once all blocks have said this or are done.
+__device__ __forceinline__ void grid_launch_dependents() {
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+// Waits until the launches before are done, and all that they wrote can be seen.
+__device__ __forceinline__ void grid_dependency_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// Begins to fetch the line of an address into L2.
+__device__ __forceinline__ void prefetch_l2(const void *at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+
+#else
+
+__device__ __forceinline__ void grid_launch_dependents() {}
+__device__ __forceinline__ void grid_dependency_wait() {}
+__device__ __forceinline__ void prefetch_l2(const void *) {}
+
+#endif
+
+// The x of the thread's and the block's index; each call reads the register that has it.
+__device__ __forceinline__ uint32_t fresh_thread_index() {
+    uint32_t index;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+    return index;
+}
+
+__device__ __forceinline__ uint32_t fresh_block_index() {
+    uint32_t index;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+    return index;
+}
+
 __device__ __forceinline__ uint32_t shared_address(const void *at) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(at));
 }

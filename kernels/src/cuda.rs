@@ -39,7 +39,7 @@ pub(crate) mod weights;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use account::{Allocations, CountingDriver};
-use driver::{Driver, Element, Kernel, LaunchShape, Stream, StreamPriority};
+use driver::{Driver, Element, Kernel, LaunchShape, Part, Stream, StreamPriority};
 use kernels::Kernels;
 use kvern_cuda_abi::KernelParams;
 use memory::{DeviceMemory, Milestone};
@@ -47,7 +47,7 @@ pub(crate) use ops::{add_rms_norm, attention, embed, gather_rows, rms_norm, rope
 pub(crate) use products::matmul;
 use weights::Loader;
 
-use crate::Result;
+use crate::{GpuOptions, Result};
 
 /// Scratch of cuBLASLt's products: what NVIDIA asks for on Hopper.
 const WORKSPACE_BYTES: usize = 32 << 20;
@@ -62,9 +62,13 @@ pub(crate) struct CudaDevice(Arc<Gpu>);
 pub(crate) struct Gpu {
     pub(crate) driver: Arc<dyn Driver>,
     pub(crate) stream: Stream,
+    /// What of the device the stream has, where that is not all.
+    pub(super) part: Option<Part>,
     /// Of activations, of weights that are not quantized, and of K and V.
     pub(crate) element: Element,
     pub(crate) kernels: Kernels,
+    /// Launches may begin while the one before ends.
+    pub(super) early: bool,
     /// Of products.
     workspace: DeviceMemory,
     widened: DeviceMemory,
@@ -82,16 +86,16 @@ impl std::ops::Deref for CudaDevice {
 }
 
 impl CudaDevice {
-    /// A device on which activations are of type `element`.
-    pub(crate) fn new(driver: Arc<dyn Driver>, element: Element) -> Result<Self> {
-        let kernels = Kernels::new(driver.as_ref(), element)?;
-        let loader = Arc::new(Mutex::new(Loader::new(&driver)?));
-        CudaDevice::on_stream(driver, element, kernels, loader, StreamPriority::Normal)
+    pub(crate) fn new(driver: Arc<dyn Driver>, options: GpuOptions) -> Result<Self> {
+        let kernels = Kernels::new(driver.as_ref(), options.element)?;
+        let stream = driver.stream(StreamPriority::Normal, None)?;
+        let loader = Arc::new(Mutex::new(Loader::new(&driver, stream)?));
+        CudaDevice::on_stream(driver, options, kernels, loader, (stream, None))
     }
 
     /// A device whose driver only counts, and tells what.
-    pub(crate) fn counting(driver: Arc<CountingDriver>, element: Element) -> Result<Self> {
-        let mut device = CudaDevice::new(Arc::clone(&driver) as Arc<dyn Driver>, element)?;
+    pub(crate) fn counting(driver: Arc<CountingDriver>, options: GpuOptions) -> Result<Self> {
+        let mut device = CudaDevice::new(Arc::clone(&driver) as Arc<dyn Driver>, options)?;
         let gpu = Arc::get_mut(&mut device.0).expect("a new device has one owner");
         gpu.counter = Some(driver);
         Ok(device)
@@ -102,27 +106,32 @@ impl CudaDevice {
         self.counter.as_ref().map(|counter| counter.allocations())
     }
 
-    /// The same GPU with a stream of its own, for a second worker.
-    pub(crate) fn second(&self, priority: StreamPriority) -> Result<Self> {
-        let Gpu { driver, element, kernels, loader, .. } = &*self.0;
-        CudaDevice::on_stream(Arc::clone(driver), *element, kernels.clone(), Arc::clone(loader), priority)
+    /// The same GPU, or a part of it, with a stream of its own, for a second worker.
+    pub(crate) fn second(&self, priority: StreamPriority, part: Option<Part>) -> Result<Self> {
+        let Gpu { driver, element, early, kernels, loader, .. } = &*self.0;
+        let options = GpuOptions { element: *element, programmatic_launches: *early };
+        let place = (driver.stream(priority, part)?, part);
+        CudaDevice::on_stream(Arc::clone(driver), options, kernels.clone(), Arc::clone(loader), place)
     }
 
     fn on_stream(
         driver: Arc<dyn Driver>,
-        element: Element,
+        options: GpuOptions,
         kernels: Kernels,
         loader: Arc<Mutex<Loader>>,
-        priority: StreamPriority,
+        (stream, part): (Stream, Option<Part>),
     ) -> Result<Self> {
+        let GpuOptions { element, programmatic_launches: early } = options;
         let workspace = DeviceMemory::new(&driver, "workspace of products", WORKSPACE_BYTES)?;
         let widened = DeviceMemory::new(&driver, "workspace of products", WIDENED_BYTES)?;
-        let (stream, idle) = (driver.stream(priority)?, Mutex::new(Milestone::new(&driver)?));
+        let idle = Mutex::new(Milestone::new(&driver, stream)?);
         Ok(CudaDevice(Arc::new(Gpu {
             driver,
             stream,
+            part,
             element,
             kernels,
+            early,
             workspace,
             widened,
             idle,
@@ -135,11 +144,18 @@ impl CudaDevice {
     pub(crate) fn describe(&self) -> String {
         let properties = self.driver.properties();
         let (major, minor) = properties.compute_capability;
-        format!("{} (sm_{major}{minor}, {})", properties.name, self.element)
+        let all = properties.multiprocessors;
+        let part = self.part.map(|part| format!(", {} of {all} multiprocessors", part.multiprocessors));
+        format!("{} (sm_{major}{minor}, {}{})", properties.name, self.element, part.unwrap_or_default())
     }
 }
 
 impl Gpu {
+    /// That work on the stream runs on.
+    pub(super) fn multiprocessors(&self) -> usize {
+        self.part.map_or(self.driver.properties().multiprocessors, |part| part.multiprocessors as usize)
+    }
+
     /// Puts a launch on the stream.
     ///
     /// # Safety
@@ -147,6 +163,7 @@ impl Gpu {
     pub(crate) unsafe fn launch<P: KernelParams>(&self, kernel: Kernel, shape: LaunchShape, params: &P) -> Result<()> {
         // SAFETY: parameter structs are plain data without padding.
         let bytes = unsafe { std::slice::from_raw_parts(std::ptr::from_ref(params).cast(), size_of::<P>()) };
+        let shape = LaunchShape { early: self.early, ..shape };
         // SAFETY: the caller's promise.
         unsafe { self.driver.launch(self.stream, kernel, shape, bytes, &P::LAYOUT) }
     }
@@ -167,5 +184,5 @@ impl Gpu {
 /// A launch of `grid` blocks of `threads` threads.
 pub(crate) fn shape(grid: [usize; 2], threads: usize) -> LaunchShape {
     let narrow = |size: usize| u32::try_from(size).expect("sizes of a launch are below 2^32, as ids and slots are");
-    LaunchShape { grid: grid.map(narrow), threads: narrow(threads), shared_bytes: 0 }
+    LaunchShape { grid: grid.map(narrow), threads: narrow(threads), shared_bytes: 0, early: false }
 }

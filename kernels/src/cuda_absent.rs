@@ -12,11 +12,3 @@ use crate::{KernelError, Result};
 pub(crate) fn open(_ordinal: usize) -> Result<Arc<dyn Driver>> {
     Err(KernelError::BuiltWithoutCuda)
 }
-
-/// How many GPUs there are.
-///
-/// # Errors
-/// Always: this binary was built without CUDA.
-pub(crate) fn device_count() -> Result<usize> {
-    Err(KernelError::BuiltWithoutCuda)
-}

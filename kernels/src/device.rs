@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use crate::cpu::CpuDevice;
 use crate::cuda::account::{Allocations, CountingDriver};
-use crate::cuda::driver::{Driver, Element, StreamPriority};
+use crate::cuda::driver::{Driver, Element, Part, StreamPriority};
 use crate::reference::Products;
-use crate::{Result, cuda, cuda_driver};
+use crate::{KernelError, Result, cuda, cuda_driver};
 
 /// Instruction-set level of the CPU backend, lowest first. All levels give the same bits, with two exceptions in products of
 /// bf16 (BF16 weights, attention with a BF16 cache). Where the machine has AVX512-BF16, subnormal numbers count as zero. And at
@@ -32,6 +32,32 @@ pub struct CpuOptions {
     pub threads: Option<usize>,
     /// Forces a level; `None` is the best that the machine has. A level that the machine lacks is an error.
     pub isa: Option<CpuIsa>,
+}
+
+/// How a GPU is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GpuOptions {
+    /// Of activations.
+    pub element: Element,
+    /// Launches may begin while the one before them ends, where the GPU can do that.
+    pub programmatic_launches: bool,
+}
+
+impl From<Element> for GpuOptions {
+    fn from(element: Element) -> Self {
+        GpuOptions { element, programmatic_launches: false }
+    }
+}
+
+/// What a worker beside another one gets of a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Share {
+    /// Of a CPU.
+    pub threads: usize,
+    /// On a GPU, its work goes first.
+    pub is_urgent: bool,
+    /// Of a GPU, where it does not get all; from [`Device::divide`].
+    pub part: Option<Part>,
 }
 
 /// A device and its execution resources; cloning shares them. Ops on one device are issued by one thread at a time: an
@@ -60,22 +86,16 @@ impl Device {
         Ok(Device { backend: Backend::Cpu(Arc::new(CpuDevice::new(options, false)?)) })
     }
 
-    /// GPU number `ordinal` of this machine, with activations of type `element`. A machine or a binary without is an error
-    /// that says what is missing.
-    pub fn cuda(ordinal: usize, element: Element) -> Result<Device> {
-        Device::gpu(cuda_driver::open(ordinal)?, element)
-    }
-
-    /// GPUs of this machine; an error says why there can be none.
-    pub fn cuda_count() -> Result<usize> {
-        cuda_driver::device_count()
+    /// GPU number `ordinal` of this machine. A machine or a binary without is an error that says what is missing.
+    pub fn cuda(ordinal: usize, options: impl Into<GpuOptions>) -> Result<Device> {
+        Device::gpu(cuda_driver::open(ordinal)?, options)
     }
 
     /// A device like this GPU that only counts what is allocated on it; `None` for a CPU.
     pub fn counting(&self) -> Result<Option<Device>> {
         let Backend::Cuda(gpu) = &self.backend else { return Ok(None) };
         let driver = Arc::new(CountingDriver::new(gpu.driver.properties().clone()));
-        let device = cuda::CudaDevice::counting(driver, gpu.element)?;
+        let device = cuda::CudaDevice::counting(driver, gpu.element.into())?;
         Ok(Some(Device { backend: Backend::Cuda(device) }))
     }
 
@@ -88,19 +108,32 @@ impl Device {
         }
     }
 
-    /// The GPU behind `driver`, with activations of type `element`.
-    pub fn gpu(driver: Arc<dyn Driver>, element: Element) -> Result<Device> {
-        Ok(Device { backend: Backend::Cuda(cuda::CudaDevice::new(driver, element)?) })
+    /// The GPU behind `driver`.
+    pub fn gpu(driver: Arc<dyn Driver>, options: impl Into<GpuOptions>) -> Result<Device> {
+        Ok(Device { backend: Backend::Cuda(cuda::CudaDevice::new(driver, options.into())?) })
     }
 
-    /// A device for a second worker beside this one: on a GPU, a stream of its own over the same memory, whose work goes first
-    /// if it is urgent; on the CPU, `threads` threads of its own at the same level.
-    pub fn beside(&self, threads: usize, is_urgent: bool) -> Result<Device> {
+    /// Divides a GPU's multiprocessors in two: at least so many, and the others. A CPU, or a GPU that cannot be divided,
+    /// is [`Unsupported`](crate::KernelError::Unsupported).
+    pub fn divide(&self, multiprocessors: u32) -> Result<[Part; 2]> {
+        match &self.backend {
+            Backend::Cpu(cpu) => {
+                let text = format!("expected a GPU, whose multiprocessors can be divided, found {}", cpu.describe());
+                Err(KernelError::Unsupported(text))
+            }
+            Backend::Cuda(gpu) => gpu.driver.divide(multiprocessors),
+        }
+    }
+
+    /// A device for a second worker beside this one: on a GPU, a stream of its own over the same memory; on the CPU,
+    /// threads of its own at the same level.
+    pub fn beside(&self, share: Share) -> Result<Device> {
+        let Share { threads, is_urgent, part } = share;
         match &self.backend {
             Backend::Cpu(cpu) => Device::cpu(CpuOptions { threads: Some(threads), isa: Some(cpu.isa.level) }),
             Backend::Cuda(gpu) => {
                 let priority = if is_urgent { StreamPriority::High } else { StreamPriority::Normal };
-                Ok(Device { backend: Backend::Cuda(gpu.second(priority)?) })
+                Ok(Device { backend: Backend::Cuda(gpu.second(priority, part)?) })
             }
         }
     }

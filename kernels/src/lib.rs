@@ -42,7 +42,7 @@ pub use attention_plan::{AttentionLimits, AttentionPlan, HeadLayout, SHARED_PREF
 pub use cuda::account::Allocations;
 pub use cuda::driver::Element;
 pub use cuda::sampling::{DeviceSampler, SampleBias, SampleCount, SampleRow, SampledRow};
-pub use device::{CpuIsa, CpuOptions, Device};
+pub use device::{CpuIsa, CpuOptions, Device, GpuOptions, Share};
 pub use error::{KernelError, Result};
 pub use format::{Format, dequantize};
 pub use kv_cache::{KvCache, KvDType, KvShape};

@@ -82,6 +82,14 @@ bench() {
         --out "$OUT/bench-$shape.json" "$@"
 }
 
+# Decoding without and with launches that begin before the one before has ended.
+launches() {
+    local shape=$1
+    check "launches-$shape" 600 "$PYTHON" "$scripts/roofline.py" --kvern "$KVERN" --model "$scripts/shapes/$shape" \
+        --device "$DEVICE" --flag=--load-format=dummy --decode 1x1024 --decode 32x1024 \
+        --again early=--programmatic-launches=on --out "$OUT/launches-$shape.json"
+}
+
 check gpu 60 nvidia-smi
 facts=name,driver_version,memory.total,memory.used,clocks.sm,clocks.max.sm,clocks.mem,power.limit,mig.mode.current
 check gpu-facts 60 nvidia-smi --query-gpu="$facts" --format=csv
@@ -100,6 +108,8 @@ fi
 answers serves 300 "$PYTHON" "$scripts/server.py" "${served[@]}"
 answers cuda-and-cpu 900 "$PYTHON" "$scripts/devices.py" "${served[@]}"
 answers transformers 900 "$PYTHON" "$scripts/agree.py" "${served[@]}"
+answers early-launches 900 "$PYTHON" "$scripts/agree.py" "${served[@]}" --flag=--programmatic-launches=on
+answers parts 900 "$PYTHON" "$scripts/agree.py" "${served[@]}" --flag=--workers=split --flag=--decode-multiprocessors=48
 for tool in memcheck racecheck; do
     if command -v compute-sanitizer >/dev/null; then
         check "$tool" 900 compute-sanitizer --tool "$tool" --error-exitcode 9 "${tiny[@]}" --steps 2 --decode 3x70 \
@@ -111,6 +121,8 @@ done
 bench llama-3.1-8b
 bench llama-3.2-1b
 bench qwen3-0.6b
+launches llama-3.1-8b
+launches qwen3-0.6b
 answers load 900 "$PYTHON" "$scripts/load.py" --kvern "$KVERN" --shape "$scripts/shapes/llama-3.1-8b" \
     --weights "$weights" --device "$DEVICE" --logs "$OUT" --out "$OUT/load.json"
 

@@ -5,6 +5,9 @@ Two limits: bytes per second of reading large tensors (the best of several ways)
 of random bf16 matrices (the best of several sizes). What a step must read and multiply is counted from the model's
 configuration: weights once, K and V of every stream, two operations per weight and token, and attention. The floor of
 a step is the longer of the two times; the last column says how many floors it took.
+
+With --again NAME=FLAG decoding alone is measured under a further flag of the bench, between two runs without it, so
+that what the flag changes can be told from what the machine's clocks do: a row each, called before, NAME and after.
 """
 
 import argparse
@@ -102,15 +105,22 @@ class Model:
         return 2 * (weights + self.head), 2 * (tokens * weights + self.head) + attention
 
 
-def bench(options) -> "list[dict]":
+def bench(options, prefill: "list[str]", flags: "list[str]") -> "list[dict]":
     command = [str(options.kvern), "bench", str(options.model), "--device", options.device, "--json", "--rounds",
                str(options.rounds), "--steps", str(STEPS)]
     command += [flag for point in options.decode or DECODE for flag in ("--decode", point)]
-    command += [flag for point in options.prefill or PREFILL for flag in ("--prefill", point)]
-    done = subprocess.run([*command, *options.flag], stdout=subprocess.PIPE, text=True, check=False)
+    command += [flag for point in prefill for flag in ("--prefill", point)]
+    done = subprocess.run([*command, *options.flag, *flags], stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
         sys.exit(f"kvern bench ended with {done.returncode}")
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def again(options) -> "list[dict]":
+    """Decoding without, with and without a further flag."""
+    name, _, flag = options.again.partition("=")
+    runs = ("before", []), (name, [flag]), ("after", [])
+    return [dict(row, run=run) for run, flags in runs for row in bench(options, [], flags)]
 
 
 def floor(model: Model, workload: str, read: float, product: float) -> "tuple[int, float, str]":
@@ -138,15 +148,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="rounds of each workload")
     parser.add_argument("--flag", action="append", default=[],
                         help="a further flag of kvern bench, as --flag=--load-format=dummy")
+    parser.add_argument("--again", metavar="NAME=FLAG",
+                        help="measure decoding alone, without, with and without this flag")
     parser.add_argument("--out", type=pathlib.Path, help="file for all figures, as JSON")
     options = parser.parse_args()
     if options.limits_only:
         print(json.dumps(limits()))
         return
+    if options.again and not options.again.partition("=")[2]:
+        parser.error(f"--again: expected NAME=FLAG, found {options.again!r}")
     if not (options.kvern and options.model):
         parser.error("--kvern and --model are needed")
     before = measured_limits()
-    rows = bench(options)
+    rows = again(options) if options.again else bench(options, options.prefill or PREFILL, [])
     after = measured_limits()
     read = max(max(side["read"].values()) for side in (before, after))
     product = max(max(side["product"].values()) for side in (before, after))
@@ -157,13 +171,14 @@ def main() -> None:
 
 def report(folder: pathlib.Path, rows: "list[dict]", gpu: str, read: float, product: float) -> None:
     print(f"{folder.name} on {gpu}; by torch: reads {read / 1e12:.2f} TB/s, products {product / 1e12:.0f} TFLOP/s")
-    print(f"{'workload':18} {'tokens/s':>10} {'ms':>9} {'floor ms':>9}  bound by   floors")
+    width = 18 if not any("run" in row for row in rows) else 40
+    print(f"{'workload':{width}} {'tokens/s':>10} {'ms':>9} {'floor ms':>9}  bound by   floors")
     model = Model.read(folder)
     points = [row for row in rows if not row["workload"].startswith("limit ")]
     for row in points:
         tokens, seconds, bound = floor(model, row["workload"], read, product)
         took = tokens / row["median"]
-        print(f"{row['workload']:18} {row['median']:10.1f} {took * 1e3:9.3f} {seconds * 1e3:9.3f}  {bound:9} "
+        print(f"{row['workload'] + ' ' + row.get('run', ''):{width}} {row['median']:10.1f} {took * 1e3:9.3f} {seconds * 1e3:9.3f}  {bound:9} "
               f"{took / seconds:7.2f}")
     if not points:
         sys.exit("expected workloads in the output of kvern bench, found none")

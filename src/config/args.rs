@@ -241,6 +241,9 @@ pub(super) struct SchedulingArgs {
     /// Compute threads of the decode worker of --workers split, out of --threads [default: half]
     #[arg(long, value_name = "N", value_parser = parse_count)]
     pub(super) decode_threads: Option<u32>,
+    /// Multiprocessors of the GPU for the decode worker of --workers split alone, the others for prefill
+    #[arg(long, value_name = "N", hide = true, value_parser = parse_count)]
+    pub(super) decode_multiprocessors: Option<u32>,
     /// Seconds without a finished step, while there is work, after which /health/live fails
     #[arg(long, value_name = "SECONDS", default_value = "120", value_parser = parse_seconds)]
     pub(super) stall_timeout: Duration,

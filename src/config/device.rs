@@ -8,6 +8,8 @@ use kvern_models::LoadFormat;
 /// the matrix units.
 const STEP_TOKENS_CPU: u32 = 512;
 const STEP_TOKENS_GPU: u32 = 2048;
+/// Whether launches begin early where nothing is said: not until a GPU has measured that decoding gets faster by it.
+const PROGRAMMATIC_LAUNCHES: bool = false;
 /// Seed of dummy weights.
 const DUMMY_SEED: u64 = 0;
 
@@ -29,11 +31,18 @@ pub struct DeviceConfig {
     /// Thousandths of a GPU's free memory that are taken.
     pub memory_utilization: u32,
     pub load_format: LoadFormat,
+    /// Launches on a GPU may begin while the one before them ends.
+    pub programmatic_launches: bool,
 }
 
 impl Default for DeviceConfig {
     fn default() -> Self {
-        DeviceConfig { choice: DeviceChoice::Auto, memory_utilization: 900, load_format: LoadFormat::Files }
+        DeviceConfig {
+            choice: DeviceChoice::Auto,
+            memory_utilization: 900,
+            load_format: LoadFormat::Files,
+            programmatic_launches: PROGRAMMATIC_LAUNCHES,
+        }
     }
 }
 
@@ -49,6 +58,9 @@ pub(super) struct DeviceArgs {
     /// auto reads the model's files; dummy makes random weights for a config.json (to serve, a tokenizer too), for measuring
     #[arg(long, value_name = "FORMAT", value_enum, default_value_t = LoadFormatArg::Auto)]
     load_format: LoadFormatArg,
+    /// Launches on a GPU may begin while the one before them ends; auto is off until a GPU has measured it
+    #[arg(long, value_name = "WHEN", hide = true, value_enum, default_value_t = WhenArg::Auto)]
+    programmatic_launches: WhenArg,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -57,13 +69,26 @@ enum LoadFormatArg {
     Dummy,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum WhenArg {
+    Auto,
+    On,
+    Off,
+}
+
 impl DeviceArgs {
     pub(super) fn config(&self) -> DeviceConfig {
         let load_format = match self.load_format {
             LoadFormatArg::Auto => LoadFormat::Files,
             LoadFormatArg::Dummy => LoadFormat::Dummy { seed: DUMMY_SEED },
         };
-        DeviceConfig { choice: self.device, memory_utilization: self.memory_utilization, load_format }
+        let programmatic_launches = match self.programmatic_launches {
+            WhenArg::Auto => PROGRAMMATIC_LAUNCHES,
+            WhenArg::On => true,
+            WhenArg::Off => false,
+        };
+        let (choice, memory_utilization) = (self.device, self.memory_utilization);
+        DeviceConfig { choice, memory_utilization, load_format, programmatic_launches }
     }
 }
 

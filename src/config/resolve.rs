@@ -219,12 +219,16 @@ fn scheduling_config(args: SchedulingArgs) -> Result<SchedulingConfig, ConfigErr
     if !is_split && (args.decode_threads.is_some() || args.kv_pools == PoolLayout::Apart) {
         return conflict("--decode-threads and --kv-pools apart need --workers split".to_owned());
     }
+    if !is_split && args.decode_multiprocessors.is_some() {
+        return conflict("--decode-multiprocessors needs --workers split".to_owned());
+    }
     Ok(SchedulingConfig {
         classes,
         queued_tokens_max: args.max_num_queued_tokens,
         workers: args.workers,
         pools: args.kv_pools,
         decode_threads: args.decode_threads.map(|threads| usize::try_from(threads).expect("a u32 fits usize")),
+        decode_multiprocessors: args.decode_multiprocessors,
         stall_timeout: args.stall_timeout,
         target_saturation: args.target_saturation,
     })

@@ -15,6 +15,9 @@ pub struct SchedulingConfig {
     pub pools: PoolLayout,
     /// Compute threads of the decode worker of a split layout; `None`: half of all.
     pub decode_threads: Option<usize>,
+    /// Multiprocessors of a GPU that the decode worker of a split layout has to itself, the prefill worker the others;
+    /// `None`: both have all.
+    pub decode_multiprocessors: Option<u32>,
     /// Without a finished step for this long while there is work, the server is not live.
     pub stall_timeout: Duration,
     /// The saturation that replicas should have, in thousandths.
@@ -29,6 +32,7 @@ impl Default for SchedulingConfig {
             workers: WorkerLayout::Mixed,
             pools: PoolLayout::Shared,
             decode_threads: None,
+            decode_multiprocessors: None,
             stall_timeout: Duration::from_secs(120),
             target_saturation: 700,
         }

@@ -228,6 +228,33 @@ fn a_kubernetes_service_link_is_not_a_port() {
 }
 
 #[test]
+fn a_gpu_is_divided_between_split_workers_alone() {
+    let found = |args: &[&str]| resolve(&[&["serve"][..], args].concat(), &[]).map(|config| server(&config).clone());
+    let split = ["--workers", "split", "--decode-multiprocessors", "48"];
+    assert_eq!(found(&split).unwrap().scheduling.decode_multiprocessors, Some(48));
+    assert_eq!(found(&split[..2]).unwrap().scheduling.decode_multiprocessors, None);
+    let error = found(&split[2..]).unwrap_err().to_string();
+    assert_eq!(error, "--decode-multiprocessors needs --workers split");
+}
+
+#[test]
+fn launches_take_turns_unless_asked_otherwise() {
+    let cases: [(&[&str], Variables<'_>, bool); 5] = [
+        (&["serve"], &[], false),
+        (&["serve", "--programmatic-launches", "auto"], &[], false),
+        (&["serve", "--programmatic-launches", "off"], &[], false),
+        (&["bench", "--programmatic-launches=on"], &[], true),
+        (&["serve"], &[("KVERN_PROGRAMMATIC_LAUNCHES", "on")], true),
+    ];
+    for (args, env, expected) in cases {
+        assert_eq!(resolve(args, env).unwrap().engine.device.programmatic_launches, expected, "{args:?} {env:?}");
+    }
+    assert!(resolve(&["serve", "--programmatic-launches", "yes"], &[]).is_err());
+    let Err(ConfigError::Usage(help)) = resolve(&["serve", "--help"], &[]) else { panic!("help") };
+    assert!(!help.to_string().contains("programmatic"), "not offered before it is measured");
+}
+
+#[test]
 fn switches_and_dtypes() {
     let (f32, f16, bf16) = (Some(KvDType::F32), Some(KvDType::F16), Some(KvDType::BF16));
     let cases: [(&[&str], bool, Precision, Option<KvDType>); 10] = [

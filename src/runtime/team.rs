@@ -10,7 +10,7 @@ use super::{PoolLayout, SchedulingConfig, StartError, WorkerLayout, calibrate};
 use crate::admission::LOGPROBS_MAX;
 use crate::worker::{Mover, Worker, WorkerParts};
 use kvern_core::{CostModel, PoolId, Role, WorkerSpec};
-use kvern_kernels::{Device, DeviceSampler, KvCache, KvShape};
+use kvern_kernels::{Device, DeviceSampler, KvCache, KvShape, Share};
 use kvern_models::{ForwardBatch, LoadedModel, Model, StepLimits};
 
 /// Workers before their first step.
@@ -80,7 +80,10 @@ impl Team {
         let decode_threads = wanted.decode_threads.unwrap_or(threads / 2).clamp(1, threads);
         // A thread at least, even where there is only one: then the two take turns.
         let prefill_threads = threads.saturating_sub(decode_threads).max(1);
-        let devices = [device.beside(prefill_threads, false)?, device.beside(decode_threads, true)?];
+        let parts = wanted.decode_multiprocessors.map(|multiprocessors| device.divide(multiprocessors)).transpose()?;
+        let prefill = Share { threads: prefill_threads, is_urgent: false, part: parts.map(|[_, rest]| rest) };
+        let decode = Share { threads: decode_threads, is_urgent: true, part: parts.map(|[first, _]| first) };
+        let devices = [device.beside(prefill)?, device.beside(decode)?];
         let (caches, pools, mover) = match wanted.pools {
             PoolLayout::Shared => {
                 let kv = KvCache::new(device, shape)?;

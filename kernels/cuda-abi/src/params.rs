@@ -233,7 +233,7 @@ params! {
         outputs: u32,
         out_stride: u32,
         out_f32: u32,
-        pad: u32,
+        prefetch: u32,
     }
     /// GGUF blocks to values.
     DequantizeParams {

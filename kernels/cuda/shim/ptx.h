@@ -67,7 +67,18 @@ inline int lowest_bit(uint32_t x) { return __builtin_ffs(static_cast<int>(x)) - 
 
 inline float exp2_fast(float x) { return exp2f(x); }
 
+inline void grid_launch_dependents() { shim::grid_launch_dependents(); }
+inline void grid_dependency_wait() { shim::grid_dependency_wait(); }
+
+// A fetch from outside of memory would be ignored on a device; here it is a fault.
+inline void prefetch_l2(const void *at) { static_cast<void>(*static_cast<const volatile unsigned char *>(at)); }
+
+inline uint32_t fresh_thread_index() { return threadIdx.x; }
+inline uint32_t fresh_block_index() { return blockIdx.x; }
+
+// Of every access that goes through here.
 inline void check_aligned(const void *at) {
+    shim::check_turn();
     if (reinterpret_cast<uintptr_t>(at) % 16 != 0) {
         shim::fault("an access of 16 bytes at %p, which is not a multiple of 16", at);
     }

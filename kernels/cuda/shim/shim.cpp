@@ -34,6 +34,8 @@ struct Fiber {
     Dim3 thread;
     uint32_t linear;
     bool done;
+    // Has said that the next launch may begin, and has waited for those before.
+    bool released, turn;
     // Waits while the counter has this value.
     const uint32_t *counter;
     uint32_t value;
@@ -49,6 +51,8 @@ struct Launch {
     const Entry *entry;
     const void *params;
     uint32_t threads;
+    // It may have begun while the launch before it ended.
+    bool early;
     size_t dynamic_bytes;
     std::vector<Fiber> fibers;
     std::vector<Warp> warps;
@@ -182,6 +186,15 @@ void block_barrier() {
 
 uint32_t lane() { return current->linear % 32; }
 
+void grid_launch_dependents() { current->released = true; }
+void grid_dependency_wait() { current->turn = true; }
+
+void check_turn() {
+    if (launch->early && !current->turn) {
+        fault("expected a wait for the launches before, found none before an access to memory");
+    }
+}
+
 Slot *meet(Meeting kind, const void *value, size_t bytes, void (*last)(Slot *)) {
     Warp &warp = launch->warps[current->linear / 32];
     uint32_t generation = warp.generation;
@@ -273,6 +286,10 @@ void copy_async_wait(int pending) {
 
 static void run_thread() {
     launch->entry->run(launch->params);
+    if (launch->early && !(current->turn && current->released)) {
+        fault("expected a wait for the launches before, and word to the next, found %s",
+              current->turn ? "no word" : "no wait");
+    }
     current->done = true;
     go(*current, scheduler);
 }
@@ -291,7 +308,7 @@ static void run_block(bool reverse) {
         Fiber &fiber = own.fibers[i];
         fiber.linear = i;
         fiber.thread = {i % block_size.x, i / block_size.x % block_size.y, i / block_size.x / block_size.y};
-        fiber.done = false;
+        fiber.done = fiber.released = fiber.turn = false;
         fiber.counter = nullptr;
         fiber.copies.clear();
         start(fiber, stacks().memory + i * STACK_BYTES, run_thread);
@@ -373,7 +390,7 @@ extern "C" int kvern_shim_limits(const char *name, KernelLimits *limits) {
 
 struct LaunchShape {
     Dim3 grid, block;
-    uint32_t shared_bytes, reverse, planted;
+    uint32_t shared_bytes, reverse, planted, early;
 };
 
 // 0, or 1 with what went wrong in `message`.
@@ -393,6 +410,7 @@ extern "C" int kvern_shim_launch(const char *name, const LaunchShape *shape, con
     own->entry = entry;
     own->params = params;
     own->threads = threads;
+    own->early = shape->early != 0;
     own->dynamic_bytes = shape->shared_bytes;
     own->fibers.resize(threads);
     own->warps.resize(threads / 32);

@@ -62,6 +62,12 @@ void copy_async_wait(int pending);
 
 uint32_t lane();
 
+// What a thread says of the launches before and after its own; a launch whose threads touch memory, or end, without
+// having waited for what came before is faulty where it was launched to begin early.
+void grid_launch_dependents();
+void grid_dependency_wait();
+void check_turn();
+
 // Entries register themselves by name.
 struct Entry {
     const char *name, *params_name;
@@ -93,11 +99,12 @@ inline void check_mask(uint32_t mask) {
 #define blockDim (shim::block_size)
 #define gridDim (shim::grid_size)
 
-#define KVERN_KERNEL_BLOCKS(entry, Params, threads, blocks)                                                            \
+#define KVERN_ENTRY(entry, Params, threads, blocks, BEGIN)                                                             \
     static void entry(const Params &p);                                                                                \
     static const shim::Entry register_##entry(#entry, #Params, sizeof(Params), threads, [](const void *params) {       \
         Params copy;                                                                                                   \
         memcpy(&copy, params, sizeof(copy));                                                                           \
+        BEGIN();                                                                                                       \
         entry(copy);                                                                                                   \
     });                                                                                                                \
     static void entry(const Params &p)

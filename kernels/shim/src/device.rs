@@ -48,7 +48,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub use faults::Call;
 use kvern_kernels::cuda::driver::{
-    DeviceProperties, Driver, Event, Gemm, Graph, HostAccess, Kernel, LaunchShape, Layout, Ptr, Stream, StreamPriority,
+    DeviceProperties, Driver, Event, Gemm, Graph, HostAccess, Kernel, LaunchShape, Layout, Part, Ptr, Stream,
+    StreamPriority,
 };
 use kvern_kernels::{KernelError, Result};
 
@@ -60,6 +61,8 @@ use work::Operation;
 /// What the shim's blocks may have, as on a device of capability 8.0.
 const BLOCK_SHARED_BYTES: u32 = 163 * 1024;
 const GRID_ROWS_MAX: u32 = 65_535;
+/// Parts of the multiprocessors are rounded up to a multiple of this.
+const PART_STEP: u32 = 2;
 /// What every kernel's blocks are said to be per multiprocessor.
 const BLOCKS_PER_MULTIPROCESSOR: NonZeroU32 = NonZeroU32::new(2).expect("two is not zero");
 
@@ -201,18 +204,32 @@ impl Driver for ShimDriver {
         self.release(memory.as_ptr() as u64, Some(bytes.max(1)), Place::Pinned);
     }
 
-    fn stream(&self, priority: StreamPriority) -> Result<Stream> {
+    fn divide(&self, multiprocessors: u32) -> Result<[Part; 2]> {
         let mut state = self.state();
         state.check_there()?;
-        let stream = state.add_stream();
-        state.note(format!("stream s{} {priority:?}", stream.0));
+        self.properties.check_division(multiprocessors)?;
+        let all = u32::try_from(self.properties.multiprocessors).expect("a part of them is a u32");
+        let first = multiprocessors.next_multiple_of(PART_STEP);
+        if first >= all {
+            let text = format!("expected a division of {all} multiprocessors, found {first} for the first part");
+            return Err(KernelError::Unsupported(text));
+        }
+        Ok([first, all - first].map(|multiprocessors| state.add_part(multiprocessors)))
+    }
+
+    fn stream(&self, priority: StreamPriority, part: Option<Part>) -> Result<Stream> {
+        let mut state = self.state();
+        state.check_there()?;
+        let stream = state.add_stream(part)?;
+        let place = part.map(|part| format!(" on p{} of {} multiprocessors", part.number, part.multiprocessors));
+        state.note(format!("stream s{} {priority:?}{}", stream.0, place.unwrap_or_default()));
         Ok(stream)
     }
 
-    fn event(&self) -> Result<Event> {
+    fn event(&self, stream: Stream) -> Result<Event> {
         let mut state = self.state();
         state.check_there()?;
-        Ok(state.add_event())
+        state.add_event(stream)
     }
 
     fn kernel(&self, name: &str, shared_bytes: u32) -> Result<Kernel> {
@@ -261,13 +278,6 @@ impl Driver for ShimDriver {
         self.enter(Call::CopyToHost)?.enqueue(Call::CopyToHost, stream, Ok(operation))
     }
 
-    unsafe fn zero(&self, stream: Stream, memory: Ptr, bytes: usize) -> Result<()> {
-        if bytes == 0 {
-            return Ok(());
-        }
-        self.enter(Call::Zero)?.enqueue(Call::Zero, stream, Ok(Operation::zero(memory.0, bytes)))
-    }
-
     unsafe fn launch(
         &self,
         stream: Stream,
@@ -282,7 +292,9 @@ impl Driver for ShimDriver {
     }
 
     unsafe fn gemm(&self, stream: Stream, gemm: &Gemm) -> Result<()> {
-        self.enter(Call::Gemm)?.enqueue(Call::Gemm, stream, Operation::gemm(gemm))
+        let mut state = self.enter(Call::Gemm)?;
+        state.check_product(stream, gemm.multiprocessors)?;
+        state.enqueue(Call::Gemm, stream, Operation::gemm(gemm))
     }
 
     fn begin_capture(&self, stream: Stream) -> Result<()> {

@@ -26,6 +26,7 @@ pub struct Launch {
     pub shared_bytes: u32,
     reverse: u32,
     planted: u32,
+    early: u32,
 }
 
 impl Launch {
@@ -33,7 +34,8 @@ impl Launch {
     #[must_use]
     pub fn new(blocks: usize, threads: usize) -> Launch {
         let narrow = |size: usize| u32::try_from(size).expect("a launch's size fits 32 bits");
-        Launch { grid: [narrow(blocks), 1, 1], block: [narrow(threads), 1, 1], shared_bytes: 0, reverse: 0, planted: 0 }
+        let (grid, block) = ([narrow(blocks), 1, 1], [narrow(threads), 1, 1]);
+        Launch { grid, block, shared_bytes: 0, reverse: 0, planted: 0, early: 0 }
     }
 
     /// With a second dimension of the grid.
@@ -53,6 +55,13 @@ impl Launch {
     #[must_use]
     pub fn reverse(mut self) -> Launch {
         self.reverse = 1;
+        self
+    }
+
+    /// As if it had begun while the launch before it ended: threads have to wait for that before they touch memory.
+    #[must_use]
+    pub fn early(mut self) -> Launch {
+        self.early = 1;
         self
     }
 

@@ -97,7 +97,7 @@ fn check_gemv_out<T: Element, W: Copy, Out: Element>(
             outputs: outputs as u32,
             out_stride: stride as u32,
             out_f32: u32::from(out_f32),
-            pad: 0,
+            prefetch: 1,
         };
         (memory, params)
     };
@@ -179,7 +179,10 @@ fn products_do_not_depend_on_the_batch() {
             let [x, w, out] = memory.each_ref().map(Buffer::ptr);
             let (rows, inner, outputs) = (rows as u32, inner as u32, outputs as u32);
             let out_stride = outputs;
-            (memory, GemvParams { x, w, bias: Ptr::NULL, out, rows, inner, outputs, out_stride, out_f32: 0, pad: 0 })
+            (
+                memory,
+                GemvParams { x, w, bias: Ptr::NULL, out, rows, inner, outputs, out_stride, out_f32: 0, prefetch: 0 },
+            )
         };
         let shape = Launch::new(outputs.div_ceil(launch::GEMV_OUTPUTS), launch::GEMV_THREADS);
         run(&format!("kvern_gemv_bf16_r{rows_max}"), shape, make, |memory| bits(&memory[2])).unwrap()

@@ -9,7 +9,7 @@ use half::{bf16, f16};
 use kvern_cuda_abi::{
     BlockCopyParams, GateParams, GatherParams, LAYOUTS, NONE, Ptr, RmsNormParams, SequenceSlice, StepInputsParams,
 };
-use kvern_cuda_shim::{Buffer, Launch, cpp_layout, kernels};
+use kvern_cuda_shim::{Buffer, Launch, cpp_layout, kernels, launch};
 use kvern_kernels::reference;
 use support::*;
 
@@ -100,6 +100,24 @@ fn gelu_mul(gate: f32, up: f32) -> f32 {
     let x = f64::from(gate);
     let u = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x * x * x);
     (0.5 * x * (1.0 + u.tanh()) * f64::from(up)) as f32
+}
+
+/// A launch that begins early and does not wait is caught at its first access, and one that touches nothing at its end.
+#[test]
+fn launches_that_begin_early_wait() {
+    const MISSING_TURN: u32 = 8;
+    let x = Buffer::of(&[1.0f32; 64]);
+    let out = Buffer::<f32>::poisoned(32);
+    let params = GateParams { x: x.ptr(), out: out.ptr(), rows: 1, columns: 32 };
+    let gate = |shape: Launch, rows: u32| {
+        // SAFETY: the buffers live and are as large as the shape says.
+        unsafe { launch("kvern_silu_mul_f32", &shape, &GateParams { rows, ..params }) }
+    };
+    let shape = Launch::new(1, 32);
+    gate(shape.early(), 1).unwrap();
+    gate(shape.planted(MISSING_TURN), 1).unwrap();
+    caught(gate(shape.early().planted(MISSING_TURN), 1), "expected a wait for the launches before");
+    caught(gate(shape.early().planted(MISSING_TURN), 0), "found no wait");
 }
 
 fn check_gate<T: Element>(rows: usize, columns: usize, blocks: usize, gelu: bool, fault: u32) -> Result<(), String> {

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use super::driver::{
-    DeviceProperties, Driver, Event, Gemm, Graph, Kernel, LaunchShape, Layout, Ptr, Stream, StreamPriority,
+    DeviceProperties, Driver, Event, Gemm, Graph, Kernel, LaunchShape, Layout, Part, Ptr, Stream, StreamPriority,
 };
 use crate::{KernelError, Result};
 
@@ -106,11 +106,18 @@ impl Driver for CountingDriver {
         }
     }
 
-    fn stream(&self, _: StreamPriority) -> Result<Stream> {
+    fn divide(&self, multiprocessors: u32) -> Result<[Part; 2]> {
+        self.properties.check_division(multiprocessors)?;
+        let all = u32::try_from(self.properties.multiprocessors).expect("a part of them is a u32");
+        Ok([multiprocessors, all - multiprocessors]
+            .map(|multiprocessors| Part { number: self.handle(), multiprocessors }))
+    }
+
+    fn stream(&self, _: StreamPriority, _: Option<Part>) -> Result<Stream> {
         Ok(Stream(self.handle()))
     }
 
-    fn event(&self) -> Result<Event> {
+    fn event(&self, _: Stream) -> Result<Event> {
         Ok(Event(self.handle()))
     }
 
@@ -140,10 +147,6 @@ impl Driver for CountingDriver {
     }
 
     unsafe fn copy_to_host(&self, _: Stream, _: NonNull<u8>, _: Ptr, _: usize) -> Result<()> {
-        Ok(())
-    }
-
-    unsafe fn zero(&self, _: Stream, _: Ptr, _: usize) -> Result<()> {
         Ok(())
     }
 

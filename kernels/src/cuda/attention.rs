@@ -10,7 +10,7 @@ use kvern_cuda_abi::{
     PrefillParams, PrefillPlan, PrefillQuery, PrefillTile, Ptr, launch, piece_len,
 };
 
-use super::driver::{Driver, Element, Kernel, LaunchShape};
+use super::driver::{Element, Kernel, LaunchShape};
 use super::memory::{DeviceMemory, Milestone, StepArray};
 use super::prefix::SharedPrefixes;
 use super::{CudaDevice, shape};
@@ -73,8 +73,8 @@ pub(crate) struct DevicePlan {
 }
 
 impl AttentionKernels {
-    fn new(driver: &dyn Driver, element: Element, heads: HeadLayout) -> Result<(Self, u32)> {
-        let dim = heads.head_dim;
+    fn new(gpu: &CudaDevice, heads: HeadLayout) -> Result<(Self, u32)> {
+        let (driver, element, dim) = (&gpu.driver, gpu.element, heads.head_dim);
         if element == Element::F32 {
             check_head("attention plan", dim)?;
             return Ok((AttentionKernels::F32 { attention: driver.kernel("kvern_attention_f32", 0)? }, 1));
@@ -90,7 +90,7 @@ impl AttentionKernels {
         let named = |op: &str, shared| driver.kernel(&format!("kvern_{op}_{element}_d{dim}"), shared);
         let decode = named("decode", shared)?;
         let fit = driver.blocks_per_multiprocessor(decode, launch::DECODE_THREADS as u32, shared)?.get() as usize;
-        let blocks = fit * driver.properties().multiprocessors;
+        let blocks = fit * gpu.multiprocessors();
         let workers = launch::decode_workers(blocks, heads.kv_heads, heads.group());
         let (merge, prefill) = (named("decode_merge", 0)?, named("prefill", launch::prefill_shared_bytes(dim) as u32)?);
         let cascade = named("cascade", launch::cascade_shared_bytes(dim) as u32)?;
@@ -101,7 +101,7 @@ impl AttentionKernels {
 impl DevicePlan {
     pub(crate) fn new(gpu: &CudaDevice, heads: HeadLayout, limits: &AttentionLimits<'_>) -> Result<Self> {
         let driver = &gpu.driver;
-        let (kernels, workers) = AttentionKernels::new(driver.as_ref(), gpu.element, heads)?;
+        let (kernels, workers) = AttentionKernels::new(gpu, heads)?;
         let tile_rows = match kernels {
             AttentionKernels::F32 { .. } => F32_TILE_ROWS,
             AttentionKernels::Tiles { .. } => launch::prefill_rows(heads.head_dim) / heads.group(),
@@ -145,7 +145,7 @@ impl DevicePlan {
             tables: StepArray::new(driver, "block tables", table_entries)?,
             sums: DeviceMemory::new(driver, "partial results of attention", partial_values * 2 * 4)?,
             values: DeviceMemory::new(driver, "partial results of attention", partial_values * heads.head_dim * 4)?,
-            copied: Milestone::new(driver)?,
+            copied: Milestone::new(driver, gpu.stream)?,
             prefixes: SharedPrefixes::default(),
             shared_prefix_bytes,
             cascade_rows: (launch::cascade_rows(heads.head_dim) / heads.group()) as u32,
@@ -435,7 +435,43 @@ fn with_shared(shape: LaunchShape, bytes: usize) -> LaunchShape {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::sync::Arc;
+
     use super::*;
+    use crate::cuda::account::CountingDriver;
+    use crate::cuda::driver::{DeviceProperties, StreamPriority};
+
+    /// A plan has as many blocks of decode as fit the part of the device that its stream is on.
+    #[test]
+    fn decode_is_cut_for_the_part_of_the_device() {
+        let like = DeviceProperties {
+            name: "a device".to_owned(),
+            compute_capability: (9, 0),
+            driver_version: (13, 0),
+            multiprocessors: 132,
+            shared_bytes: 228 << 10,
+            block_shared_bytes: 227 << 10,
+            memory_bytes: 1 << 30,
+        };
+        let whole = CudaDevice::counting(Arc::new(CountingDriver::new(like)), Element::BF16.into()).unwrap();
+        let heads = HeadLayout { heads: 32, kv_heads: 8, head_dim: 128 };
+        let limits = AttentionLimits {
+            tokens_max: 64,
+            sequences_max: 8,
+            context_max: 256,
+            windows: &[None],
+            shared_prefix_bytes: u64::MAX,
+        };
+        let workers = |gpu: &CudaDevice| DevicePlan::new(gpu, heads, &limits).unwrap().workers as usize;
+        assert_eq!(workers(&whole), launch::decode_workers(132, 8, 4));
+        for part in whole.driver.divide(48).unwrap() {
+            let gpu = whole.second(StreamPriority::High, Some(part)).unwrap();
+            assert_eq!(workers(&gpu), launch::decode_workers(part.multiprocessors as usize, 8, 4), "{part:?}");
+            assert!(workers(&gpu) < workers(&whole), "{part:?}");
+        }
+    }
 
     #[test]
     fn no_shorter_context_is_cut_into_more_pieces() {

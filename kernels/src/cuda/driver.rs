@@ -10,7 +10,7 @@ use std::ptr::NonNull;
 
 pub use kvern_cuda_abi::{Layout, Ptr};
 
-use crate::Result;
+use crate::{KernelError, Result};
 
 /// A handle that the driver gave out; its number says nothing to others.
 macro_rules! handles {
@@ -39,6 +39,14 @@ pub enum StreamPriority {
     High,
 }
 
+/// A part of a device's multiprocessors; see [`Driver::divide`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// The driver's number of it.
+    pub number: u32,
+    pub multiprocessors: u32,
+}
+
 /// What a device is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceProperties {
@@ -54,6 +62,19 @@ pub struct DeviceProperties {
     pub block_shared_bytes: usize,
     /// Memory of the device, in use or not.
     pub memory_bytes: usize,
+}
+
+impl DeviceProperties {
+    /// # Errors
+    /// A part of so many multiprocessors would be none, or leave none for others.
+    pub fn check_division(&self, multiprocessors: u32) -> Result<()> {
+        if (1..self.multiprocessors).contains(&(multiprocessors as usize)) {
+            return Ok(());
+        }
+        let (all, name) = (self.multiprocessors, &self.name);
+        let text = format!("expected 1 to {} of the {all} multiprocessors of {name}", all.saturating_sub(1));
+        Err(KernelError::Unsupported(format!("{text}, found {multiprocessors}")))
+    }
 }
 
 /// Types of elements on a device.
@@ -107,6 +128,9 @@ pub struct LaunchShape {
     pub grid: [u32; 2],
     pub threads: u32,
     pub shared_bytes: u32,
+    /// It may begin while the launch before it on its stream ends, where the device can do that: the kernel waits for
+    /// that itself before it touches memory that kernels write.
+    pub early: bool,
 }
 
 /// A product of matrices: `out[m][n] = sum over k of x[m][k] w[n][k] (+ bias[n])`, accumulated in f32. All row-major; `x` and
@@ -126,6 +150,8 @@ pub struct Gemm {
     pub n: usize,
     pub k: usize,
     pub out_stride: usize,
+    /// How many multiprocessors it has, where its stream is on a part of the device; 0 elsewhere.
+    pub multiprocessors: u32,
     /// Scratch that this product alone uses while it runs.
     pub workspace: Ptr,
     pub workspace_bytes: usize,
@@ -155,9 +181,15 @@ pub trait Driver: Send + Sync {
     /// As [`free`](Self::free).
     unsafe fn free_pinned(&self, memory: NonNull<u8>, bytes: usize);
 
-    fn stream(&self, priority: StreamPriority) -> Result<Stream>;
+    /// Divides the multiprocessors in two: so many, rounded up as the device needs it, and the others. A device that
+    /// cannot do that is an error.
+    fn divide(&self, multiprocessors: u32) -> Result<[Part; 2]>;
 
-    fn event(&self) -> Result<Event>;
+    /// A stream on a part of the device, or on all of it.
+    fn stream(&self, priority: StreamPriority, part: Option<Part>) -> Result<Stream>;
+
+    /// An event to be recorded on this stream, or on others of its part.
+    fn event(&self, stream: Stream) -> Result<Event>;
 
     /// A kernel by its name, for launches with up to `shared_bytes` of dynamic shared memory.
     fn kernel(&self, name: &str, shared_bytes: u32) -> Result<Kernel>;
@@ -181,10 +213,6 @@ pub trait Driver: Send + Sync {
     /// # Safety
     /// Both stretches are as long as said; `to` is pinned, and nobody uses it until the copy is done.
     unsafe fn copy_to_host(&self, stream: Stream, to: NonNull<u8>, from: Ptr, bytes: usize) -> Result<()>;
-
-    /// # Safety
-    /// The stretch is as long as said.
-    unsafe fn zero(&self, stream: Stream, memory: Ptr, bytes: usize) -> Result<()>;
 
     /// `params` are the bytes of the kernel's parameter struct; they are copied. `layout` describes it.
     ///

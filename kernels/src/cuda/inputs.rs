@@ -43,7 +43,7 @@ impl DeviceInputs {
             slots: memory(tokens_max)?,
             context_lens: memory(sequences_max)?,
             sampled_tokens: Arc::new(memory(sequences_max)?),
-            copied: Milestone::new(&gpu.driver)?,
+            copied: Milestone::new(&gpu.driver, gpu.stream)?,
             new_slices: Vec::with_capacity(sequences_max),
             block_tables: Ptr::NULL,
             block_size: 1,

@@ -183,8 +183,14 @@ pub(crate) struct Milestone {
 }
 
 impl Milestone {
-    pub(crate) fn new(driver: &Arc<dyn Driver>) -> Result<Self> {
-        Ok(Milestone { event: driver.event()?, driver: Arc::clone(driver), passed: true })
+    /// In this stream, or others of its part of the device.
+    pub(crate) fn new(driver: &Arc<dyn Driver>, stream: Stream) -> Result<Self> {
+        Ok(Milestone { event: driver.event(stream)?, driver: Arc::clone(driver), passed: true })
+    }
+
+    /// Work put on `stream` from now on begins when the device has passed it.
+    pub(crate) fn hold(&self, stream: Stream) -> Result<()> {
+        self.driver.wait(stream, self.event)
     }
 
     /// Is now at the end of what is on the stream.

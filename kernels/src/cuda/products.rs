@@ -73,7 +73,7 @@ fn gemv(gpu: &CudaDevice, sides: &Sides, part: &DevicePart, kernel: super::Kerne
         outputs: part.rows as u32,
         out_f32: u32::from(sides.out_element == Element::F32),
         out_stride: sides.out_stride as u32,
-        pad: 0,
+        prefetch: u32::from(gpu.early),
     };
     let shape = shape([part.rows.div_ceil(launch::GEMV_OUTPUTS), 1], launch::GEMV_THREADS);
     // SAFETY: x has `rows` rows of `inner`, out as many of `out_stride`, of which the part's are the columns from its first.
@@ -135,6 +135,7 @@ fn product(gpu: &CudaDevice, sides: &Sides, w: Ptr, first: usize, rows: usize) -
         n: rows,
         k: sides.inner,
         out_stride: sides.out_stride,
+        multiprocessors: gpu.part.map_or(0, |part| part.multiprocessors),
         workspace: gpu.workspace.ptr(),
         workspace_bytes: gpu.workspace.bytes(),
     };

@@ -6,6 +6,7 @@
 //! table    handles
 //! modules  kernels: found, prepared, launched
 //! graphs   captured work
+//! parts    parts of the multiprocessors
 //! products products of matrices; choices: which algorithm for which sizes
 //! ```
 //!
@@ -21,6 +22,8 @@ mod context;
 mod graphs;
 #[path = "real/modules.rs"]
 mod modules;
+#[path = "real/parts.rs"]
+mod parts;
 #[path = "real/products.rs"]
 mod products;
 #[path = "real/status.rs"]
@@ -37,15 +40,18 @@ use cudarc::driver::sys::{self, CUevent_flags as EventFlags, CUresult, CUstream_
 
 use self::context::Context;
 use self::modules::Modules;
+use self::parts::GreenContext;
 use self::products::Products;
 use self::table::{Raw, Table};
 use crate::cuda::driver::{
-    DeviceProperties, Driver, Event, Gemm, Graph, Kernel, LaunchShape, Layout, Ptr, Stream, StreamPriority,
+    DeviceProperties, Driver, Event, Gemm, Graph, Kernel, LaunchShape, Layout, Part, Ptr, Stream, StreamPriority,
 };
 use crate::{KernelError, Result};
 
-/// Most streams, events and graphs of one device: a worker has a few streams, and a graph per size of a decode batch.
+/// Most streams, parts, events and graphs of one device: a worker has a few streams, and a graph per size of a decode
+/// batch.
 const STREAMS_MAX: usize = 64;
+const PARTS_MAX: usize = 16;
 const EVENTS_MAX: usize = 1024;
 const GRAPHS_MAX: usize = 4096;
 
@@ -56,36 +62,35 @@ const GRAPHS_MAX: usize = 4096;
 pub(crate) fn open(ordinal: usize) -> Result<Arc<dyn Driver>> {
     let (context, properties) = Context::open(ordinal)?;
     Ok(Arc::new(Gpu {
-        properties,
         priorities: Priorities::of(&context)?,
+        parts: Table::new("parts", PARTS_MAX),
         streams: Table::new("streams", STREAMS_MAX),
         events: Table::new("events", EVENTS_MAX),
         graphs: Table::new("graphs", GRAPHS_MAX),
-        modules: Modules::load(&context)?,
+        modules: Modules::load(&context, properties.compute_capability)?,
         products: Products::open()?,
+        properties,
         context,
     }))
-}
-
-/// How many GPUs there are; at least one.
-///
-/// # Errors
-/// In one line why there is none to be used.
-pub(crate) fn device_count() -> Result<usize> {
-    context::initialize()?;
-    context::count()
 }
 
 /// A GPU that is open. Fields go in this order, the context last.
 struct Gpu {
     properties: DeviceProperties,
     priorities: Priorities,
-    streams: Table<Raw<sys::CUstream_st>>,
+    streams: Table<Placed>,
+    parts: Table<GreenContext>,
     events: Table<Raw<sys::CUevent_st>>,
     graphs: Table<Raw<sys::CUgraphExec_st>>,
     modules: Modules,
     products: Products,
     context: Context,
+}
+
+/// A stream, and the part of the device that it is on.
+struct Placed {
+    raw: Raw<sys::CUstream_st>,
+    part: Option<u32>,
 }
 
 /// Priorities as the driver numbers them.
@@ -106,7 +111,7 @@ impl Priorities {
 
 impl Gpu {
     fn raw_stream(&self, stream: Stream) -> sys::CUstream {
-        self.streams.get(stream.0).0
+        self.streams.get(stream.0).raw.0
     }
 
     fn raw_event(&self, event: Event) -> sys::CUevent {
@@ -169,31 +174,53 @@ impl Driver for Gpu {
         let _ = self.context.check("cuMemFreeHost", unsafe { sys::cuMemFreeHost(memory.as_ptr().cast()) });
     }
 
-    fn stream(&self, priority: StreamPriority) -> Result<Stream> {
+    fn divide(&self, multiprocessors: u32) -> Result<[Part; 2]> {
+        self.context.enter()?;
+        self.properties.check_division(multiprocessors)?;
+        let [first, rest] = parts::divide(&self.context, multiprocessors)?;
+        let keep = |part: GreenContext| {
+            let multiprocessors = part.multiprocessors;
+            self.parts.add(|| Ok(part)).map(|number| Part { number, multiprocessors })
+        };
+        Ok([keep(first)?, keep(rest)?])
+    }
+
+    fn stream(&self, priority: StreamPriority, part: Option<Part>) -> Result<Stream> {
         self.context.enter()?;
         let priority = match priority {
             StreamPriority::Normal => self.priorities.normal,
             StreamPriority::High => self.priorities.high,
         };
+        let part = part.map(|part| part.number);
         let number = self.streams.add(|| {
-            let mut raw = std::ptr::null_mut();
             let flags = StreamFlags::CU_STREAM_NON_BLOCKING as u32;
-            // SAFETY: as above.
-            let status = unsafe { sys::cuStreamCreateWithPriority(&raw mut raw, flags, priority) };
-            self.context.check("cuStreamCreateWithPriority", status).map(|()| Raw(raw))
+            let raw = match part {
+                Some(part) => self.parts.get(part).stream(&self.context, flags, priority)?,
+                None => {
+                    let mut raw = std::ptr::null_mut();
+                    // SAFETY: as above.
+                    let status = unsafe { sys::cuStreamCreateWithPriority(&raw mut raw, flags, priority) };
+                    self.context.check("cuStreamCreateWithPriority", status).map(|()| Raw(raw))?
+                }
+            };
+            Ok(Placed { raw, part })
         })?;
         Ok(Stream(number))
     }
 
-    fn event(&self) -> Result<Event> {
+    fn event(&self, stream: Stream) -> Result<Event> {
         self.context.enter()?;
-        let number = self.events.add(|| {
+        let create = || {
             let mut raw = std::ptr::null_mut();
             // Whoever waits sleeps instead of spinning: the cores have requests to serve.
             let flags = EventFlags::CU_EVENT_DISABLE_TIMING as u32 | EventFlags::CU_EVENT_BLOCKING_SYNC as u32;
             // SAFETY: as above.
             let status = unsafe { sys::cuEventCreate(&raw mut raw, flags) };
             self.context.check("cuEventCreate", status).map(|()| Raw(raw))
+        };
+        let number = self.events.add(|| match self.streams.get(stream.0).part {
+            Some(part) => self.parts.get(part).within(&self.context, create),
+            None => create(),
         })?;
         Ok(Event(number))
     }
@@ -249,16 +276,6 @@ impl Driver for Gpu {
         self.context.check(format_args!("cuMemcpyDtoHAsync of {bytes} bytes"), status)
     }
 
-    unsafe fn zero(&self, stream: Stream, memory: Ptr, bytes: usize) -> Result<()> {
-        if bytes == 0 {
-            return Ok(());
-        }
-        self.context.enter()?;
-        // SAFETY: as above.
-        let status = unsafe { sys::cuMemsetD8Async(memory.0, 0, bytes, self.raw_stream(stream)) };
-        self.context.check(format_args!("cuMemsetD8Async of {bytes} bytes"), status)
-    }
-
     unsafe fn launch(
         &self,
         stream: Stream,
@@ -308,7 +325,7 @@ impl Drop for Gpu {
         }
         for stream in self.streams.drain() {
             // SAFETY: made once by `stream`; its work is done.
-            let _ = unsafe { sys::cuStreamDestroy_v2(stream.0) };
+            let _ = unsafe { sys::cuStreamDestroy_v2(stream.raw.0) };
         }
     }
 }
@@ -323,16 +340,14 @@ mod tests {
         const NEVER: usize = 1_000_000;
         // SAFETY: as in `context::initialize`.
         let present = unsafe { sys::is_culib_present() };
-        let counted = device_count();
         let error = open(NEVER).map(|_| "a GPU").expect_err("there are not so many");
         let text = error.to_string();
         assert!(!text.contains('\n') && !text.is_empty(), "{text:?}");
         if present {
-            println!("this machine has libcuda: found {counted:?}, and of GPU {NEVER}: {text}");
+            println!("this machine has libcuda: found of GPU {NEVER}: {text}");
             return;
         }
         assert_eq!(text, "expected an NVIDIA driver (libcuda.so.1), found none");
-        assert_eq!(counted.expect_err("there is no driver").to_string(), text);
     }
 }
 

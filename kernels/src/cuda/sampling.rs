@@ -86,7 +86,7 @@ impl Results {
             tokens: Pinned::new(&gpu.driver, rows_max)?,
             logprobs: Pinned::new(&gpu.driver, rows_max * (top_max + 1))?,
             top_tokens: Pinned::new(&gpu.driver, (rows_max * top_max).max(1))?,
-            done: Milestone::new(&gpu.driver)?,
+            done: Milestone::new(&gpu.driver, gpu.stream)?,
         })
     }
 }
@@ -114,7 +114,7 @@ impl DeviceSampler {
             rows: StepArray::new(&gpu.driver, INPUTS, rows_max)?,
             biases: StepArray::new(&gpu.driver, INPUTS, entries)?,
             counts: StepArray::new(&gpu.driver, INPUTS, entries)?,
-            copied: Milestone::new(&gpu.driver)?,
+            copied: Milestone::new(&gpu.driver, gpu.stream)?,
             new_rows: Vec::with_capacity(rows_max),
             new_biases: Vec::new(),
             new_counts: Vec::new(),

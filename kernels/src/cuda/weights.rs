@@ -174,6 +174,8 @@ fn narrow(values: &[f32], element: Element, out: &mut [u8]) {
 
 /// Pinned memory that weights pass through, and threads that fill it.
 pub(crate) struct Loader {
+    /// What copies to the device; work of other streams waits for it there.
+    stream: Stream,
     stages: [Stage; 2],
     /// Which stage is next.
     turn: usize,
@@ -205,13 +207,16 @@ impl Start {
 }
 
 impl Loader {
-    pub(super) fn new(driver: &Arc<dyn Driver>) -> Result<Self> {
+    /// Copies on this stream.
+    pub(super) fn new(driver: &Arc<dyn Driver>, stream: Stream) -> Result<Self> {
         let cores = std::thread::available_parallelism().map_or(1, |n| n.get().min(THREADS_MAX));
         let threads = if driver.counts_only() { 1 } else { cores };
         let stage = || {
-            Ok::<_, KernelError>(Stage { pinned: Pinned::new(driver, STAGE_BYTES)?, copied: Milestone::new(driver)? })
+            let (pinned, copied) = (Pinned::new(driver, STAGE_BYTES)?, Milestone::new(driver, stream)?);
+            Ok::<_, KernelError>(Stage { pinned, copied })
         };
         Ok(Loader {
+            stream,
             stages: [stage()?, stage()?],
             turn: 0,
             counts_only: driver.counts_only(),
@@ -219,7 +224,8 @@ impl Loader {
         })
     }
 
-    /// Has `rows` rows of `row_bytes` filled, each by `fill`, and copied to `to`. The copies are on the stream when it returns.
+    /// Has `rows` rows of `row_bytes` filled, each by `fill`, and copied to `to`. The copies are on their way when it
+    /// returns, and what is put on `stream` from then on comes after them.
     fn write(
         &mut self,
         stream: Stream,
@@ -250,9 +256,10 @@ impl Loader {
             });
             let at = Ptr(to.0 + (first * row_bytes) as u64);
             // SAFETY: the stage is not written again before `copied` has passed; the caller has room at `to`.
-            unsafe { pinned.copy_to(stream, at, count * row_bytes)? };
-            copied.set(stream)?;
+            unsafe { pinned.copy_to(self.stream, at, count * row_bytes)? };
+            copied.set(self.stream)?;
         }
-        Ok(())
+        // The memory is new: nothing on the other stream can still use it.
+        if stream != self.stream { self.stages[self.turn].copied.hold(stream) } else { Ok(()) }
     }
 }

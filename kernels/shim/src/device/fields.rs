@@ -298,7 +298,7 @@ mod tests {
             outputs: 10,
             out_stride: 100,
             out_f32: 1,
-            pad: 0,
+            prefetch: 0,
         };
         let check = |kernel: &str, expected: [(&str, u64); 3]| {
             // SAFETY: plain data without padding.

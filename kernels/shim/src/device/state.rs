@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use captures::Capture;
-use kvern_kernels::cuda::driver::{Event, Stream};
+use kvern_kernels::cuda::driver::{Event, Part, Stream};
 use kvern_kernels::{KernelError, Result};
 
 use super::access::{Access, Extent, Kind, Place};
@@ -33,6 +33,8 @@ enum Item {
 
 #[derive(Default)]
 struct StreamState {
+    /// The device's part that it is on; `None` where that is all of it.
+    part: Option<Part>,
     clock: Clock,
     operations: u64,
     queue: VecDeque<Item>,
@@ -44,6 +46,8 @@ struct StreamState {
 /// What an event marked last, if anything.
 #[derive(Clone, Default)]
 struct EventState {
+    /// Of the streams that it may be recorded on.
+    part: Option<Part>,
     marked: Option<(Clock, Mark)>,
 }
 
@@ -52,6 +56,7 @@ pub(super) struct State {
     random: u64,
     pub(super) memory: Memory,
     pub(super) kernels: Kernels,
+    parts: Vec<Part>,
     streams: Vec<StreamState>,
     events: Vec<EventState>,
     graphs: Vec<Arc<Operation>>,
@@ -71,6 +76,7 @@ impl State {
             random: options.seed,
             memory: Memory::new(options.memory_bytes),
             kernels: Kernels::default(),
+            parts: Vec::new(),
             streams: Vec::new(),
             events: Vec::new(),
             graphs: Vec::new(),
@@ -158,14 +164,37 @@ impl State {
         self.memory.check_order(&[access], &self.host)
     }
 
-    pub(super) fn add_stream(&mut self) -> Stream {
-        self.streams.push(StreamState::default());
-        Stream(self.streams.len() as u32 - 1)
+    pub(super) fn add_part(&mut self, multiprocessors: u32) -> Part {
+        let part = Part { number: self.parts.len() as u32, multiprocessors };
+        self.note(format!("part p{} of {multiprocessors} multiprocessors", part.number));
+        self.parts.push(part);
+        part
     }
 
-    pub(super) fn add_event(&mut self) -> Event {
-        self.events.push(EventState::default());
-        Event(self.events.len() as u32 - 1)
+    pub(super) fn add_stream(&mut self, part: Option<Part>) -> Result<Stream> {
+        if let Some(part) = part.filter(|part| !self.parts.contains(part)) {
+            let found = format!("expected one of {} parts, found {part:?}", self.parts.len());
+            return Err(self.refuse("stream", found));
+        }
+        self.streams.push(StreamState { part, ..StreamState::default() });
+        Ok(Stream(self.streams.len() as u32 - 1))
+    }
+
+    pub(super) fn add_event(&mut self, stream: Stream) -> Result<Event> {
+        let index = self.stream("event", stream)?;
+        self.events.push(EventState { part: self.streams[index].part, marked: None });
+        Ok(Event(self.events.len() as u32 - 1))
+    }
+
+    /// A product is cut for the multiprocessors that its stream has, 0 being all.
+    pub(super) fn check_product(&mut self, stream: Stream, multiprocessors: u32) -> Result<()> {
+        let index = self.stream("gemm", stream)?;
+        let expected = self.streams[index].part.map_or(0, |part| part.multiprocessors);
+        if multiprocessors == expected {
+            return Ok(());
+        }
+        let found = format!("expected a product for {expected} multiprocessors on s{index}, found {multiprocessors}");
+        Err(self.refuse("gemm", found))
     }
 
     fn stream(&mut self, call: &str, stream: Stream) -> Result<usize> {
@@ -251,6 +280,11 @@ impl State {
     pub(super) fn record(&mut self, event: Event, stream: Stream) -> Result<()> {
         let (event, index) = (self.event("record", event)?, self.stream("record", stream)?);
         self.refuse_in_captures("record", |captured, _| captured == index)?;
+        if self.events[event].part != self.streams[index].part {
+            let place = |part: Option<Part>| part.map_or("the whole device".into(), |part| format!("p{}", part.number));
+            let (own, found) = (place(self.events[event].part), place(self.streams[index].part));
+            return Err(self.refuse("record", format!("expected e{event} on a stream of {own}, found one of {found}")));
+        }
         self.note(format!("record e{event} s{index}"));
         let mut clock = self.streams[index].clock.clone();
         clock.join(&self.host);

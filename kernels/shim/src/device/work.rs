@@ -22,7 +22,6 @@ pub(super) enum Work {
     Launch(KernelLaunch),
     Gemm(Gemm),
     Copy { to: u64, from: u64, bytes: usize },
-    Zero { at: u64, bytes: usize },
     Graph(Vec<Operation>),
 }
 
@@ -37,7 +36,8 @@ pub(super) struct Operation {
 impl Operation {
     pub(super) fn launch(launch: KernelLaunch) -> Result<Operation, String> {
         let accesses = launch.launched().accesses()?;
-        Ok(Operation { what: Arc::clone(&launch.kernel), work: Work::Launch(launch), accesses })
+        let early = if launch.shape.early { " early" } else { "" };
+        Ok(Operation { what: format!("{}{early}", launch.kernel).into(), work: Work::Launch(launch), accesses })
     }
 
     pub(super) fn gemm(gemm: &Gemm) -> Result<Operation, String> {
@@ -55,12 +55,6 @@ impl Operation {
         let access = |name, at, kind, place| Access { name, at, extent: Extent::Bytes(bytes as u64), kind, place };
         let accesses = vec![access("from", from, Kind::Read, places[0]), access("to", to, Kind::Write, places[1])];
         Operation { what: format!("{name} {bytes} bytes").into(), work: Work::Copy { to, from, bytes }, accesses }
-    }
-
-    pub(super) fn zero(at: u64, bytes: usize) -> Operation {
-        let extent = Extent::Bytes(bytes as u64);
-        let access = Access { name: "memory", at, extent, kind: Kind::Write, place: Place::Device };
-        Operation { what: format!("zero {bytes} bytes").into(), work: Work::Zero { at, bytes }, accesses: vec![access] }
     }
 
     pub(super) fn graph(number: usize, operations: Vec<Operation>) -> Operation {
@@ -102,11 +96,6 @@ impl Operation {
                 std::ptr::copy_nonoverlapping(*from as *const u8, *to as *mut u8, *bytes);
                 Ok(())
             },
-            // SAFETY: as above.
-            Work::Zero { at, bytes } => unsafe {
-                (*at as *mut u8).write_bytes(0, *bytes);
-                Ok(())
-            },
             Work::Graph(operations) => operations.iter().try_for_each(|operation| operation.run(memory, reverse)),
         }
     }
@@ -127,8 +116,9 @@ impl KernelLaunch {
                 memory.find(pool, 1, Place::Device).map_err(named)?;
             }
         }
-        let LaunchShape { grid, threads, shared_bytes } = self.shape;
+        let LaunchShape { grid, threads, shared_bytes, early } = self.shape;
         let shape = Launch { grid: [grid[0], grid[1], 1], shared_bytes, ..Launch::new(1, threads as usize) };
+        let shape = if early { shape.early() } else { shape };
         let shape = if reverse { shape.reverse() } else { shape };
         // SAFETY: pointers were checked to lie in buffers that are alive; how far the kernel goes beyond what was
         // checked, the caller of the driver's launch promises, and guard pages stop what is close.

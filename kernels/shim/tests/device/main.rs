@@ -31,8 +31,9 @@ impl Rig {
 
     fn with(options: Options) -> Rig {
         let driver = ShimDriver::new(options);
-        let streams = [StreamPriority::Normal, StreamPriority::High].map(|priority| driver.stream(priority).unwrap());
-        let events = [(); 4].map(|()| driver.event().unwrap());
+        let streams =
+            [StreamPriority::Normal, StreamPriority::High].map(|priority| driver.stream(priority, None).unwrap());
+        let events = [(); 4].map(|()| driver.event(streams[0]).unwrap());
         Rig { driver, streams, events }
     }
 
@@ -51,7 +52,7 @@ impl Rig {
 
     fn launch<P: KernelParams>(&self, stream: usize, kernel: &str, grid: u32, threads: u32, params: &P) -> Result<()> {
         let kernel = self.driver.kernel(kernel, 0)?;
-        let shape = LaunchShape { grid: [grid, 1], threads, shared_bytes: 0 };
+        let shape = LaunchShape { grid: [grid, 1], threads, shared_bytes: 0, early: false };
         // SAFETY: parameters are plain data without padding; tests of wrong ones expect them to be refused.
         unsafe { self.driver.launch(self.streams[stream], kernel, shape, bytes_of(params), layout::<P>()) }
     }
@@ -82,6 +83,13 @@ impl Rig {
     fn finish(&self, stream: usize) {
         self.record(3, stream);
         self.synchronize(3).unwrap();
+    }
+
+    /// So many bytes of zeros.
+    fn zero(&self, stream: usize, to: Ptr, bytes: usize) {
+        let from = self.driver.allocate_pinned(bytes).unwrap();
+        // SAFETY: as long, and left alone after the copy.
+        unsafe { self.driver.copy_to_device(self.streams[stream], to, from, bytes) }.unwrap();
     }
 
     fn to_device(&self, stream: usize, to: Ptr, from: NonNull<u8>, len: usize) -> Result<()> {

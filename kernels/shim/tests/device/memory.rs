@@ -28,11 +28,8 @@ fn pointers_lie_in_live_device_memory() {
 fn extents_follow_from_the_parameters() {
     let rig = Rig::new();
     let (x, w, out) = (rig.device(32), rig.driver.allocate(5 * 18).unwrap(), rig.device(12));
-    // SAFETY: as long.
-    unsafe {
-        rig.driver.zero(rig.streams[0], x, 128).unwrap();
-        rig.driver.zero(rig.streams[0], w, 90).unwrap();
-    }
+    rig.zero(0, x, 128);
+    rig.zero(0, w, 90);
     let params = |out, outputs, out_stride| GemvParams {
         x,
         w,
@@ -43,7 +40,7 @@ fn extents_follow_from_the_parameters() {
         outputs,
         out_stride,
         out_f32: 0,
-        pad: 0,
+        prefetch: 0,
     };
     let gemv = |params: GemvParams| rig.launch(0, "kvern_gemv_q4_0_f32_r1", params.outputs.div_ceil(4), 128, &params);
     gemv(params(out, 5, 100)).unwrap();
@@ -114,7 +111,6 @@ fn nothing_can_be_allocated_copied_and_freed() {
     rig.to_host(0, host, Ptr::NULL, 0).unwrap();
     // SAFETY: nothing uses it.
     unsafe {
-        rig.driver.zero(rig.streams[0], Ptr::NULL, 0).unwrap();
         rig.driver.free(device);
         rig.driver.free_pinned(host, 0);
         rig.driver.free(Ptr::NULL);
@@ -130,8 +126,7 @@ fn memory_is_poison_or_zeros_and_aligned() {
         assert_eq!((device.0 % 16, host.as_ptr() as usize % 16), (0, 0));
         assert_eq!(peek(host, len), vec![0; len]);
         assert_eq!(rig.values(0, device, len), vec![u32::MAX; len]);
-        // SAFETY: as long.
-        unsafe { rig.driver.zero(rig.streams[0], device, len * 4) }.unwrap();
+        rig.zero(0, device, len * 4);
         assert_eq!(rig.values(0, device, len), vec![0; len]);
     }
 }
@@ -149,8 +144,6 @@ fn copies_go_between_pinned_and_device_memory() {
     refused(rig.to_device(0, Ptr(host.as_ptr() as u64), host, 8), &["to: expected device memory"]);
     refused(rig.to_device(0, x, host, 9), &["from: expected 36 bytes", "found 32"]);
     refused(rig.to_device(0, offset(x, 1), host, 8), &["to: expected 32 bytes", "found 28"]);
-    // SAFETY: it is to be refused.
-    refused(unsafe { rig.driver.zero(rig.streams[0], x, 33) }, &["memory: expected 33 bytes"]);
     refused(rig.touch(own, 8, HostAccess::Read), &["expected pinned memory"]);
     refused(rig.touch(host, 9, HostAccess::Read), &["expected 36 bytes"]);
     assert_eq!(rig.values(0, x, 8), [1.5f32.to_bits(); 8]);
@@ -174,7 +167,7 @@ fn lists_of_pools_name_live_memory() {
         }
         let params = BlockCopyParams { pools: lists, pairs, block_bytes: 32, pair_count: 1, pool_count: 2 };
         let kernel = rig.driver.kernel("kvern_block_copy", 0).unwrap();
-        let shape = LaunchShape { grid: [1, 2], threads: 32, shared_bytes: 0 };
+        let shape = LaunchShape { grid: [1, 2], threads: 32, shared_bytes: 0, early: false };
         let layout = layout::<BlockCopyParams>();
         // SAFETY: sizes are right, and a pool that is not there is to be refused.
         let done = unsafe { rig.driver.launch(rig.streams[0], kernel, shape, bytes_of(&params), layout) };

@@ -49,7 +49,7 @@ fn a_write_needs_an_event_after_reads_and_writes() {
 #[test]
 fn order_passes_on_through_streams_and_through_the_host() {
     let rig = Rig::new();
-    let third = rig.driver.stream(StreamPriority::Normal).unwrap();
+    let third = rig.driver.stream(StreamPriority::Normal, None).unwrap();
     let (x, out) = (rig.device(2 * COLUMNS), rig.device(COLUMNS));
     rig.fill(0, x, 1).unwrap();
     rig.record(0, 0);
@@ -195,8 +195,7 @@ fn caches_have_to_be_there_and_the_scheduler_orders_them() {
     let (first, second, cache) = (rig.device(48), rig.device(48), rig.device(64));
     let lists = [rig.device(64), rig.device(4)];
     for memory in lists {
-        // SAFETY: as long.
-        unsafe { rig.driver.zero(rig.streams[0], memory, 16) }.unwrap();
+        rig.zero(0, memory, 16);
     }
     rig.finish(0);
     rope(&rig, 0, first, cache, lists).unwrap();

@@ -83,6 +83,7 @@ fn check(element: Element, out_element: Element, case: &Case) {
         n,
         k,
         out_stride: stride,
+        multiprocessors: 0,
         workspace: Ptr::NULL,
         workspace_bytes: 0,
     };
@@ -124,8 +125,7 @@ fn wrong_products_are_refused() {
     let rig = Rig::new();
     let (x, w, out) = (rig.device(4 * 8), rig.device(6 * 8), rig.device(4 * 6));
     for memory in [(x, 128), (w, 192)] {
-        // SAFETY: as long.
-        unsafe { rig.driver.zero(rig.streams[0], memory.0, memory.1) }.unwrap();
+        rig.zero(0, memory.0, memory.1);
     }
     let right = Gemm {
         element: Element::F32,
@@ -138,6 +138,7 @@ fn wrong_products_are_refused() {
         n: 6,
         k: 8,
         out_stride: 6,
+        multiprocessors: 0,
         workspace: Ptr::NULL,
         workspace_bytes: 0,
     };
@@ -150,6 +151,7 @@ fn wrong_products_are_refused() {
         (Gemm { out_stride: 5, ..right }, "expected rows at least 6 elements apart, found 5"),
         (Gemm { bias: offset(out, 19), ..right }, "bias: expected 24 bytes"),
         (Gemm { k: 0, ..right }, "sizes of at least 1"),
+        (Gemm { multiprocessors: 2, ..right }, "expected a product for 0 multiprocessors on s0, found 2"),
         (Gemm { w: Ptr::NULL, ..right }, "w: expected a matrix, found null"),
         (Gemm { out_element: Element::BF16, ..right }, "expected results of f32"),
         (Gemm { workspace: w, workspace_bytes: 193, ..right }, "workspace: expected 193 bytes"),

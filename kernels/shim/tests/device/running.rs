@@ -2,7 +2,7 @@
 
 use kvern_cuda_abi::{GateParams, RmsNormParams, SequenceSlice, StepInputsParams};
 use kvern_cuda_shim::device::Call;
-use kvern_kernels::cuda::driver::{Driver, Graph, Kernel};
+use kvern_kernels::cuda::driver::{Driver, Graph, Kernel, Part};
 
 use super::*;
 
@@ -16,7 +16,7 @@ fn kernels_take_what_they_are_made_for() {
     assert_eq!(rig.driver.kernel("kvern_silu_mul_f32", 0).unwrap(), kernel);
     let params = GateParams { x, out, rows: 1, columns: COLUMNS as u32 };
     let launch = |kernel, grid, threads, shared_bytes, params: &[u8], layout| {
-        let shape = LaunchShape { grid, threads, shared_bytes };
+        let shape = LaunchShape { grid, threads, shared_bytes, early: false };
         // SAFETY: a wrong one is to be refused.
         unsafe { rig.driver.launch(rig.streams[0], kernel, shape, params, layout) }
     };
@@ -38,12 +38,11 @@ fn kernels_take_what_they_are_made_for() {
     refused(rig.driver.synchronize(Event(7)), &["4 events, found 7"]);
 }
 
-/// Fills, gates, and copies: `[COLUMNS]` of `out` to the host.
+/// Fills, gates, fills again, and copies: `[COLUMNS]` of `out` to the host.
 fn step(rig: &Rig, x: Ptr, out: Ptr, to: NonNull<u8>) {
     rig.fill(0, x, 5).unwrap();
     rig.gate(0, x, out).unwrap();
-    // SAFETY: as long.
-    unsafe { rig.driver.zero(rig.streams[0], x, 8) }.unwrap();
+    rig.fill(0, x, 6).unwrap();
     rig.to_host(0, to, out, COLUMNS).unwrap();
 }
 
@@ -62,8 +61,7 @@ fn a_graph_does_what_its_operations_do() {
         let (eager, left) = (peek(to, COLUMNS), rig.values(0, x, 2 * COLUMNS));
         assert!(eager.iter().any(|bits| *bits != 0));
         for memory in [x, out] {
-            // SAFETY: as long.
-            unsafe { rig.driver.zero(rig.streams[0], memory, 4 * COLUMNS) }.unwrap();
+            rig.zero(0, memory, 4 * COLUMNS);
         }
         rig.driver.begin_capture(rig.streams[0]).unwrap();
         step(&rig, x, out, to);
@@ -173,8 +171,7 @@ fn memory_that_is_copied_from_and_to_keeps_its_values() {
     let rig = Rig::with(Options { lazy: true, ..Options::default() });
     let (x, y, host) = (rig.device(8), rig.device(8), rig.pinned(&[2.5; 8]));
     rig.to_device(0, x, host, 8).unwrap();
-    // SAFETY: as long.
-    unsafe { rig.driver.zero(rig.streams[0], y, 32) }.unwrap();
+    rig.zero(0, y, 32);
     rig.to_host(0, host, y, 8).unwrap();
     assert_eq!(peek(host, 8), [2.5f32.to_bits(); 8]);
     assert_eq!(rig.values(0, x, 8), [2.5f32.to_bits(); 8]);
@@ -285,6 +282,38 @@ fn a_planted_loss_lasts() {
     unsafe { rig.driver.free(x) };
 }
 
+/// Streams of two parts wait for each other as any two do; what is recorded has to be of the stream's part.
+#[test]
+fn parts_have_streams_and_events_of_their_own() {
+    let rig = Rig::new();
+    let wrong = [(0, "1 to 3 of the 4"), (4, "1 to 3 of the 4"), (3, "a division of 4 multiprocessors, found 4")];
+    for (multiprocessors, words) in wrong {
+        let error = rig.driver.divide(multiprocessors).unwrap_err().to_string();
+        assert!(error.contains(words), "{error}");
+    }
+    rig.driver.clear_log();
+    let parts = rig.driver.divide(1).unwrap();
+    assert_eq!(parts.map(|part| part.multiprocessors), [2, 2], "rounded up");
+    let [first, second] = parts.map(|part| rig.driver.stream(StreamPriority::High, Some(part)).unwrap());
+    let [event, other] = [first, second].map(|stream| rig.driver.event(stream).unwrap());
+    refused(rig.driver.record(rig.events[0], first), &["record", "of the whole device, found one of p0"]);
+    refused(rig.driver.record(other, first), &["of p1, found one of p0"]);
+    refused(rig.driver.stream(StreamPriority::High, Some(Part { number: 2, ..parts[0] })), &["one of 2 parts"]);
+    let rig = Rig { streams: [first, second], events: [event, other, event, other], ..rig };
+    let (x, out) = (rig.device(2 * COLUMNS), rig.device(COLUMNS));
+    rig.fill(0, x, 1).unwrap();
+    refused(rig.gate(1, x, out), &["x: expected to be read after kvern_fill_f32 on s2"]);
+    rig.record(0, 0);
+    rig.wait(1, 0);
+    rig.gate(1, x, out).unwrap();
+    rig.record(1, 1);
+    rig.synchronize(1).unwrap();
+    let log = rig.driver.log();
+    for line in ["part p0 of 2 multiprocessors", "stream s3 High on p1 of 2 multiprocessors"] {
+        assert!(log.iter().any(|found| found == line), "{line:?} is not in {log:?}");
+    }
+}
+
 #[test]
 fn the_log_tells_what_was_done() {
     let rig = Rig::new();
@@ -295,8 +324,7 @@ fn the_log_tells_what_was_done() {
     rig.wait(1, 1);
     rig.gate(1, x, out).unwrap();
     rig.driver.begin_capture(rig.streams[0]).unwrap();
-    // SAFETY: as long.
-    unsafe { rig.driver.zero(rig.streams[0], x, 16) }.unwrap();
+    rig.fill(0, x, 2).unwrap();
     rig.driver.end_capture(rig.streams[0]).unwrap();
     rig.synchronize(1).unwrap();
     let expected = [
@@ -305,7 +333,7 @@ fn the_log_tells_what_was_done() {
         "wait e1 s1",
         "launch kvern_silu_mul_f32 s1",
         "begin_capture s0",
-        "captured zero 16 bytes s0",
+        "captured launch kvern_fill_f32 s0",
         "end_capture g0 s0 [1 operations]",
         "synchronize e1",
     ];

@@ -24,6 +24,8 @@ pub(super) struct Question {
     pub(super) k: usize,
     pub(super) out_stride: usize,
     pub(super) bias: bool,
+    /// Of the part of the device that it runs on; 0 of all.
+    pub(super) multiprocessors: u32,
     pub(super) workspace_bytes: usize,
     /// In bytes: of x, w, and of out and bias, which are walked together.
     pub(super) alignments: [u32; 3],
@@ -40,6 +42,7 @@ impl Question {
             k: gemm.k,
             out_stride: gemm.out_stride,
             bias: gemm.bias != Ptr::NULL,
+            multiprocessors: gemm.multiprocessors,
             workspace_bytes: gemm.workspace_bytes,
             alignments: [alignment(gemm.x), alignment(gemm.w), alignment(gemm.out).min(alignment(gemm.bias))],
         }
@@ -106,6 +109,7 @@ mod tests {
             n: 48,
             k: 32,
             out_stride: 64,
+            multiprocessors: 0,
             workspace: Ptr(0x4000),
             workspace_bytes: 1 << 20,
         }
@@ -156,6 +160,7 @@ mod tests {
             Gemm { out_stride: 65, ..gemm(70) },
             Gemm { bias: Ptr(0x5000), ..gemm(70) },
             Gemm { workspace_bytes: 0, ..gemm(70) },
+            Gemm { multiprocessors: 48, ..gemm(70) },
             Gemm { x: Ptr(0x1008), ..gemm(70) },
         ];
         for other in others {

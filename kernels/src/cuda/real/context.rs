@@ -17,7 +17,7 @@ const CUDA_MIN: (u32, u32) = (13, 0);
 const CAPABILITY_MIN: (u32, u32) = (8, 0);
 
 /// Loads the driver and initializes it; to be called before anything else, any number of times.
-pub(super) fn initialize() -> Result<()> {
+fn initialize() -> Result<()> {
     // SAFETY: loading a library runs its initializers; this one is the system's GPU driver.
     if !unsafe { sys::is_culib_present() } {
         return Err(KernelError::Unsupported("expected an NVIDIA driver (libcuda.so.1), found none".into()));
@@ -61,7 +61,7 @@ fn driver_version() -> Result<(u32, u32)> {
 }
 
 /// How many GPUs there are, at least one; after [`initialize`].
-pub(super) fn count() -> Result<usize> {
+fn count() -> Result<usize> {
     let mut count: c_int = 0;
     // SAFETY: as in `driver_version`.
     check("cuDeviceGetCount", unsafe { sys::cuDeviceGetCount(&raw mut count) })?;
@@ -144,6 +144,10 @@ impl Context {
         let context = Context { device, raw: Raw(raw), health: Health::new(explain) };
         context.enter()?;
         Ok((context, properties))
+    }
+
+    pub(super) fn device(&self) -> CUdevice {
+        self.device
     }
 
     /// Makes this the calling thread's context, as every call needs it; some ten nanoseconds where it is that already.

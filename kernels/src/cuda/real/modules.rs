@@ -21,6 +21,9 @@ const KERNELS_MAX: usize = 1024;
 /// Shared memory, static and dynamic, that a block has without being asked for.
 const UNASKED_SHARED_BYTES: u32 = 48 * 1024;
 
+/// Compute capability from which on launches can begin early.
+const EARLY_CAPABILITY_MIN: (u32, u32) = (9, 0);
+
 /// Gives bytes an alignment, which `include_bytes!` does not.
 #[repr(C, align(64))]
 struct Aligned<T>(T);
@@ -31,9 +34,16 @@ static FATBINS: &[(&str, &[u8])] = include!(concat!(env!("OUT_DIR"), "/fatbins.r
 /// A kernel that can be launched.
 struct Entry {
     name: String,
-    function: Raw<sys::CUfunc_st>,
+    kernel: Raw<sys::CUkern_st>,
     /// Bytes of its parameter struct.
     param_bytes: usize,
+}
+
+impl Entry {
+    /// As launches take it: a kernel's handle stands for its function in the context of the launch's stream.
+    fn function(&self) -> sys::CUfunction {
+        self.kernel.0.cast()
+    }
 }
 
 /// What is known of a kernel's name.
@@ -43,16 +53,18 @@ struct Named {
     shared_bytes: u32,
 }
 
-/// The modules of a context.
+/// All kernels. They belong to no context, so that they can be launched on the streams of every part of the device.
 pub(super) struct Modules {
-    loaded: Vec<Raw<sys::CUmod_st>>,
+    loaded: Vec<Raw<sys::CUlib_st>>,
     kernels: Table<Entry>,
     by_name: Mutex<HashMap<String, Named>>,
+    /// The device can begin a launch before the one before it has ended.
+    can_begin_early: bool,
 }
 
 impl Modules {
-    /// Loads all kernels of this binary into the current context.
-    pub(super) fn load(context: &Context) -> Result<Self> {
+    /// Loads all kernels of this binary, for a device of this compute capability.
+    pub(super) fn load(context: &Context, capability: (u32, u32)) -> Result<Self> {
         if FATBINS.is_empty() {
             let text = "expected CUDA kernels in this binary, found none: it was built without `make cuda`";
             return Err(KernelError::Unsupported(text.into()));
@@ -61,13 +73,15 @@ impl Modules {
             loaded: Vec::with_capacity(FATBINS.len()),
             kernels: Table::new("kernels", KERNELS_MAX),
             by_name: Mutex::new(HashMap::new()),
+            can_begin_early: capability >= EARLY_CAPABILITY_MIN,
         };
         for (name, bytes) in FATBINS {
-            let mut module = std::ptr::null_mut();
-            // SAFETY: the bytes are a fatbin, whose header says how long it is; the context is current.
-            let status = unsafe { sys::cuModuleLoadData(&raw mut module, bytes.as_ptr().cast()) };
-            context.check(format_args!("cuModuleLoadData of {name}"), status)?;
-            modules.loaded.push(Raw(module));
+            let (mut library, code) = (std::ptr::null_mut(), bytes.as_ptr().cast());
+            let (jit, options, values) = (std::ptr::null_mut(), std::ptr::null_mut(), std::ptr::null_mut());
+            // SAFETY: the bytes are a fatbin, whose header says how long it is; there are no options of either kind.
+            let status = unsafe { sys::cuLibraryLoadData(&raw mut library, code, jit, values, 0, options, values, 0) };
+            context.check(format_args!("cuLibraryLoadData of {name}"), status)?;
+            modules.loaded.push(Raw(library));
         }
         Ok(modules)
     }
@@ -83,11 +97,11 @@ impl Modules {
             }
         };
         if shared_bytes > known.shared_bytes {
-            let function = self.kernels.get(known.number).function.0;
+            let kernel = self.kernels.get(known.number).kernel.0;
             let value = c_int::try_from(shared_bytes).unwrap_or(c_int::MAX);
             let attribute = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            // SAFETY: the function is of a module that is loaded as long as this lives.
-            let status = unsafe { sys::cuFuncSetAttribute(function, attribute, value) };
+            // SAFETY: the kernel is of a library that is loaded as long as this lives.
+            let status = unsafe { sys::cuKernelSetAttribute(attribute, value, kernel, context.device()) };
             context.check(format_args!("{shared_bytes} bytes of shared memory for {name}"), status)?;
             known.shared_bytes = shared_bytes;
         }
@@ -96,35 +110,40 @@ impl Modules {
 
     /// Finds a kernel for the first time.
     fn open(&self, context: &Context, name: &str) -> Result<Named> {
-        let function = self.function(context, name)?;
-        // SAFETY: the function is of a module that is loaded as long as this lives.
+        let kernel = self.kernel(context, name)?;
+        let mut function = std::ptr::null_mut();
+        // SAFETY: the kernel is of a library that is loaded as long as this lives; the pointer is to a local of the
+        // type that is written. Here and below.
+        let status = unsafe { sys::cuKernelGetFunction(&raw mut function, kernel) };
+        context.check(format_args!("cuKernelGetFunction of {name}"), status)?;
+        // SAFETY: the function is the kernel's in the current context, whose code all parts of the device share.
         context.check(format_args!("cuFuncLoad of {name}"), unsafe { sys::cuFuncLoad(function) })?;
         let (mut offset, mut param_bytes) = (0, 0);
-        // SAFETY: as above; the pointers are to locals of the types that are written.
-        let status = unsafe { sys::cuFuncGetParamInfo(function, 0, &raw mut offset, &raw mut param_bytes) };
-        context.check(format_args!("cuFuncGetParamInfo of {name}"), status)?;
-        let mut static_bytes: c_int = 0;
-        let attribute = Attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES;
         // SAFETY: as above.
-        let status = unsafe { sys::cuFuncGetAttribute(&raw mut static_bytes, attribute, function) };
-        context.check(format_args!("cuFuncGetAttribute of {name}"), status)?;
-        let entry = || Ok(Entry { name: name.to_owned(), function: Raw(function), param_bytes });
+        let status = unsafe { sys::cuKernelGetParamInfo(kernel, 0, &raw mut offset, &raw mut param_bytes) };
+        context.check(format_args!("cuKernelGetParamInfo of {name}"), status)?;
+        let mut static_bytes: c_int = 0;
+        let (attribute, device) = (Attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, context.device());
+        // SAFETY: as above.
+        let status = unsafe { sys::cuKernelGetAttribute(&raw mut static_bytes, attribute, kernel, device) };
+        context.check(format_args!("cuKernelGetAttribute of {name}"), status)?;
+        let entry = || Ok(Entry { name: name.to_owned(), kernel: Raw(kernel), param_bytes });
         let shared_bytes = UNASKED_SHARED_BYTES.saturating_sub(static_bytes.unsigned_abs());
         Ok(Named { number: self.kernels.add(entry)?, shared_bytes })
     }
 
-    /// The function of a name in whichever module has it.
-    fn function(&self, context: &Context, name: &str) -> Result<sys::CUfunction> {
+    /// The kernel of a name in whichever library has it.
+    fn kernel(&self, context: &Context, name: &str) -> Result<sys::CUkernel> {
         let unknown = || KernelError::Unsupported(format!("expected a CUDA kernel of this binary, found {name:?}"));
         let c_name = CString::new(name).map_err(|_| unknown())?;
-        for module in &self.loaded {
-            let mut function = std::ptr::null_mut();
-            // SAFETY: the module is loaded as long as this lives, and the name ends with a zero.
-            match unsafe { sys::cuModuleGetFunction(&raw mut function, module.0, c_name.as_ptr()) } {
+        for library in &self.loaded {
+            let mut kernel = std::ptr::null_mut();
+            // SAFETY: the library is loaded as long as this lives, and the name ends with a zero.
+            match unsafe { sys::cuLibraryGetKernel(&raw mut kernel, library.0, c_name.as_ptr()) } {
                 CUresult::CUDA_ERROR_NOT_FOUND => {}
                 status => {
-                    context.check(format_args!("cuModuleGetFunction of {name}"), status)?;
-                    return Ok(function);
+                    context.check(format_args!("cuLibraryGetKernel of {name}"), status)?;
+                    return Ok(kernel);
                 }
             }
         }
@@ -136,15 +155,10 @@ impl Modules {
         let entry = self.kernels.get(kernel);
         let mut blocks: c_int = 0;
         let threads = c_int::try_from(threads).unwrap_or(c_int::MAX);
-        // SAFETY: the function is of a loaded module; the pointer is to a local of the type that is written.
-        let status = unsafe {
-            sys::cuOccupancyMaxActiveBlocksPerMultiprocessor(
-                &raw mut blocks,
-                entry.function.0,
-                threads,
-                shared_bytes as usize,
-            )
-        };
+        let (function, shared) = (entry.function(), shared_bytes as usize);
+        // SAFETY: the kernel is of a loaded library; the pointer is to a local of the type that is written.
+        let status =
+            unsafe { sys::cuOccupancyMaxActiveBlocksPerMultiprocessor(&raw mut blocks, function, threads, shared) };
         context.check(format_args!("cuOccupancyMaxActiveBlocksPerMultiprocessor of {}", entry.name), status)?;
         u32::try_from(blocks).ok().and_then(NonZeroU32::new).ok_or_else(|| {
             KernelError::Unsupported(format!(
@@ -173,25 +187,15 @@ impl Modules {
             let found = format!("{} for {} of {}", params.len(), layout.name, layout.bytes);
             return Err(KernelError::shape("launch", expected, found));
         }
-        // One parameter: the struct. The driver copies it before it returns.
-        let mut arguments = [params.as_ptr().cast_mut().cast()];
-        let LaunchShape { grid: [x, y], threads, shared_bytes } = shape;
-        // SAFETY: the function is of a loaded module, takes one parameter, and that is as long as it takes it to be;
-        // the rest is the caller's.
+        let LaunchShape { grid: [x, y], threads, shared_bytes, early } = shape;
+        // SAFETY: the kernel is of a loaded library, takes one parameter, and that is as long as it takes it to be; the
+        // rest is the caller's.
         let status = unsafe {
-            sys::cuLaunchKernel(
-                entry.function.0,
-                x,
-                y,
-                1,
-                threads,
-                1,
-                1,
-                shared_bytes,
-                stream,
-                arguments.as_mut_ptr(),
-                std::ptr::null_mut(),
-            )
+            if early && self.can_begin_early {
+                launch_early(entry.function(), stream, shape, params)
+            } else {
+                launch_in_turn(entry.function(), stream, shape, params)
+            }
         };
         context.check(
             format_args!("launch of {} [{x} x {y} blocks of {threads}, {shared_bytes} bytes]", entry.name),
@@ -200,11 +204,62 @@ impl Modules {
     }
 }
 
+/// A launch that begins when all that is on the stream is done.
+///
+/// # Safety
+/// The function takes one parameter, as long as `params`; else as of [`Modules::launch`].
+unsafe fn launch_in_turn(
+    function: sys::CUfunction,
+    stream: sys::CUstream,
+    shape: LaunchShape,
+    params: &[u8],
+) -> CUresult {
+    // One parameter: the struct. The driver copies it before it returns.
+    let mut arguments = [params.as_ptr().cast_mut().cast()];
+    let LaunchShape { grid: [x, y], threads, shared_bytes, .. } = shape;
+    let (parameters, extra) = (arguments.as_mut_ptr(), std::ptr::null_mut());
+    // SAFETY: the caller's; the arguments live until the call returns.
+    unsafe { sys::cuLaunchKernel(function, x, y, 1, threads, 1, 1, shared_bytes, stream, parameters, extra) }
+}
+
+/// A launch that may begin as soon as the kernel before it on the stream allows it, and then waits for that kernel
+/// itself. In a capture this becomes an edge of that kind between the two.
+///
+/// # Safety
+/// As of [`launch_in_turn`].
+unsafe fn launch_early(
+    function: sys::CUfunction,
+    stream: sys::CUstream,
+    shape: LaunchShape,
+    params: &[u8],
+) -> CUresult {
+    let mut arguments = [params.as_ptr().cast_mut().cast()];
+    let mut value = sys::CUlaunchAttributeValue { pad: [0; 64] };
+    value.programmaticStreamSerializationAllowed = 1;
+    let id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+    let mut attribute = sys::CUlaunchAttribute { id, pad: [0; 4], value };
+    let LaunchShape { grid: [x, y], threads, shared_bytes, .. } = shape;
+    let config = sys::CUlaunchConfig {
+        gridDimX: x,
+        gridDimY: y,
+        gridDimZ: 1,
+        blockDimX: threads,
+        blockDimY: 1,
+        blockDimZ: 1,
+        sharedMemBytes: shared_bytes,
+        hStream: stream,
+        attrs: &raw mut attribute,
+        numAttrs: 1,
+    };
+    // SAFETY: the caller's; configuration, attribute and arguments live until the call returns.
+    unsafe { sys::cuLaunchKernelEx(&raw const config, function, arguments.as_mut_ptr(), std::ptr::null_mut()) }
+}
+
 impl Drop for Modules {
     fn drop(&mut self) {
-        for module in self.loaded.drain(..) {
-            // SAFETY: loaded once by `load`, into the context that is current; nothing runs any more.
-            let _ = unsafe { sys::cuModuleUnload(module.0) };
+        for library in self.loaded.drain(..) {
+            // SAFETY: loaded once by `load`; nothing runs any more.
+            let _ = unsafe { sys::cuLibraryUnload(library.0) };
         }
     }
 }

@@ -183,13 +183,18 @@ struct Problem {
 
 impl Problem {
     fn new(question: &Question, bias: Ptr) -> Result<Self> {
-        let Question { element, out_element, m, n, k, out_stride, .. } = *question;
+        let Question { element, out_element, m, n, k, out_stride, multiprocessors, .. } = *question;
         let product = Description::new()?;
         product.set(Detail::CUBLASLT_MATMUL_DESC_TRANSA, TRANSPOSED)?;
         if bias != Ptr::NULL {
             product.set(Detail::CUBLASLT_MATMUL_DESC_EPILOGUE, Epilogue::CUBLASLT_EPILOGUE_BIAS)?;
             product.set(Detail::CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, data_type(element))?;
             product.set(Detail::CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias.0)?;
+        }
+        // On a part of the device the library would cut the work for all of it.
+        if multiprocessors != 0 {
+            let count = i32::try_from(multiprocessors).expect("some hundred at most");
+            product.set(Detail::CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET, count)?;
         }
         Ok(Problem {
             product,
@@ -358,6 +363,7 @@ mod tests {
             n: 7,
             k: 3,
             out_stride: 8,
+            multiprocessors: 48,
             workspace: Ptr::NULL,
             workspace_bytes: 0,
         }

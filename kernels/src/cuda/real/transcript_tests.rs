@@ -14,7 +14,7 @@ use crate::cuda::driver::Element;
 const INSIDE: &str = "KVERN_TEST_FAKE_DRIVER";
 
 static LAYOUT: Layout = Layout { name: "TestParams", bytes: 48, fields: &[] };
-const SHAPE: LaunchShape = LaunchShape { grid: [3, 2], threads: 128, shared_bytes: 16 };
+const SHAPE: LaunchShape = LaunchShape { grid: [3, 2], threads: 128, shared_bytes: 16, early: false };
 const PARAMS: [u64; 6] = [7; 6];
 
 fn params() -> &'static [u8] {
@@ -67,6 +67,7 @@ fn inside() {
         Ok("open") => said(open(1).map(|gpu| gpu.properties().name.clone())),
         Ok("whole") => whole(&*open(1).unwrap()),
         Ok("products") => products(&*open(0).unwrap()),
+        Ok("parts") => parts(&*open(1).unwrap()),
         Ok("loss") => loss(&*open(0).unwrap()),
         Ok(other) => panic!("expected a scenario, found {other:?}"),
         Err(_) => println!("run by the tests beside it"),
@@ -79,8 +80,9 @@ fn whole(gpu: &dyn Driver) {
     let (memory, pinned) = (gpu.allocate(64).unwrap(), gpu.allocate_pinned(64).unwrap());
     // SAFETY: as long as asked for.
     assert_eq!(unsafe { slice::from_raw_parts(pinned.as_ptr(), 64) }, [0; 64]);
-    let (stream, urgent) = (gpu.stream(StreamPriority::Normal).unwrap(), gpu.stream(StreamPriority::High).unwrap());
-    let event = gpu.event().unwrap();
+    let [stream, urgent] =
+        [StreamPriority::Normal, StreamPriority::High].map(|priority| gpu.stream(priority, None).unwrap());
+    let event = gpu.event(stream).unwrap();
     let kernel = gpu.kernel("kvern_one", 0).unwrap();
     assert_eq!(gpu.kernel("kvern_one", 47 << 10).unwrap(), kernel);
     assert_eq!(gpu.kernel("kvern_one", 48 << 10).unwrap(), kernel);
@@ -90,13 +92,15 @@ fn whole(gpu: &dyn Driver) {
     said(gpu.blocks_per_multiprocessor(kernel, 128, 200_000));
     // SAFETY: the fake driver reads nothing but the parameters, and memory of which there is enough.
     unsafe {
-        gpu.zero(stream, memory, 64).unwrap();
         gpu.copy_to_device(stream, memory, pinned, 48).unwrap();
         gpu.copy_to_host(stream, pinned, memory, 32).unwrap();
         gpu.copy_to_host(stream, pinned, memory, 0).unwrap();
         gpu.launch(stream, kernel, SHAPE, params(), &LAYOUT).unwrap();
         said(gpu.launch(stream, kernel, SHAPE, &params()[..40], &LAYOUT));
         said(gpu.launch(stream, kernel, LaunchShape { grid: [0, 1], ..SHAPE }, params(), &LAYOUT));
+        let early = LaunchShape { early: true, ..SHAPE };
+        gpu.launch(stream, kernel, early, params(), &LAYOUT).unwrap();
+        said(gpu.launch(stream, kernel, LaunchShape { grid: [0, 1], ..early }, params(), &LAYOUT));
     }
     // Every thread gets the context.
     std::thread::scope(|scope| {
@@ -120,7 +124,7 @@ fn whole(gpu: &dyn Driver) {
 }
 
 fn products(gpu: &dyn Driver) {
-    let stream = gpu.stream(StreamPriority::Normal).unwrap();
+    let stream = gpu.stream(StreamPriority::Normal, None).unwrap();
     let gemm = Gemm {
         element: Element::BF16,
         out_element: Element::F32,
@@ -132,6 +136,7 @@ fn products(gpu: &dyn Driver) {
         n: 48,
         k: 32,
         out_stride: 50,
+        multiprocessors: 0,
         workspace: Ptr(0x100),
         workspace_bytes: 1024,
     };
@@ -144,14 +149,35 @@ fn products(gpu: &dyn Driver) {
         Gemm { m: 99, ..plain },
         Gemm { n: 13, ..plain },
         Gemm { m: 0, ..plain },
+        Gemm { m: 1, multiprocessors: 8, ..plain },
     ] {
         // SAFETY: the fake library reads nothing.
         said(unsafe { gpu.gemm(stream, &gemm) });
     }
 }
 
+/// Parts of a device, of sixteen multiprocessors that are divided in fours.
+fn parts(gpu: &dyn Driver) {
+    said(gpu.divide(0));
+    said(gpu.divide(16));
+    said(gpu.divide(13));
+    let Ok([decode, prefill]) = gpu.divide(5) else { return said(gpu.divide(5)) };
+    said(Ok([decode, prefill]));
+    let stream = gpu.stream(StreamPriority::High, Some(decode)).unwrap();
+    let other = gpu.stream(StreamPriority::Normal, Some(prefill)).unwrap();
+    let [event, there] = [stream, other].map(|stream| gpu.event(stream).unwrap());
+    let kernel = gpu.kernel("kvern_one", 0).unwrap();
+    // SAFETY: as in `whole`.
+    unsafe { gpu.launch(stream, kernel, SHAPE, params(), &LAYOUT) }.unwrap();
+    gpu.record(event, stream).unwrap();
+    gpu.wait(other, event).unwrap();
+    gpu.record(there, other).unwrap();
+    gpu.synchronize(there).unwrap();
+}
+
 fn loss(gpu: &dyn Driver) {
-    let (stream, event) = (gpu.stream(StreamPriority::Normal).unwrap(), gpu.event().unwrap());
+    let stream = gpu.stream(StreamPriority::Normal, None).unwrap();
+    let event = gpu.event(stream).unwrap();
     let kernel = gpu.kernel("kvern_one", 0).unwrap();
     // SAFETY: as in `whole`.
     said(unsafe { gpu.launch(stream, kernel, LaunchShape { grid: [666, 1], ..SHAPE }, params(), &LAYOUT) });
@@ -169,11 +195,11 @@ fn built_with_kernels() -> bool {
     built
 }
 
-/// Apart from the lines of modules, of which there are as many as files of kernels.
-fn without_modules(transcript: &str) -> String {
-    let loads = transcript.matches("> cuModuleLoadData of a fatbin\n").count();
-    assert!(loads > 0 && loads == transcript.matches("> cuModuleUnload\n").count(), "{transcript}");
-    transcript.lines().filter(|line| !line.starts_with("> cuModule")).map(|line| format!("{line}\n")).collect()
+/// Apart from the lines of libraries, of which there are as many as files of kernels.
+fn without_libraries(transcript: &str) -> String {
+    let loads = transcript.matches("> cuLibraryLoadData of a fatbin\n").count();
+    assert!(loads > 0 && loads == transcript.matches("> cuLibraryUnload\n").count(), "{transcript}");
+    transcript.lines().filter(|line| !line.starts_with("> cuLibrary")).map(|line| format!("{line}\n")).collect()
 }
 
 #[test]
@@ -190,7 +216,7 @@ fn what_is_wrong_is_said_in_one_line() {
         assert_eq!(found.matches("Retain").count(), found.matches("Release").count(), "{found}");
     }
     if built_with_kernels() {
-        let found = without_modules(&transcript("open", &[("FAKE_CUBLAS", "110000")]));
+        let found = without_libraries(&transcript("open", &[("FAKE_CUBLAS", "110000")]));
         let expected = "> cuInit 0\n> cuDevicePrimaryCtxRetain 71\n> cuDevicePrimaryCtxRelease 71\n\
                         = expected cublasLt of version 120000 or later, found 110000\n";
         assert_eq!(found, expected);
@@ -200,23 +226,44 @@ fn what_is_wrong_is_said_in_one_line() {
 #[test]
 fn every_call_reaches_the_driver_as_meant_and_everything_is_given_back() {
     if built_with_kernels() {
-        assert_eq!(without_modules(&transcript("whole", &[])), include_str!("fake/whole.txt"));
+        assert_eq!(without_libraries(&transcript("whole", &[])), include_str!("fake/whole.txt"));
         let failed = transcript("whole", &[("FAKE_CAPTURE", "901")]);
         let expected = "= cuStreamEndCapture: CUDA_ERROR_STREAM_CAPTURE_INVALIDATED (what it means)\n";
         assert!(failed.contains(expected) && !failed.contains("> cuGraph"), "{failed}");
     }
 }
 
+/// Below compute capability 9.0 launches take turns, whatever was asked for.
+#[test]
+fn launches_begin_early_where_the_device_can() {
+    if built_with_kernels() {
+        let found = transcript("whole", &[("FAKE_CAPABILITY", "8")]);
+        let launches = found.matches("> cuLaunchKernel kvern_one").count();
+        assert!(launches == 4 && !found.contains("cuLaunchKernelEx"), "{found}");
+    }
+}
+
 #[test]
 fn products_are_described_as_the_library_sees_them() {
     if built_with_kernels() {
-        assert_eq!(without_modules(&transcript("products", &[])), include_str!("fake/products.txt"));
+        assert_eq!(without_libraries(&transcript("products", &[])), include_str!("fake/products.txt"));
+    }
+}
+
+#[test]
+fn parts_of_a_device_have_their_streams_and_events() {
+    if built_with_kernels() {
+        assert_eq!(without_libraries(&transcript("parts", &[])), include_str!("fake/parts.txt"));
+        let refused = transcript("parts", &[("FAKE_PARTS", "801")]);
+        let expected = "= expected a GPU whose multiprocessors can be divided (green contexts), found \
+                        CUDA_ERROR_NOT_SUPPORTED of cuDeviceGetDevResource\n";
+        assert!(refused.contains(expected) && !refused.contains("cuGreenCtx"), "{refused}");
     }
 }
 
 #[test]
 fn a_lost_device_is_lost_for_good() {
     if built_with_kernels() {
-        assert_eq!(without_modules(&transcript("loss", &[])), include_str!("fake/loss.txt"));
+        assert_eq!(without_libraries(&transcript("loss", &[])), include_str!("fake/loss.txt"));
     }
 }

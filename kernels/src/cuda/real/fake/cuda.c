@@ -1,6 +1,7 @@
 // Stands in for NVIDIA's driver in a test: notes each call on standard error and computes nothing. The environment
 // says what goes wrong: FAKE_INIT a status of cuInit, FAKE_VERSION a version, FAKE_CAPABILITY a compute capability's
-// major number, FAKE_CAPTURE a status of cuStreamEndCapture. A launch of 666 blocks loses the device.
+// major number, FAKE_CAPTURE a status of cuStreamEndCapture, FAKE_PARTS one of cuDeviceGetDevResource. A launch of 666
+// blocks loses the device.
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -11,8 +12,8 @@ enum { INVALID_CONTEXT = 201, NOT_FOUND = 500, ILLEGAL_ADDRESS = 700 };
 
 static __thread void *current;
 static int lost;
-// Apart, so that the other handles do not depend on how many modules there are.
-static uintptr_t last_handle = 0x100, last_module = 0x1000;
+// Apart, so that the other handles do not depend on how many libraries there are.
+static uintptr_t last_handle = 0x100, last_library = 0x1000;
 
 static void *const CONTEXT = (void *)0xc0;
 
@@ -20,6 +21,10 @@ static void *const CONTEXT = (void *)0xc0;
 #define IN_CONTEXT                                                                                                     \
     if (lost) return lost;                                                                                             \
     if (current != CONTEXT) return INVALID_CONTEXT
+// Contexts of parts of the device lie above it.
+#define IN_SOME_CONTEXT                                                                                                \
+    if (lost) return lost;                                                                                             \
+    if (current < CONTEXT) return INVALID_CONTEXT
 
 static int setting(const char *name, int otherwise) {
     const char *text = getenv(name);
@@ -151,13 +156,6 @@ int cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t bytes, void *stream) {
     return SUCCESS;
 }
 
-int cuMemsetD8Async(uint64_t memory, unsigned char value, size_t bytes, void *stream) {
-    IN_CONTEXT;
-    NOTE("cuMemsetD8Async %u, %zu on %p", value, bytes, stream);
-    memset((void *)(uintptr_t)memory, value, bytes);
-    return SUCCESS;
-}
-
 int cuStreamCreateWithPriority(void **stream, unsigned flags, int priority) {
     IN_CONTEXT;
     *stream = handle();
@@ -177,9 +175,9 @@ int cuStreamWaitEvent(void *stream, void *event, unsigned flags) {
 }
 
 int cuEventCreate(void **event, unsigned flags) {
-    IN_CONTEXT;
+    IN_SOME_CONTEXT;
     *event = handle();
-    NOTE("cuEventCreate %p flags %u", *event, flags);
+    NOTE("cuEventCreate %p flags %u in %p", *event, flags, current);
     return SUCCESS;
 }
 
@@ -200,26 +198,34 @@ int cuEventSynchronize(void *event) {
     return SUCCESS;
 }
 
-int cuModuleLoadData(void **module, const void *image) {
+int cuLibraryLoadData(void **library, const void *image, void *jit, void *jit_values, unsigned jit_count, void *options,
+                      void *values, unsigned count) {
     IN_CONTEXT;
-    *module = (void *)++last_module;
+    *library = (void *)++last_library;
     // As fatbins begin, at an address that is one of numbers.
     int good = (uintptr_t)image % 8 == 0 && *(const uint32_t *)image == 0xba55ed50;
-    NOTE("cuModuleLoadData %s", good ? "of a fatbin" : "of something else");
-    return good ? SUCCESS : INVALID_VALUE;
+    int plain = !jit && !jit_values && jit_count == 0 && !options && !values && count == 0;
+    NOTE("cuLibraryLoadData %s", good && plain ? "of a fatbin" : "of something else");
+    return good && plain ? SUCCESS : INVALID_VALUE;
 }
 
-int cuModuleUnload(void *module) {
-    (void)module;
-    NOTE("cuModuleUnload");
+int cuLibraryUnload(void *library) {
+    (void)library;
+    NOTE("cuLibraryUnload");
     return SUCCESS;
 }
 
-// Every second module has every kernel.
-int cuModuleGetFunction(void **function, void *module, const char *name) {
+// Every second library has every kernel.
+int cuLibraryGetKernel(void **kernel, void *library, const char *name) {
     IN_CONTEXT;
-    if ((uintptr_t)module % 2 != 0 || strncmp(name, "kvern_", 6) != 0) return NOT_FOUND;
-    *function = strdup(name);
+    if ((uintptr_t)library % 2 != 0 || strncmp(name, "kvern_", 6) != 0) return NOT_FOUND;
+    *kernel = strdup(name);
+    return SUCCESS;
+}
+
+int cuKernelGetFunction(void **function, void *kernel) {
+    IN_CONTEXT;
+    *function = kernel;
     return SUCCESS;
 }
 
@@ -229,25 +235,25 @@ int cuFuncLoad(void *function) {
     return SUCCESS;
 }
 
-int cuFuncGetParamInfo(void *function, size_t index, size_t *offset, size_t *bytes) {
+int cuKernelGetParamInfo(void *kernel, size_t index, size_t *offset, size_t *bytes) {
     IN_CONTEXT;
-    (void)function;
+    (void)kernel;
     *offset = 0;
     *bytes = 48;
     return index == 0 ? SUCCESS : INVALID_VALUE;
 }
 
 // Static shared memory: 1 KiB.
-int cuFuncGetAttribute(int *value, int attribute, void *function) {
+int cuKernelGetAttribute(int *value, int attribute, void *kernel, int device) {
     IN_CONTEXT;
-    (void)function;
-    *value = attribute == 1 ? 1024 : 0;
+    (void)kernel;
+    *value = attribute == 1 && device >= 70 ? 1024 : 0;
     return SUCCESS;
 }
 
-int cuFuncSetAttribute(void *function, int attribute, int value) {
+int cuKernelSetAttribute(int attribute, int value, void *kernel, int device) {
     IN_CONTEXT;
-    NOTE("cuFuncSetAttribute %s %d = %d", (char *)function, attribute, value);
+    NOTE("cuKernelSetAttribute %s %d = %d on %d", (char *)kernel, attribute, value, device);
     return value > 200000 ? INVALID_VALUE : SUCCESS;
 }
 
@@ -265,6 +271,89 @@ int cuLaunchKernel(void *function, unsigned x, unsigned y, unsigned z, unsigned 
          threads, threads_y, threads_z, shared_bytes, stream, *(unsigned long long *)parameters[0], extra != NULL);
     if (x == 666) lost = ILLEGAL_ADDRESS;
     return x == 0 ? INVALID_VALUE : SUCCESS;
+}
+
+struct attribute {
+    int id;
+    char pad[4];
+    int value;
+    char rest[60];
+};
+
+struct launch {
+    unsigned x, y, z, threads, threads_y, threads_z, shared_bytes;
+    void *stream;
+    const struct attribute *attributes;
+    unsigned count;
+};
+
+int cuLaunchKernelEx(const struct launch *launch, void *function, void **parameters, void **extra) {
+    IN_CONTEXT;
+    NOTE("cuLaunchKernelEx %s %ux%ux%u of %ux%ux%u shared %u on %p, %u attribute: %d = %d, parameter %llu extra %d",
+         (char *)function, launch->x, launch->y, launch->z, launch->threads, launch->threads_y, launch->threads_z,
+         launch->shared_bytes, launch->stream, launch->count, launch->attributes->id, launch->attributes->value,
+         *(unsigned long long *)parameters[0], extra != NULL);
+    return launch->x == 0 ? INVALID_VALUE : SUCCESS;
+}
+
+struct resource {
+    int type;
+    unsigned char padding[92];
+    unsigned count;
+    unsigned char rest[44];
+};
+
+enum { INVALID_RESOURCE = 0, MULTIPROCESSORS = 1 };
+
+int cuDeviceGetDevResource(int device, struct resource *resource, int type) {
+    IN_CONTEXT;
+    NOTE("cuDeviceGetDevResource %d of type %d", device, type);
+    *resource = (struct resource){.type = MULTIPROCESSORS, .count = 16};
+    return setting("FAKE_PARTS", SUCCESS);
+}
+
+// In fours.
+int cuDevSmResourceSplitByCount(struct resource *first, unsigned *groups, const struct resource *all,
+                                struct resource *rest, unsigned flags, unsigned least) {
+    IN_CONTEXT;
+    NOTE("cuDevSmResourceSplitByCount %u groups of at least %u of %u flags %u", *groups, least, all->count, flags);
+    unsigned count = (least + 3) / 4 * 4;
+    *first = (struct resource){.type = MULTIPROCESSORS, .count = count};
+    *rest = (struct resource){.type = count < all->count ? MULTIPROCESSORS : INVALID_RESOURCE,
+                              .count = all->count - count};
+    return SUCCESS;
+}
+
+// A description is the number of multiprocessors.
+int cuDevResourceGenerateDesc(void **description, struct resource *resources, unsigned count) {
+    IN_CONTEXT;
+    *description = (void *)(uintptr_t)(count == 1 ? resources->count : 0);
+    return SUCCESS;
+}
+
+int cuGreenCtxCreate(void **green, void *description, int device, unsigned flags) {
+    IN_CONTEXT;
+    *green = handle();
+    NOTE("cuGreenCtxCreate %p of %d on %d flags %u", *green, (int)(uintptr_t)description, device, flags);
+    return SUCCESS;
+}
+
+int cuCtxFromGreenCtx(void **context, void *green) {
+    IN_CONTEXT;
+    *context = (char *)green + 0x1000;
+    return SUCCESS;
+}
+
+int cuGreenCtxStreamCreate(void **stream, void *green, unsigned flags, int priority) {
+    IN_CONTEXT;
+    *stream = handle();
+    NOTE("cuGreenCtxStreamCreate %p of %p flags %u priority %d", *stream, green, flags, priority);
+    return SUCCESS;
+}
+
+int cuGreenCtxDestroy(void *green) {
+    NOTE("cuGreenCtxDestroy %p", green);
+    return SUCCESS;
 }
 
 int cuStreamBeginCapture_v2(void *stream, int mode) {
