@@ -48,7 +48,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub use faults::Call;
 use kvern_kernels::cuda::driver::{
-    DeviceProperties, Driver, Event, Gemm, Graph, HostAccess, Kernel, LaunchShape, Layout, Ptr, Stream, StreamPriority,
+    BoxedMatrix, DeviceProperties, Driver, Event, Gemm, Graph, HostAccess, Kernel, LaunchShape, Layout, Ptr, Stream,
+    StreamPriority, TensorMap,
 };
 use kvern_kernels::{KernelError, Result};
 
@@ -57,8 +58,11 @@ use faults::Fault;
 use state::State;
 use work::Operation;
 
-/// What the shim's blocks may have, as on a device of capability 8.0.
-const BLOCK_SHARED_BYTES: u32 = 163 * 1024;
+/// What blocks may have of shared memory on a device of this capability.
+const fn block_shared_bytes(compute_capability: (u32, u32)) -> u32 {
+    if compute_capability.0 < 9 { 163 * 1024 } else { 227 * 1024 }
+}
+
 const GRID_ROWS_MAX: u32 = 65_535;
 /// What every kernel's blocks are said to be per multiprocessor.
 const BLOCKS_PER_MULTIPROCESSOR: NonZeroU32 = NonZeroU32::new(2).expect("two is not zero");
@@ -67,6 +71,8 @@ const BLOCKS_PER_MULTIPROCESSOR: NonZeroU32 = NonZeroU32::new(2).expect("two is 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Options {
     pub multiprocessors: usize,
+    /// Major and minor; it says how much shared memory there is, and whether there are tensor maps.
+    pub compute_capability: (u32, u32),
     /// Device memory; pinned memory is the host's and not counted.
     pub memory_bytes: usize,
     /// Draws whose turn it is among streams, and the order of a launch's threads.
@@ -77,7 +83,7 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Options {
-        Options { multiprocessors: 4, memory_bytes: 1 << 30, seed: 0, lazy: false }
+        Options { multiprocessors: 4, compute_capability: (8, 0), memory_bytes: 1 << 30, seed: 0, lazy: false }
     }
 }
 
@@ -90,13 +96,14 @@ pub struct ShimDriver {
 impl ShimDriver {
     #[must_use]
     pub fn new(options: Options) -> Arc<ShimDriver> {
+        let block_shared_bytes = block_shared_bytes(options.compute_capability) as usize;
         let properties = DeviceProperties {
             name: "shim".to_owned(),
-            compute_capability: (8, 0),
+            compute_capability: options.compute_capability,
             driver_version: (13, 0),
             multiprocessors: options.multiprocessors,
-            shared_bytes: BLOCK_SHARED_BYTES as usize + 1024,
-            block_shared_bytes: BLOCK_SHARED_BYTES as usize,
+            shared_bytes: block_shared_bytes + 1024,
+            block_shared_bytes,
             memory_bytes: options.memory_bytes,
         };
         Arc::new(ShimDriver { properties, state: Mutex::new(State::new(&options)) })
@@ -221,7 +228,7 @@ impl Driver for ShimDriver {
             // Code is loaded when it is asked for first, which takes memory.
             state.refuse_in_capture("kernel")?;
         }
-        let loaded = state.kernels.load(name, shared_bytes);
+        let loaded = state.kernels.load(name, shared_bytes, self.properties.block_shared_bytes as u32);
         loaded.map_err(|problem| state.refuse("kernel", problem))
     }
 
@@ -231,6 +238,19 @@ impl Driver for ShimDriver {
         let checked = state.kernels.check_block(kernel, threads, shared_bytes);
         checked.map_err(|problem| state.refuse("blocks_per_multiprocessor", problem))?;
         Ok(BLOCKS_PER_MULTIPROCESSOR)
+    }
+
+    fn tensor_map(&self, matrix: &BoxedMatrix) -> Result<TensorMap> {
+        let state = self.state();
+        state.check_there()?;
+        matrix.check()?;
+        if self.properties.compute_capability < (9, 0) {
+            let text = format!("expected a device with tensor maps, found {:?}", self.properties.compute_capability);
+            return Err(KernelError::Unsupported(text));
+        }
+        let found = state.memory.find(matrix.memory.0, matrix.bytes() as u64, Place::Device);
+        found.map_err(|problem| KernelError::Unsupported(format!("tensor_map: {problem}")))?;
+        Ok(crate::tensor_map(matrix))
     }
 
     fn record(&self, event: Event, stream: Stream) -> Result<()> {

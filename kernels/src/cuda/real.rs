@@ -6,6 +6,7 @@
 //! table    handles
 //! modules  kernels: found, prepared, launched
 //! graphs   captured work
+//! tensor_map matrices as kernels copy boxes of them
 //! products products of matrices; choices: which algorithm for which sizes
 //! ```
 //!
@@ -27,6 +28,8 @@ mod products;
 mod status;
 #[path = "real/table.rs"]
 mod table;
+#[path = "real/tensor_map.rs"]
+mod tensor_map;
 
 use std::ffi::{c_int, c_void};
 use std::num::NonZeroU32;
@@ -40,7 +43,8 @@ use self::modules::Modules;
 use self::products::Products;
 use self::table::{Raw, Table};
 use crate::cuda::driver::{
-    DeviceProperties, Driver, Event, Gemm, Graph, Kernel, LaunchShape, Layout, Ptr, Stream, StreamPriority,
+    BoxedMatrix, DeviceProperties, Driver, Event, Gemm, Graph, Kernel, LaunchShape, Layout, Ptr, Stream,
+    StreamPriority, TensorMap,
 };
 use crate::{KernelError, Result};
 
@@ -206,6 +210,11 @@ impl Driver for Gpu {
     fn blocks_per_multiprocessor(&self, kernel: Kernel, threads: u32, shared_bytes: u32) -> Result<NonZeroU32> {
         self.context.enter()?;
         self.modules.blocks(&self.context, kernel.0, threads, shared_bytes)
+    }
+
+    fn tensor_map(&self, matrix: &BoxedMatrix) -> Result<TensorMap> {
+        self.context.enter()?;
+        tensor_map::encode(&self.context, matrix)
     }
 
     fn record(&self, event: Event, stream: Stream) -> Result<()> {
