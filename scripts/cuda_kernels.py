@@ -5,7 +5,7 @@ Each file becomes target/cuda/fatbin/NAME.fatbin with machine code for sm_80 and
 driver makes code for any later GPU. A file is compiled again when its text, a header, the flags or the compiler's version change.
 
 What the compiler says of every kernel is compared with kernels/cuda/resources.txt: more registers than there, any spill, or the loss of
-128-bit loads (wide) or stores, matrix instructions or asynchronous copies is an error. --accept writes that table anew.
+128-bit loads (wide) or stores, matrix instructions (mma, wgmma) or asynchronous copies (async, tma) is an error. --accept writes that table anew.
 
 Without a compiler, and with no way to install one, this warns and does nothing, unless KVERN_REQUIRE_CUDA=1.
 """
@@ -48,6 +48,8 @@ FEATURES = {
     "stores": re.compile(r"\bst(\.global)?[.\w:]*\.v4\."),
     "mma": re.compile(r"\bmma\.sync\."),
     "async": re.compile(r"\bcp\.async\.cg"),
+    "wgmma": re.compile(r"\bwgmma\.mma_async\."),
+    "tma": re.compile(r"\bcp\.async\.bulk\.tensor\."),
 }
 HEADER = f"# {'kernel':40} {'target':8} {'registers':>9} {'shared':>7} {'spills':>6}  features"
 
@@ -102,10 +104,12 @@ def compile_one(nvcc, source):
         raise SystemExit(f"{source.name} does not compile:\n{done.stdout}{done.stderr}")
     holds = {}
     for ptx in keep.glob("*.ptx"):
-        for kernel, found in features(ptx.read_text()).items():
-            holds[kernel] = found
+        text = ptx.read_text()
+        target = re.search(r"^\.target (sm_\w+)", text, re.MULTILINE)[1]
+        for kernel, found in features(text).items():
+            holds[kernel, target] = found
     shutil.rmtree(keep)
-    rows = [[*row, holds[row[0]]] for row in resources(done.stdout + done.stderr)]
+    rows = [[*row, holds[row[0], row[1]]] for row in resources(done.stdout + done.stderr)]
     if not rows:
         raise SystemExit(f"{source.name}: expected a report on kernels, found none")
     report.write_text(json.dumps({"digest": fingerprint, "rows": rows}))

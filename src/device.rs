@@ -12,10 +12,11 @@ pub fn open(engine: &EngineConfig) -> Result<Device, KernelError> {
         Precision::F32 => Element::F32,
         Precision::AsStored | Precision::BF16 => Element::BF16,
     };
+    let prefill = engine.device.prefill_attention;
     match engine.device.choice {
         DeviceChoice::Cpu => Device::cpu(engine.cpu),
-        DeviceChoice::Cuda(number) => Device::cuda(number, element),
-        DeviceChoice::Auto => match Device::cuda(0, element) {
+        DeviceChoice::Cuda(number) => Device::cuda_with(number, element, prefill),
+        DeviceChoice::Auto => match Device::cuda_with(0, element, prefill) {
             Ok(device) => Ok(device),
             Err(KernelError::BuiltWithoutCuda) => Device::cpu(engine.cpu),
             Err(error) => {

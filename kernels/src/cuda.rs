@@ -45,13 +45,49 @@ pub(crate) use ops::{add_rms_norm, attention, embed, gather_rows, rms_norm, rope
 pub(crate) use products::matmul;
 use weights::Loader;
 
-use crate::Result;
+use crate::{KernelError, Result};
+
+/// What [`PrefillKernel::Auto`] is: the kernel for sm_90a has not run on a GPU yet.
+const AUTO_PREFILL: PrefillKernel = PrefillKernel::Portable;
 
 /// Scratch of cuBLASLt's products: what NVIDIA asks for on Hopper.
 const WORKSPACE_BYTES: usize = 32 << 20;
 /// Room for quantized weights that are widened before a product of many rows: a stretch that stays in the second-level cache of
 /// an H100 (50 MB) beside what the product reads.
 const WIDENED_BYTES: usize = 24 << 20;
+
+/// Which kernel does prompts' attention on a GPU in 16-bit types.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum PrefillKernel {
+    /// What is known to be best.
+    #[default]
+    Auto,
+    /// The one that any GPU can run.
+    Portable,
+    /// The one for compute capability 9.0, where heads are of 64, 96, 128 or 256 values and blocks of a multiple of 8 positions that
+    /// makes whole tiles; the portable one elsewhere.
+    Hopper,
+}
+
+impl PrefillKernel {
+    /// Whether it is the one for 9.0.
+    ///
+    /// # Errors
+    /// It was asked for, and the device is another.
+    fn is_hopper(self, compute_capability: (u32, u32)) -> Result<bool> {
+        let has_it = compute_capability == (9, 0);
+        match self {
+            PrefillKernel::Auto => Ok(has_it && AUTO_PREFILL == PrefillKernel::Hopper),
+            PrefillKernel::Portable => Ok(false),
+            PrefillKernel::Hopper if has_it => Ok(true),
+            PrefillKernel::Hopper => {
+                let (major, minor) = compute_capability;
+                let text = format!("expected compute capability 9.0 for attention by wgmma, found {major}.{minor}");
+                Err(KernelError::Unsupported(text))
+            }
+        }
+    }
+}
 
 /// One stream of a GPU, and what its launches need; cloning shares it.
 #[derive(Clone)]
@@ -63,6 +99,8 @@ pub(crate) struct Gpu {
     /// Of activations, of weights that are not quantized, and of K and V.
     pub(crate) element: Element,
     pub(crate) kernels: Kernels,
+    /// Prompts' attention is by the kernel for sm_90a, where heads and blocks fit it.
+    pub(crate) is_prefill_hopper: bool,
     /// Of products.
     workspace: DeviceMemory,
     widened: DeviceMemory,
@@ -81,15 +119,17 @@ impl std::ops::Deref for CudaDevice {
 
 impl CudaDevice {
     /// A device on which activations are of type `element`.
-    pub(crate) fn new(driver: Arc<dyn Driver>, element: Element) -> Result<Self> {
+    pub(crate) fn new(driver: Arc<dyn Driver>, element: Element, prefill: PrefillKernel) -> Result<Self> {
+        let is_prefill_hopper = prefill.is_hopper(driver.properties().compute_capability)?;
         let kernels = Kernels::new(driver.as_ref(), element)?;
         let loader = Arc::new(Mutex::new(Loader::new(&driver)?));
-        CudaDevice::on_stream(driver, element, kernels, loader, StreamPriority::Normal)
+        CudaDevice::on_stream(driver, (element, is_prefill_hopper), kernels, loader, StreamPriority::Normal)
     }
 
-    /// A device whose driver only counts, and tells what.
-    pub(crate) fn counting(driver: Arc<CountingDriver>, element: Element) -> Result<Self> {
-        let mut device = CudaDevice::new(Arc::clone(&driver) as Arc<dyn Driver>, element)?;
+    /// A device like this whose driver only counts, and tells what.
+    pub(crate) fn counting(&self, driver: Arc<CountingDriver>) -> Result<Self> {
+        let prefill = if self.is_prefill_hopper { PrefillKernel::Hopper } else { PrefillKernel::Portable };
+        let mut device = CudaDevice::new(Arc::clone(&driver) as Arc<dyn Driver>, self.element, prefill)?;
         let gpu = Arc::get_mut(&mut device.0).expect("a new device has one owner");
         gpu.counter = Some(driver);
         Ok(device)
@@ -102,13 +142,14 @@ impl CudaDevice {
 
     /// The same GPU with a stream of its own, for a second worker.
     pub(crate) fn second(&self, priority: StreamPriority) -> Result<Self> {
-        let Gpu { driver, element, kernels, loader, .. } = &*self.0;
-        CudaDevice::on_stream(Arc::clone(driver), *element, kernels.clone(), Arc::clone(loader), priority)
+        let Gpu { driver, element, kernels, loader, is_prefill_hopper, .. } = &*self.0;
+        let kinds = (*element, *is_prefill_hopper);
+        CudaDevice::on_stream(Arc::clone(driver), kinds, kernels.clone(), Arc::clone(loader), priority)
     }
 
     fn on_stream(
         driver: Arc<dyn Driver>,
-        element: Element,
+        (element, is_prefill_hopper): (Element, bool),
         kernels: Kernels,
         loader: Arc<Mutex<Loader>>,
         priority: StreamPriority,
@@ -121,6 +162,7 @@ impl CudaDevice {
             stream,
             element,
             kernels,
+            is_prefill_hopper,
             workspace,
             widened,
             idle,
@@ -133,7 +175,8 @@ impl CudaDevice {
     pub(crate) fn describe(&self) -> String {
         let properties = self.driver.properties();
         let (major, minor) = properties.compute_capability;
-        format!("{} (sm_{major}{minor}, {})", properties.name, self.element)
+        let prefill = if self.is_prefill_hopper { ", prefill by wgmma" } else { "" };
+        format!("{} (sm_{major}{minor}, {}{prefill})", properties.name, self.element)
     }
 }
 

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use crate::cpu::CpuDevice;
+use crate::cuda::PrefillKernel;
 use crate::cuda::account::{Allocations, CountingDriver};
 use crate::cuda::driver::{Driver, Element, StreamPriority};
 use crate::reference::Products;
@@ -63,7 +64,12 @@ impl Device {
     /// GPU number `ordinal` of this machine, with activations of type `element`. A machine or a binary without is an error
     /// that says what is missing.
     pub fn cuda(ordinal: usize, element: Element) -> Result<Device> {
-        Device::gpu(cuda_driver::open(ordinal)?, element)
+        Device::cuda_with(ordinal, element, PrefillKernel::Auto)
+    }
+
+    /// As [`cuda`](Device::cuda), with this kernel for prompts' attention; an error where the GPU cannot run it.
+    pub fn cuda_with(ordinal: usize, element: Element, prefill: PrefillKernel) -> Result<Device> {
+        Device::gpu_with(cuda_driver::open(ordinal)?, element, prefill)
     }
 
     /// GPUs of this machine; an error says why there can be none.
@@ -75,7 +81,7 @@ impl Device {
     pub fn counting(&self) -> Result<Option<Device>> {
         let Backend::Cuda(gpu) = &self.backend else { return Ok(None) };
         let driver = Arc::new(CountingDriver::new(gpu.driver.properties().clone()));
-        let device = cuda::CudaDevice::counting(driver, gpu.element)?;
+        let device = gpu.counting(driver)?;
         Ok(Some(Device { backend: Backend::Cuda(device) }))
     }
 
@@ -90,7 +96,12 @@ impl Device {
 
     /// The GPU behind `driver`, with activations of type `element`.
     pub fn gpu(driver: Arc<dyn Driver>, element: Element) -> Result<Device> {
-        Ok(Device { backend: Backend::Cuda(cuda::CudaDevice::new(driver, element)?) })
+        Device::gpu_with(driver, element, PrefillKernel::Auto)
+    }
+
+    /// As [`gpu`](Device::gpu), with this kernel for prompts' attention; an error where the GPU cannot run it.
+    pub fn gpu_with(driver: Arc<dyn Driver>, element: Element, prefill: PrefillKernel) -> Result<Device> {
+        Ok(Device { backend: Backend::Cuda(cuda::CudaDevice::new(driver, element, prefill)?) })
     }
 
     /// A device for a second worker beside this one: on a GPU, a stream of its own over the same memory, whose work goes first

@@ -1,7 +1,7 @@
 //! Which device computes, and how much of its memory is taken.
 
 use clap::{Args, ValueEnum};
-use kvern_kernels::Device;
+use kvern_kernels::{Device, PrefillKernel};
 use kvern_models::LoadFormat;
 
 /// Most tokens of a step where none were asked for: on a CPU a step of so many takes a fraction of a second, on a GPU it fills
@@ -29,11 +29,17 @@ pub struct DeviceConfig {
     /// Thousandths of a GPU's free memory that are taken.
     pub memory_utilization: u32,
     pub load_format: LoadFormat,
+    pub prefill_attention: PrefillKernel,
 }
 
 impl Default for DeviceConfig {
     fn default() -> Self {
-        DeviceConfig { choice: DeviceChoice::Auto, memory_utilization: 900, load_format: LoadFormat::Files }
+        DeviceConfig {
+            choice: DeviceChoice::Auto,
+            memory_utilization: 900,
+            load_format: LoadFormat::Files,
+            prefill_attention: PrefillKernel::Auto,
+        }
     }
 }
 
@@ -49,6 +55,9 @@ pub(super) struct DeviceArgs {
     /// auto reads the model's files; dummy makes random weights for a config.json (to serve, a tokenizer too), for measuring
     #[arg(long, value_name = "FORMAT", value_enum, default_value_t = LoadFormatArg::Auto)]
     load_format: LoadFormatArg,
+    /// Kernel of prompts' attention on a GPU, for measuring: portable, or hopper on compute capability 9.0, where heads and blocks fit it
+    #[arg(long, value_name = "KERNEL", value_enum, default_value_t = PrefillAttentionArg::Auto, hide = true)]
+    prefill_attention: PrefillAttentionArg,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -57,13 +66,26 @@ enum LoadFormatArg {
     Dummy,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum PrefillAttentionArg {
+    Auto,
+    Portable,
+    Hopper,
+}
+
 impl DeviceArgs {
     pub(super) fn config(&self) -> DeviceConfig {
         let load_format = match self.load_format {
             LoadFormatArg::Auto => LoadFormat::Files,
             LoadFormatArg::Dummy => LoadFormat::Dummy { seed: DUMMY_SEED },
         };
-        DeviceConfig { choice: self.device, memory_utilization: self.memory_utilization, load_format }
+        let prefill_attention = match self.prefill_attention {
+            PrefillAttentionArg::Auto => PrefillKernel::Auto,
+            PrefillAttentionArg::Portable => PrefillKernel::Portable,
+            PrefillAttentionArg::Hopper => PrefillKernel::Hopper,
+        };
+        let (choice, memory_utilization) = (self.device, self.memory_utilization);
+        DeviceConfig { choice, memory_utilization, load_format, prefill_attention }
     }
 }
 

@@ -232,7 +232,7 @@ fn faults_of_prefill_for_sm_90a_are_noticed() {
         (MISSING_WAIT, "accumulators were written while products were under way"),
         (UNWRITTEN_TAIL, "found NaN"),
         (EARLY_RELEASE, "shared memory was written while products that read it were under way"),
-        (WRONG_PARITY, "while products that read it"),
+        (WRONG_PARITY, "more than 1 arrivals in a phase of a barrier"),
         (WRONG_OFFSET, "expected"),
         (MISSING_FENCE, "while products that read it"),
         (WRONG_BYTES, "a deadlock"),
@@ -241,7 +241,7 @@ fn faults_of_prefill_for_sm_90a_are_noticed() {
     ];
     for (fault, message) in table {
         println!("fault {fault}");
-        caught(check_hopper::<f16>(&case([4, 2, 128], 16, &[(500, 5)], None), fault), message);
+        caught(check_hopper::<f16>(&case([4, 2, 128], 16, &[(490, 5)], None), fault), message);
     }
 }
 
