@@ -5,7 +5,8 @@ Each file becomes target/cuda/fatbin/NAME.fatbin with machine code for sm_80 and
 driver makes code for any later GPU. A file is compiled again when its text, a header, the flags or the compiler's version change.
 
 What the compiler says of every kernel is compared with kernels/cuda/resources.txt: more registers than there, any spill, or the loss of
-128-bit loads (wide) or stores, matrix instructions (mma, wgmma) or asynchronous copies (async, tma) is an error. --accept writes that table anew.
+128-bit loads (wide) or stores, matrix instructions (mma, wgmma) or asynchronous copies (async, tma) is an error. --accept writes that
+table anew.
 
 Without a compiler, and with no way to install one, this warns and does nothing, unless KVERN_REQUIRE_CUDA=1.
 """
@@ -105,9 +106,9 @@ def compile_one(nvcc, source):
     holds = {}
     for ptx in keep.glob("*.ptx"):
         text = ptx.read_text()
-        target = re.search(r"^\.target (sm_\w+)", text, re.MULTILINE)[1]
+        made_for = re.search(r"^\.target (sm_\w+)", text, re.MULTILINE)[1]
         for kernel, found in features(text).items():
-            holds[kernel, target] = found
+            holds[kernel, made_for] = found
     shutil.rmtree(keep)
     rows = [[*row, holds[row[0], row[1]]] for row in resources(done.stdout + done.stderr)]
     if not rows:
