@@ -103,14 +103,27 @@ class Model:
 
 
 def bench(options) -> "list[dict]":
+    """One run of all workloads, or one of the prompts more for each further kernel of their attention."""
+    kernels = options.prefill_kernel or ["auto"]
+    rows = run_bench(options, kernels[0], options.decode or DECODE)
+    for kernel in kernels[1:]:
+        rows += run_bench(options, kernel, [])
+    return rows
+
+
+def run_bench(options, kernel: str, decode: "list[str]") -> "list[dict]":
     command = [str(options.kvern), "bench", str(options.model), "--device", options.device, "--json", "--rounds",
-               str(options.rounds), "--steps", str(STEPS)]
-    command += [flag for point in options.decode or DECODE for flag in ("--decode", point)]
+               str(options.rounds), "--steps", str(STEPS), "--prefill-attention", kernel]
+    command += [flag for point in decode for flag in ("--decode", point)]
     command += [flag for point in options.prefill or PREFILL for flag in ("--prefill", point)]
     done = subprocess.run([*command, *options.flag], stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
         sys.exit(f"kvern bench ended with {done.returncode}")
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    for row in rows:
+        if kernel != "auto" and row["workload"].startswith("prefill "):
+            row["workload"] += f" {kernel}"
+    return rows
 
 
 def floor(model: Model, workload: str, read: float, product: float) -> "tuple[int, float, str]":
@@ -118,7 +131,7 @@ def floor(model: Model, workload: str, read: float, product: float) -> "tuple[in
     if found := re.fullmatch(r"decode (\d+)x(\d+)", workload):
         streams, context = map(int, found.groups())
         tokens, (moved, operations) = streams, model.decode(streams, context + STEPS / 2)
-    elif found := re.fullmatch(r"prefill (\d+)", workload):
+    elif found := re.fullmatch(r"prefill (\d+)(?: \w+)?", workload):
         tokens = int(found[1])
         moved, operations = model.prefill(tokens)
     else:
@@ -135,6 +148,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda:0", help="device of the bench")
     parser.add_argument("--decode", action="append", help=f"STREAMSxCONTEXT [default: {' '.join(DECODE)}]")
     parser.add_argument("--prefill", action="append", help=f"tokens [default: {' '.join(PREFILL)}]")
+    parser.add_argument("--prefill-kernel", action="append", choices=["portable", "hopper"],
+                        help="kernel of prompts' attention; of several, each is measured [default: the server's choice]")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of each workload")
     parser.add_argument("--flag", action="append", default=[],
                         help="a further flag of kvern bench, as --flag=--load-format=dummy")
@@ -157,13 +172,13 @@ def main() -> None:
 
 def report(folder: pathlib.Path, rows: "list[dict]", gpu: str, read: float, product: float) -> None:
     print(f"{folder.name} on {gpu}; by torch: reads {read / 1e12:.2f} TB/s, products {product / 1e12:.0f} TFLOP/s")
-    print(f"{'workload':18} {'tokens/s':>10} {'ms':>9} {'floor ms':>9}  bound by   floors")
+    print(f"{'workload':22} {'tokens/s':>10} {'ms':>9} {'floor ms':>9}  bound by   floors")
     model = Model.read(folder)
     points = [row for row in rows if not row["workload"].startswith("limit ")]
     for row in points:
         tokens, seconds, bound = floor(model, row["workload"], read, product)
         took = tokens / row["median"]
-        print(f"{row['workload']:18} {row['median']:10.1f} {took * 1e3:9.3f} {seconds * 1e3:9.3f}  {bound:9} "
+        print(f"{row['workload']:22} {row['median']:10.1f} {took * 1e3:9.3f} {seconds * 1e3:9.3f}  {bound:9} "
               f"{took / seconds:7.2f}")
     if not points:
         sys.exit("expected workloads in the output of kvern bench, found none")
