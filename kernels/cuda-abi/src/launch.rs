@@ -100,3 +100,17 @@ pub const GEMV_OUTPUTS: usize = 4;
 
 /// Threads per block of `kvern_sample`; a block per row. It has to be exactly these.
 pub const SAMPLE_THREADS: usize = 512;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_kernel_for_sm_90a_takes() {
+        let takes = |dim: usize| -> Vec<usize> { (0..200).filter(|&size| prefill_hopper_takes(dim, size)).collect() };
+        assert_eq!([takes(64), takes(96), takes(128)], [(); 3].map(|()| vec![8, 16, 32, 64, 128]));
+        assert_eq!((takes(256), takes(80)), (vec![8, 16, 32, 64], vec![]));
+        // A block of a device of capability 9.0 has 227 KiB, static memory included.
+        assert!([64, 96, 128, 256].iter().all(|&dim| prefill_hopper_shared_bytes(dim) < 226 << 10));
+    }
+}

@@ -241,15 +241,14 @@ impl Driver for ShimDriver {
     }
 
     fn tensor_map(&self, matrix: &BoxedMatrix) -> Result<TensorMap> {
-        let state = self.state();
+        let mut state = self.state();
         state.check_there()?;
         matrix.check()?;
-        if self.properties.compute_capability < (9, 0) {
-            let text = format!("expected a device with tensor maps, found {:?}", self.properties.compute_capability);
-            return Err(KernelError::Unsupported(text));
-        }
-        let found = state.memory.find(matrix.memory.0, matrix.bytes() as u64, Place::Device);
-        found.map_err(|problem| KernelError::Unsupported(format!("tensor_map: {problem}")))?;
+        let found = match self.properties.compute_capability {
+            (9.., _) => state.memory.find(matrix.memory.0, matrix.bytes() as u64, Place::Device).map(drop),
+            found => Err(format!("expected a device of capability 9.0, found {found:?}")),
+        };
+        found.map_err(|problem| state.refuse("tensor_map", problem))?;
         Ok(crate::tensor_map(matrix))
     }
 
