@@ -18,6 +18,7 @@ pub(super) fn encode(context: &Context, matrix: &BoxedMatrix) -> Result<TensorMa
     let mut map = CUtensorMap { opaque: [0; 16] };
     let element_type = match element {
         Element::F16 => DataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+        // There is none of F32, as was checked.
         Element::F32 | Element::BF16 => DataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
     };
     let swizzle = match box_columns {
