@@ -5,8 +5,8 @@ Each file becomes target/cuda/fatbin/NAME.fatbin with machine code for sm_80 and
 driver makes code for any later GPU. A file is compiled again when its text, a header, the flags or the compiler's version change.
 
 What the compiler says of every kernel is compared with kernels/cuda/resources.txt: more registers than there, any spill, or the loss of
-128-bit loads (wide) or stores, matrix instructions or asynchronous copies is an error. --accept writes that table anew. So is an
-access to memory before a kernel has waited for the launches before it.
+128-bit loads (wide) or stores, matrix instructions (mma, wgmma) or asynchronous copies (async, tma) is an error. --accept writes that
+table anew. So is an access to memory before a kernel has waited for the launches before it.
 
 Without a compiler, and with no way to install one, this warns and does nothing, unless KVERN_REQUIRE_CUDA=1.
 """
@@ -49,6 +49,8 @@ FEATURES = {
     "stores": re.compile(r"\bst(\.global)?[.\w:]*\.v4\."),
     "mma": re.compile(r"\bmma\.sync\."),
     "async": re.compile(r"\bcp\.async\.cg"),
+    "wgmma": re.compile(r"\bwgmma\.mma_async\."),
+    "tma": re.compile(r"\bcp\.async\.bulk\.tensor\."),
 }
 # Where a launch may begin early a kernel waits for those before, and touches no memory until then but by prefetches.
 TURN = "griddepcontrol.wait;"
@@ -118,12 +120,15 @@ def compile_one(nvcc, source):
     if done.returncode != 0:
         raise SystemExit(f"{source.name} does not compile:\n{done.stdout}{done.stderr}")
     holds = {}
-    for text in map(Path.read_text, keep.glob("*.ptx")):
-        holds.update(features(text))
+    for ptx in keep.glob("*.ptx"):
+        text = ptx.read_text()
         if wrong := list(out_of_turn(text)):
             raise SystemExit(f"{source.name}:\n  " + "\n  ".join(wrong))
+        made_for = re.search(r"^\.target (sm_\w+)", text, re.MULTILINE)[1]
+        for kernel, found in features(text).items():
+            holds[kernel, made_for] = found
     shutil.rmtree(keep)
-    rows = [[*row, holds[row[0]]] for row in resources(done.stdout + done.stderr)]
+    rows = [[*row, holds[row[0], row[1]]] for row in resources(done.stdout + done.stderr)]
     if not rows:
         raise SystemExit(f"{source.name}: expected a report on kernels, found none")
     report.write_text(json.dumps({"digest": fingerprint, "rows": rows}))

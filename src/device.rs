@@ -1,6 +1,6 @@
 //! The device that the settings name: a GPU where there is one, else the CPU; and what it computes in.
 
-use crate::config::{DeviceChoice, EngineConfig};
+use crate::config::{DeviceChoice, DeviceConfig, EngineConfig};
 use kvern_kernels::{Device, Element, Format, GpuOptions, KernelError, KvDType, Precision};
 use kvern_models::Checkpoint;
 
@@ -10,7 +10,8 @@ use kvern_models::Checkpoint;
 /// A GPU that was asked for and is not there, or a level of instructions that the CPU lacks.
 pub fn open(engine: &EngineConfig, checkpoint: &Checkpoint) -> Result<Device, KernelError> {
     let element = element(engine.precision, checkpoint.stored_format());
-    let gpu = GpuOptions { element, programmatic_launches: engine.device.programmatic_launches };
+    let DeviceConfig { programmatic_launches, prefill_attention: prefill, .. } = engine.device;
+    let gpu = GpuOptions { element, programmatic_launches, prefill };
     match engine.device.choice {
         DeviceChoice::Cpu => Device::cpu(engine.cpu),
         DeviceChoice::Cuda(number) => Device::cuda(number, gpu),

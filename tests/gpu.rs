@@ -47,7 +47,7 @@ fn on_cpu(options: &RuntimeOptions) -> Runtime {
 fn try_on_gpu(options: &RuntimeOptions, shim: Options) -> (Arc<ShimDriver>, Result<Runtime, StartError>) {
     let driver = ShimDriver::new(shim);
     let programmatic_launches = options.engine.device.programmatic_launches;
-    let gpu = GpuOptions { element: Element::F32, programmatic_launches };
+    let gpu = GpuOptions { programmatic_launches, ..Element::F32.into() };
     let device = Device::gpu(Arc::clone(&driver) as _, gpu).unwrap();
     let runtime = runtime::start_on(device, &model(), options, &mut |_| {});
     (driver, runtime)

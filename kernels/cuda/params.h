@@ -206,6 +206,32 @@ struct PrefillParams {
     uint32_t head_dim;
 };
 
+// A driver's description of a tensor, from which boxes are copied; only the driver knows what the words say.
+struct alignas(128) TensorMap {
+    uint64_t words[16];
+};
+
+// Prefill for sm_90a, as above. The maps are of K and of V of one layer, as [blocks * kv_heads * block_size][head_dim]; a box is
+// block_size rows of one panel: of 64 values, or of 32 where head_dim is no multiple of 64. block_size is a multiple of 8 that
+// divides the tile's positions.
+struct PrefillHopperParams {
+    TensorMap k_map;
+    TensorMap v_map;
+    const void *qkv;
+    void *out;
+    const PrefillTile *tiles;
+    const uint32_t *block_tables;
+    uint32_t heads;
+    uint32_t kv_heads;
+    uint32_t block_size;
+    uint32_t table_stride;
+    uint32_t qkv_stride;
+    uint32_t window;
+    float scale_log2;
+    uint32_t pad;
+    uint64_t unused[8];
+};
+
 // out[r][n] = sum over k of x[r][k] w[n][k] (+ bias[n]); x T [rows][inner], rows 1 to 8. w is T or GGUF blocks as stored.
 // out is T, or f32 where out_f32 is not 0: logits. Its rows lie out_stride elements apart, so that weights of different formats write
 // parts of one wide row. Grid = ceil(outputs / 4). inner is a multiple of 8, or of the format's block. Where prefetch is not 0,

@@ -3,6 +3,7 @@
 //
 // A row visits positions in tiles counted from 0, and what it does not see adds exact zeros: its bits do not depend on the tile of
 // queries that it is in.
+#include "causal.h"
 #include "packed.h"
 
 template <class T, int HEAD_DIM> __device__ __forceinline__ void prefill(const PrefillParams &p) {
@@ -24,32 +25,11 @@ template <class T, int HEAD_DIM> __device__ __forceinline__ void prefill(const P
         row_of,
     };
     // Pairs past the tile's are computed as its last row, and not stored.
-    auto mask = [&](auto &scores, uint32_t packed, uint32_t first) {
-        const uint32_t start = first / Shape::POSITIONS * Shape::POSITIONS;
-        // Only tiles at an edge of what some row sees need the mask.
-        if (start + Shape::POSITIONS - 1 <= own.position && (p.window == 0 || start + p.window > last)) {
-            return;
-        }
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const uint32_t position = min(own.position + (packed + half * 8) / group, last);
-            const uint32_t seen = p.window != 0 && position >= p.window ? position - p.window + 1 : 0;
-#pragma unroll
-            for (int n = 0; n < Shape::POSITIONS / 8; ++n) {
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    const uint32_t at = first + n * 8 + i;
-                    if (at > position || at < seen) {
-                        scores[n][2 * half + i] = -INFINITY;
-                    }
-                }
-            }
-        }
-    };
+    const CausalMask<Shape::POSITIONS> mask = {own.position, last, group, p.window};
     PackedState<Shape> state;
-    const uint32_t seen = p.window != 0 && own.position >= p.window ? own.position - p.window + 1 : 0;
     const float scale_log2 = KVERN_PLANTED(PLANTED_WRONG_SCALE) ? p.scale_log2 * 1.01f : p.scale_log2;
-    attend(tile, state, seen / Shape::POSITIONS, last / Shape::POSITIONS + 1, scale_log2, mask);
+    const uint32_t begin = mask.seen_from(own.position) / Shape::POSITIONS;
+    attend(tile, state, begin, last / Shape::POSITIONS + 1, scale_log2, mask);
 
 #pragma unroll
     for (int m = 0; m < Shape::ROW_TILES; ++m) {

@@ -1,5 +1,5 @@
-// Every instruction that C++ has no word for, one small function each. The host shim has its own versions in shim/ptx.h:
-// nothing else in a kernel may hold inline assembly.
+// Every instruction that C++ has no word for, one small function each; those of sm_90a alone are in ptx_hopper.h. The host shim has
+// its own versions in shim/ptx.h: nothing else in a kernel may hold inline assembly.
 #pragma once
 
 #include <stdint.h>

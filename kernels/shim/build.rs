@@ -32,7 +32,9 @@ fn main() {
     let layout = out.join("layout.cpp");
     let params = fs::read_to_string(cuda.join("params.h")).expect("kernels/cuda/params.h can be read");
     write_if_new(&layout, &layout_table(&params));
-    build.file(layout).file(cuda.join("shim/shim.cpp"));
+    build
+        .file(layout)
+        .files(["shim", "hopper", "products"].map(|name| cuda.join("shim").join(name).with_extension("cpp")));
     build.compile("kvern_cuda_shim");
 }
 
@@ -52,7 +54,9 @@ fn layout_table(params: &str) -> String {
     );
     let mut current = None;
     for line in params.lines() {
-        if let Some(name) = line.strip_prefix("struct ").and_then(|rest| rest.strip_suffix(" {")) {
+        if let Some(rest) = line.strip_prefix("struct ").and_then(|rest| rest.strip_suffix(" {")) {
+            // After its alignment, where it has one.
+            let name = rest.rsplit(' ').next().expect("a struct has a name");
             writeln!(table, "{{\"{name}\", 0, sizeof({name})}},").expect("a string takes all");
             current = Some(name);
         } else if line == "};" {
@@ -60,6 +64,7 @@ fn layout_table(params: &str) -> String {
         } else if let Some(name) = current {
             let field =
                 line.strip_suffix(';').and_then(|line| line.rsplit([' ', '*']).next()).expect("one field per line");
+            let field = field.split('[').next().expect("an array has a name");
             writeln!(table, "{{\".{field}\", offsetof({name}, {field}), sizeof({name}::{field})}},")
                 .expect("a string takes all");
         }

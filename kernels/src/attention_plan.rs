@@ -198,9 +198,9 @@ impl AttentionPlan {
     ) -> Result<Option<usize>> {
         self.rows = 0;
         if let (Some(plan), Backend::Cuda(gpu)) = (&mut self.device, &device.backend) {
-            let shape @ KvShape { blocks, block_size, .. } = kv.shape();
+            let KvShape { blocks, block_size, .. } = kv.shape();
             let rows = check_batch(self.tokens_max, batch, kv)?;
-            let padded = plan.update(gpu, batch, &shape, padded)?;
+            let padded = plan.update(gpu, batch, kv, padded)?;
             (self.rows, self.blocks, self.block_size) = (padded.unwrap_or(rows), blocks, block_size);
             return Ok(padded);
         }

@@ -47,13 +47,49 @@ pub(crate) use ops::{add_rms_norm, attention, embed, gather_rows, rms_norm, rope
 pub(crate) use products::matmul;
 use weights::Loader;
 
-use crate::{GpuOptions, Result};
+use crate::{GpuOptions, KernelError, Result};
+
+/// What [`PrefillKernel::Auto`] is: the kernel for sm_90a has not run on a GPU yet.
+const AUTO_PREFILL: PrefillKernel = PrefillKernel::Portable;
 
 /// Scratch of cuBLASLt's products: what NVIDIA asks for on Hopper.
 const WORKSPACE_BYTES: usize = 32 << 20;
 /// Room for quantized weights that are widened before a product of many rows: a stretch that stays in the second-level cache of
 /// an H100 (50 MB) beside what the product reads.
 const WIDENED_BYTES: usize = 24 << 20;
+
+/// Which kernel does prompts' attention on a GPU in 16-bit types.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum PrefillKernel {
+    /// What is known to be best.
+    #[default]
+    Auto,
+    /// The one that any GPU can run.
+    Portable,
+    /// The one for compute capability 9.0, where heads are of 64, 96, 128 or 256 values and blocks of a multiple of 8 positions that
+    /// makes whole tiles; the portable one elsewhere.
+    Hopper,
+}
+
+impl PrefillKernel {
+    /// Whether it is the one for 9.0.
+    ///
+    /// # Errors
+    /// It was asked for, and the device is another.
+    fn is_hopper(self, compute_capability: (u32, u32)) -> Result<bool> {
+        let has_it = compute_capability == (9, 0);
+        match self {
+            PrefillKernel::Auto => Ok(has_it && AUTO_PREFILL == PrefillKernel::Hopper),
+            PrefillKernel::Portable => Ok(false),
+            PrefillKernel::Hopper if has_it => Ok(true),
+            PrefillKernel::Hopper => {
+                let (major, minor) = compute_capability;
+                let text = format!("expected compute capability 9.0 for attention by wgmma, found {major}.{minor}");
+                Err(KernelError::Unsupported(text))
+            }
+        }
+    }
+}
 
 /// One stream of a GPU, and what its launches need; cloning shares it.
 #[derive(Clone)]
@@ -69,6 +105,8 @@ pub(crate) struct Gpu {
     pub(crate) kernels: Kernels,
     /// Launches may begin while the one before ends.
     pub(super) early: bool,
+    /// Prompts' attention is by the kernel for sm_90a, where heads and blocks fit it.
+    pub(crate) is_prefill_hopper: bool,
     /// Of products.
     workspace: DeviceMemory,
     widened: DeviceMemory,
@@ -108,10 +146,9 @@ impl CudaDevice {
 
     /// The same GPU, or a part of it, with a stream of its own, for a second worker.
     pub(crate) fn second(&self, priority: StreamPriority, part: Option<Part>) -> Result<Self> {
-        let Gpu { driver, element, early, kernels, loader, .. } = &*self.0;
-        let options = GpuOptions { element: *element, programmatic_launches: *early };
+        let Gpu { driver, kernels, loader, .. } = &*self.0;
         let place = (driver.stream(priority, part)?, part);
-        CudaDevice::on_stream(Arc::clone(driver), options, kernels.clone(), Arc::clone(loader), place)
+        CudaDevice::on_stream(Arc::clone(driver), self.options(), kernels.clone(), Arc::clone(loader), place)
     }
 
     fn on_stream(
@@ -121,7 +158,8 @@ impl CudaDevice {
         loader: Arc<Mutex<Loader>>,
         (stream, part): (Stream, Option<Part>),
     ) -> Result<Self> {
-        let GpuOptions { element, programmatic_launches: early } = options;
+        let GpuOptions { element, programmatic_launches: early, prefill } = options;
+        let is_prefill_hopper = prefill.is_hopper(driver.properties().compute_capability)?;
         let workspace = DeviceMemory::new(&driver, "workspace of products", WORKSPACE_BYTES)?;
         let widened = DeviceMemory::new(&driver, "workspace of products", WIDENED_BYTES)?;
         let idle = Mutex::new(Milestone::new(&driver, stream)?);
@@ -132,6 +170,7 @@ impl CudaDevice {
             element,
             kernels,
             early,
+            is_prefill_hopper,
             workspace,
             widened,
             idle,
@@ -144,13 +183,20 @@ impl CudaDevice {
     pub(crate) fn describe(&self) -> String {
         let properties = self.driver.properties();
         let (major, minor) = properties.compute_capability;
+        let prefill = if self.is_prefill_hopper { ", prefill by wgmma" } else { "" };
         let all = properties.multiprocessors;
         let part = self.part.map(|part| format!(", {} of {all} multiprocessors", part.multiprocessors));
-        format!("{} (sm_{major}{minor}, {}{})", properties.name, self.element, part.unwrap_or_default())
+        format!("{} (sm_{major}{minor}, {}{prefill}{})", properties.name, self.element, part.unwrap_or_default())
     }
 }
 
 impl Gpu {
+    /// For a device like this one.
+    pub(crate) fn options(&self) -> GpuOptions {
+        let prefill = if self.is_prefill_hopper { PrefillKernel::Hopper } else { PrefillKernel::Portable };
+        GpuOptions { element: self.element, programmatic_launches: self.early, prefill }
+    }
+
     /// That work on the stream runs on.
     pub(super) fn multiprocessors(&self) -> usize {
         self.part.map_or(self.driver.properties().multiprocessors, |part| part.multiprocessors as usize)

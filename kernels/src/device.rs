@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use crate::cpu::CpuDevice;
+use crate::cuda::PrefillKernel;
 use crate::cuda::account::{Allocations, CountingDriver};
 use crate::cuda::driver::{Driver, Element, Part, StreamPriority};
 use crate::reference::Products;
@@ -41,11 +42,13 @@ pub struct GpuOptions {
     pub element: Element,
     /// Launches may begin while the one before them ends, where the GPU can do that.
     pub programmatic_launches: bool,
+    /// Of prompts' attention; one that the GPU cannot run is an error.
+    pub prefill: PrefillKernel,
 }
 
 impl From<Element> for GpuOptions {
     fn from(element: Element) -> Self {
-        GpuOptions { element, programmatic_launches: false }
+        GpuOptions { element, programmatic_launches: false, prefill: PrefillKernel::Auto }
     }
 }
 
@@ -95,7 +98,7 @@ impl Device {
     pub fn counting(&self) -> Result<Option<Device>> {
         let Backend::Cuda(gpu) = &self.backend else { return Ok(None) };
         let driver = Arc::new(CountingDriver::new(gpu.driver.properties().clone()));
-        let device = cuda::CudaDevice::counting(driver, gpu.element.into())?;
+        let device = cuda::CudaDevice::counting(driver, gpu.options())?;
         Ok(Some(Device { backend: Backend::Cuda(device) }))
     }
 

@@ -4,12 +4,12 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
-use kvern_cuda_abi::Ptr;
+use kvern_cuda_abi::{Ptr, TensorMap, launch};
 
 use crate::buffer::{Buffer, Plain};
 use crate::cpu::pair::Pair;
 use crate::cuda::CudaDevice;
-use crate::cuda::driver::Element;
+use crate::cuda::driver::{BoxedMatrix, Element};
 use crate::cuda::memory::DeviceMemory;
 use crate::device::Backend;
 use crate::{Device, KernelError, Result};
@@ -136,6 +136,8 @@ pub(crate) struct DeviceKv {
     memory: Arc<DeviceMemory>,
     /// Bytes of K, or of V, of one layer.
     plane_bytes: usize,
+    /// Of K and V of each layer, where the device copies boxes of such blocks.
+    maps: Option<Arc<[[TensorMap; 2]]>>,
 }
 
 impl DeviceKv {
@@ -155,7 +157,35 @@ impl DeviceKv {
         // Each plane begins at whole vectors.
         let plane_bytes = (rows * shape.head_dim * gpu.element.bytes()).next_multiple_of(256);
         let memory = DeviceMemory::new(&gpu.driver, "the KV cache", 2 * shape.layers * plane_bytes)?;
-        Ok(DeviceKv { memory: Arc::new(memory), plane_bytes })
+        let memory = Arc::new(memory);
+        let mut cache = DeviceKv { memory, plane_bytes, maps: None };
+        let takes = launch::prefill_hopper_takes(shape.head_dim, shape.block_size) && i32::try_from(rows).is_ok();
+        if gpu.is_prefill_hopper && gpu.element != Element::F32 && takes {
+            cache.maps =
+                Some((0..shape.layers).map(|layer| cache.map(gpu, shape, rows, layer)).collect::<Result<_>>()?);
+        }
+        Ok(cache)
+    }
+
+    /// Maps of K and V of a layer, in boxes of a block's rows under one KV head.
+    fn map(&self, gpu: &CudaDevice, shape: KvShape, rows: usize, layer: usize) -> Result<[TensorMap; 2]> {
+        let map = |memory| {
+            gpu.driver.tensor_map(&BoxedMatrix {
+                element: gpu.element,
+                memory,
+                rows,
+                columns: shape.head_dim,
+                box_rows: shape.block_size,
+                box_columns: launch::prefill_hopper_panel(shape.head_dim),
+            })
+        };
+        let (k, v) = self.layer(layer);
+        Ok([map(k)?, map(v)?])
+    }
+
+    /// By which kernels copy boxes of K and V of a layer.
+    pub(crate) fn maps(&self, layer: usize) -> Option<[TensorMap; 2]> {
+        self.maps.as_ref().map(|maps| maps[layer])
     }
 
     /// Where K and V of a layer are.

@@ -39,6 +39,7 @@ mod tensor;
 mod weight;
 
 pub use attention_plan::{AttentionLimits, AttentionPlan, HeadLayout, SHARED_PREFIX_BYTES, SequenceBatch};
+pub use cuda::PrefillKernel;
 pub use cuda::account::Allocations;
 pub use cuda::driver::Element;
 pub use cuda::sampling::{DeviceSampler, SampleBias, SampleCount, SampleRow, SampledRow};

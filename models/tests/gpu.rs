@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use kvern_cuda_shim::device::{Options, ShimDriver};
-use kvern_kernels::{Device, Element, KvCache, KvDType, Precision};
+use kvern_kernels::{Device, Element, GpuOptions, KvCache, KvDType, Precision, PrefillKernel};
 use kvern_models::{LoadFormat, LoadOptions, LoadedModel, ModelFiles, StepLimits, load};
 use paged::{BLOCK_SIZE, Slice, blocks_of, cpu_options, scattered, step};
 use safetensors::SafeTensors;
@@ -24,6 +24,7 @@ use serde_json::Value;
 /// Largest difference of an F32 logit from the reference; logits deviate by about 1.
 const TOLERANCE: f32 = 1e-4;
 const BLOCKS: usize = 32;
+const HOPPER: (u32, u32) = (9, 0);
 
 fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden")
@@ -42,9 +43,12 @@ struct Rig {
 }
 
 impl Rig {
+    /// A shim of capability 9.0 does prompts' attention by its own kernel.
     fn gpu(files: &ModelFiles, element: Element, options: &LoadOptions, shim: Options) -> Rig {
         let driver = ShimDriver::new(shim);
-        let device = Device::gpu(Arc::clone(&driver) as _, element).unwrap();
+        let is_hopper = shim.compute_capability == HOPPER;
+        let prefill = if is_hopper { PrefillKernel::Hopper } else { PrefillKernel::Auto };
+        let device = Device::gpu(Arc::clone(&driver) as _, GpuOptions { prefill, ..element.into() }).unwrap();
         Rig::on(device, Some(driver), files, options, element.into())
     }
 
@@ -254,7 +258,20 @@ fn check_conversation(
     expected: &[Vec<f32>],
     tolerance: f32,
 ) {
-    let mut eager = Rig::gpu(files, element, options, Options::default());
+    for compute_capability in [(8, 0), HOPPER] {
+        let shim = Options { compute_capability, ..Options::default() };
+        check_conversation_on(files, element, options, (expected, tolerance), shim);
+    }
+}
+
+fn check_conversation_on(
+    files: &ModelFiles,
+    element: Element,
+    options: &LoadOptions,
+    (expected, tolerance): (&[Vec<f32>], f32),
+    shim: Options,
+) {
+    let mut eager = Rig::gpu(files, element, options, shim);
     let eager_logits = conversation(&mut eager);
     assert_eq!(eager_logits.len(), expected.len());
     for (step, (found, expected)) in eager_logits.iter().zip(expected).enumerate() {
@@ -262,7 +279,7 @@ fn check_conversation(
     }
     assert_eq!(eager.finish(), 0);
     for (seed, lazy) in [(0, false), (1, true)] {
-        let mut captured = Rig::gpu(files, element, options, Options { seed, lazy, ..Options::default() });
+        let mut captured = Rig::gpu(files, element, options, Options { seed, lazy, ..shim });
         captured.capture();
         let logits = conversation(&mut captured);
         assert!(logits == eager_logits, "{element}, seed {seed}: captured steps differ from eager ones");
@@ -293,9 +310,17 @@ fn windows_bite() {
 
 #[test]
 fn what_is_counted_is_what_is_taken() {
-    let (_folder, files, options) = dummy(&config("llama", None));
+    for (compute_capability, prefill) in [((8, 0), PrefillKernel::Portable), (HOPPER, PrefillKernel::Hopper)] {
+        let driver = ShimDriver::new(Options { compute_capability, ..Options::default() });
+        check_count(&Device::gpu_with(driver, Element::BF16, prefill).unwrap());
+    }
     let driver = ShimDriver::new(Options::default());
-    let device = Device::gpu(Arc::clone(&driver) as _, Element::BF16).unwrap();
+    let error = Device::gpu_with(driver, Element::BF16, PrefillKernel::Hopper).map(|_| ()).unwrap_err();
+    assert_eq!(error.to_string(), "expected compute capability 9.0 for attention by wgmma, found 8.0");
+}
+
+fn check_count(device: &Device) {
+    let (_folder, files, options) = dummy(&config("llama", None));
     let counting = device.counting().unwrap().unwrap();
     let before = device.free_bytes().unwrap().unwrap();
     let build = |device: &Device| {
@@ -306,7 +331,7 @@ fn what_is_counted_is_what_is_taken() {
     let start = counting.allocations().unwrap().total();
     let _counted = build(&counting);
     let counted = counting.allocations().unwrap().total() - start;
-    let _taken = build(&device);
+    let _taken = build(device);
     let taken = before - device.free_bytes().unwrap().unwrap();
     // The count is of whole units of 512 bytes.
     assert!(counted >= taken && counted <= taken + taken / 50, "counted {counted}, taken {taken}");

@@ -74,12 +74,17 @@ else
     cat "$OUT/libraries.txt"
 fi
 
+# Kernels of prompts' attention that this GPU can run.
+prefills=(--prefill-kernel=portable)
+capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1)
+[ "$capability" = 9.0 ] && prefills+=(--prefill-kernel=hopper)
+
 bench() {
     local shape=$1
     shift
     check "bench-$shape" 900 "$PYTHON" "$scripts/roofline.py" --kvern "$KVERN" --model "$scripts/shapes/$shape" \
         --device "$DEVICE" --flag=--load-format=dummy --flag=--max-num-batched-tokens=8192 \
-        --out "$OUT/bench-$shape.json" "$@"
+        "${prefills[@]}" --out "$OUT/bench-$shape.json" "$@"
 }
 
 # Decoding without and with launches that begin before the one before has ended.
@@ -97,6 +102,10 @@ check version 30 "$KVERN" --version
 # Small, so that a build that does not open the device is known before anything long.
 tiny=("$KVERN" bench "$scripts/shapes/smollm2-135m" --device "$DEVICE" --load-format dummy --rounds 1)
 check opens 120 "${tiny[@]}" --steps 4 --decode 2x64 --prefill 96
+hopper() {
+    if [ "$capability" = 9.0 ]; then check "$@" --prefill-attention hopper; else skip "$1" "not compute capability 9.0"; fi
+}
+hopper opens-hopper 120 "${tiny[@]}" --steps 4 --decode 2x64 --prefill 96,700
 served=(--kvern "$KVERN" --model "$weights" --device "$DEVICE" --logs "$OUT")
 answers start 600 "$PYTHON" "$scripts/start.py" "${served[@]}" --shape "$scripts/shapes/llama-3.1-8b" --made \
     --out "$OUT/start.json"
@@ -118,6 +127,11 @@ for tool in memcheck racecheck; do
         skip "$tool" "no compute-sanitizer"
     fi
 done
+if command -v compute-sanitizer >/dev/null; then
+    hopper memcheck-hopper 900 compute-sanitizer --tool memcheck --error-exitcode 9 "${tiny[@]}" --steps 2 --prefill 300
+else
+    skip memcheck-hopper "no compute-sanitizer"
+fi
 bench llama-3.1-8b
 bench llama-3.2-1b
 bench qwen3-0.6b

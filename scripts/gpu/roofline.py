@@ -105,22 +105,37 @@ class Model:
         return 2 * (weights + self.head), 2 * (tokens * weights + self.head) + attention
 
 
-def bench(options, prefill: "list[str]", flags: "list[str]") -> "list[dict]":
+def bench(options) -> "list[dict]":
+    """One run of all workloads, or one of the prompts more for each further kernel of their attention."""
+    kernels = options.prefill_kernel or ["auto"]
+    prefill = options.prefill or PREFILL
+    rows = run_bench(options, options.decode or DECODE, prefill, kernels[0])
+    for kernel in kernels[1:]:
+        rows += run_bench(options, [], prefill, kernel)
+    return rows
+
+
+def run_bench(options, decode: "list[str]", prefill: "list[str]", kernel: str, *flags: str) -> "list[dict]":
     command = [str(options.kvern), "bench", str(options.model), "--device", options.device, "--json", "--rounds",
-               str(options.rounds), "--steps", str(STEPS)]
-    command += [flag for point in options.decode or DECODE for flag in ("--decode", point)]
+               str(options.rounds), "--steps", str(STEPS), "--prefill-attention", kernel]
+    command += [flag for point in decode for flag in ("--decode", point)]
     command += [flag for point in prefill for flag in ("--prefill", point)]
     done = subprocess.run([*command, *options.flag, *flags], stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
         sys.exit(f"kvern bench ended with {done.returncode}")
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    for row in rows:
+        if kernel != "auto" and row["workload"].startswith("prefill "):
+            row["workload"] += f" {kernel}"
+    return rows
 
 
 def again(options) -> "list[dict]":
     """Decoding without, with and without a further flag."""
     name, _, flag = options.again.partition("=")
     runs = ("before", []), (name, [flag]), ("after", [])
-    return [dict(row, run=run) for run, flags in runs for row in bench(options, [], flags)]
+    decode = options.decode or DECODE
+    return [dict(row, run=run) for run, flags in runs for row in run_bench(options, decode, [], "auto", *flags)]
 
 
 def floor(model: Model, workload: str, read: float, product: float) -> "tuple[int, float, str]":
@@ -128,7 +143,7 @@ def floor(model: Model, workload: str, read: float, product: float) -> "tuple[in
     if found := re.fullmatch(r"decode (\d+)x(\d+)", workload):
         streams, context = map(int, found.groups())
         tokens, (moved, operations) = streams, model.decode(streams, context + STEPS / 2)
-    elif found := re.fullmatch(r"prefill (\d+)", workload):
+    elif found := re.fullmatch(r"prefill (\d+)(?: \w+)?", workload):
         tokens = int(found[1])
         moved, operations = model.prefill(tokens)
     else:
@@ -145,6 +160,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda:0", help="device of the bench")
     parser.add_argument("--decode", action="append", help=f"STREAMSxCONTEXT [default: {' '.join(DECODE)}]")
     parser.add_argument("--prefill", action="append", help=f"tokens [default: {' '.join(PREFILL)}]")
+    parser.add_argument("--prefill-kernel", action="append", choices=["portable", "hopper"],
+                        help="kernel of prompts' attention; of several, each is measured [default: the server's choice]")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of each workload")
     parser.add_argument("--flag", action="append", default=[],
                         help="a further flag of kvern bench, as --flag=--load-format=dummy")
@@ -160,7 +177,7 @@ def main() -> None:
     if not (options.kvern and options.model):
         parser.error("--kvern and --model are needed")
     before = measured_limits()
-    rows = again(options) if options.again else bench(options, options.prefill or PREFILL, [])
+    rows = again(options) if options.again else bench(options)
     after = measured_limits()
     read = max(max(side["read"].values()) for side in (before, after))
     product = max(max(side["product"].values()) for side in (before, after))
@@ -171,7 +188,7 @@ def main() -> None:
 
 def report(folder: pathlib.Path, rows: "list[dict]", gpu: str, read: float, product: float) -> None:
     print(f"{folder.name} on {gpu}; by torch: reads {read / 1e12:.2f} TB/s, products {product / 1e12:.0f} TFLOP/s")
-    width = 18 if not any("run" in row for row in rows) else 40
+    width = 22 if not any("run" in row for row in rows) else 40
     print(f"{'workload':{width}} {'tokens/s':>10} {'ms':>9} {'floor ms':>9}  bound by   floors")
     model = Model.read(folder)
     points = [row for row in rows if not row["workload"].startswith("limit ")]

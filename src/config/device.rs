@@ -1,7 +1,7 @@
 //! Which device computes, and how much of its memory is taken.
 
 use clap::{Args, ValueEnum};
-use kvern_kernels::Device;
+use kvern_kernels::{Device, PrefillKernel};
 use kvern_models::LoadFormat;
 
 /// Most tokens of a step where none were asked for: on a CPU a step of so many takes a fraction of a second, on a GPU it fills
@@ -33,6 +33,7 @@ pub struct DeviceConfig {
     pub load_format: LoadFormat,
     /// Launches on a GPU may begin while the one before them ends.
     pub programmatic_launches: bool,
+    pub prefill_attention: PrefillKernel,
 }
 
 impl Default for DeviceConfig {
@@ -42,6 +43,7 @@ impl Default for DeviceConfig {
             memory_utilization: 900,
             load_format: LoadFormat::Files,
             programmatic_launches: PROGRAMMATIC_LAUNCHES,
+            prefill_attention: PrefillKernel::Auto,
         }
     }
 }
@@ -61,6 +63,9 @@ pub(super) struct DeviceArgs {
     /// Launches on a GPU may begin while the one before them ends; auto is off until a GPU has measured it
     #[arg(long, value_name = "WHEN", hide = true, value_enum, default_value_t = WhenArg::Auto)]
     programmatic_launches: WhenArg,
+    /// Kernel of prompts' attention on a GPU, for measuring: portable, or hopper on compute capability 9.0, where heads and blocks fit it
+    #[arg(long, value_name = "KERNEL", value_enum, default_value_t = PrefillAttentionArg::Auto, hide = true)]
+    prefill_attention: PrefillAttentionArg,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -76,6 +81,13 @@ enum WhenArg {
     Off,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum PrefillAttentionArg {
+    Auto,
+    Portable,
+    Hopper,
+}
+
 impl DeviceArgs {
     pub(super) fn config(&self) -> DeviceConfig {
         let load_format = match self.load_format {
@@ -87,8 +99,13 @@ impl DeviceArgs {
             WhenArg::On => true,
             WhenArg::Off => false,
         };
+        let prefill_attention = match self.prefill_attention {
+            PrefillAttentionArg::Auto => PrefillKernel::Auto,
+            PrefillAttentionArg::Portable => PrefillKernel::Portable,
+            PrefillAttentionArg::Hopper => PrefillKernel::Hopper,
+        };
         let (choice, memory_utilization) = (self.device, self.memory_utilization);
-        DeviceConfig { choice, memory_utilization, load_format, programmatic_launches }
+        DeviceConfig { choice, memory_utilization, load_format, programmatic_launches, prefill_attention }
     }
 }
 

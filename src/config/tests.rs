@@ -1,6 +1,7 @@
 #![allow(clippy::unwrap_used)]
 
 use super::*;
+use kvern_kernels::PrefillKernel;
 
 /// Variables of an environment.
 type Variables<'a> = &'a [(&'a str, &'a str)];
@@ -49,6 +50,16 @@ fn defaults() {
     assert_eq!((config.model.hub.endpoint.as_str(), config.model.hub.offline), ("https://huggingface.co", false));
     assert_eq!(config.log, LogConfig { format: LogFormat::Text, level: "info".into(), prompts: false });
     assert!(config.settings.iter().all(|setting| setting.origin == Origin::Default));
+}
+
+#[test]
+fn kernels_of_prefill_attention() {
+    for (name, kernel) in
+        [("auto", PrefillKernel::Auto), ("portable", PrefillKernel::Portable), ("hopper", PrefillKernel::Hopper)]
+    {
+        let config = resolve(&["serve", "--prefill-attention", name], &[("HOME", "/h")]).unwrap();
+        assert_eq!(config.engine.device.prefill_attention, kernel);
+    }
 }
 
 /// Each layer alone and above the next, for a number, a list, a switch and the model.

@@ -59,9 +59,58 @@ pub const fn prefill_shared_bytes(head_dim: usize) -> usize {
     pitch(head_dim) * (prefill_rows(head_dim) + 4 * positions)
 }
 
+/// Threads per block of `kvern_prefill_hopper_*`; the grid is as of prefill.
+pub const PREFILL_HOPPER_THREADS: usize = 384;
+
+/// As [`prefill_rows`], of `kvern_prefill_hopper_*`, whatever the size of heads.
+pub const PREFILL_HOPPER_ROWS: usize = 128;
+
+/// Positions of a tile of K and V of `kvern_prefill_hopper_*`.
+const fn prefill_hopper_positions(head_dim: usize) -> usize {
+    if head_dim > 128 { 64 } else { 128 }
+}
+
+/// Values of a row of what `kvern_prefill_hopper_*` copies at once: a panel as wide as its swizzle, of 128 bytes or of 64.
+#[must_use]
+pub const fn prefill_hopper_panel(head_dim: usize) -> usize {
+    if head_dim.is_multiple_of(64) { 64 } else { 32 }
+}
+
+/// Whether there is a `kvern_prefill_hopper_*` for such heads in blocks of such a size: eight rows are a swizzle's pattern, and blocks
+/// make whole tiles.
+#[must_use]
+pub const fn prefill_hopper_takes(head_dim: usize, block_size: usize) -> bool {
+    matches!(head_dim, 64 | 96 | 128 | 256)
+        && block_size.is_multiple_of(8)
+        && block_size > 0
+        && prefill_hopper_positions(head_dim).is_multiple_of(block_size)
+}
+
+/// Dynamic shared memory of `kvern_prefill_hopper_*`: the tile of q, two or three stages of K and of V, and what brings these to
+/// multiples of 1024 bytes.
+#[must_use]
+pub const fn prefill_hopper_shared_bytes(head_dim: usize) -> usize {
+    let stages = if head_dim > 64 { 2 } else { 3 };
+    2 * head_dim * (PREFILL_HOPPER_ROWS + 2 * stages * prefill_hopper_positions(head_dim)) + 1024
+}
+
 /// Threads per block, and outputs per block, of `kvern_gemv_*`; blocks = ceil(outputs / outputs per block).
 pub const GEMV_THREADS: usize = 128;
 pub const GEMV_OUTPUTS: usize = 4;
 
 /// Threads per block of `kvern_sample`; a block per row. It has to be exactly these.
 pub const SAMPLE_THREADS: usize = 512;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_kernel_for_sm_90a_takes() {
+        let takes = |dim: usize| -> Vec<usize> { (0..200).filter(|&size| prefill_hopper_takes(dim, size)).collect() };
+        assert_eq!([takes(64), takes(96), takes(128)], [(); 3].map(|()| vec![8, 16, 32, 64, 128]));
+        assert_eq!((takes(256), takes(80)), (vec![8, 16, 32, 64], vec![]));
+        // A block of a device of capability 9.0 has 227 KiB, static memory included.
+        assert!([64, 96, 128, 256].iter().all(|&dim| prefill_hopper_shared_bytes(dim) < 226 << 10));
+    }
+}

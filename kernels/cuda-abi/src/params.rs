@@ -222,6 +222,29 @@ params! {
         scale_log2: f32,
         head_dim: u32,
     }
+    /// A tensor for copies of boxes, as the driver describes it.
+    #[repr(align(128))]
+    TensorMap {
+        words: [u64; 16],
+    }
+    /// Prefill attention for sm_90a.
+    PrefillHopperParams {
+        k_map: TensorMap,
+        v_map: TensorMap,
+        qkv: Ptr,
+        out: Ptr,
+        tiles: Ptr,
+        block_tables: Ptr,
+        heads: u32,
+        kv_heads: u32,
+        block_size: u32,
+        table_stride: u32,
+        qkv_stride: u32,
+        window: u32,
+        scale_log2: f32,
+        pad: u32,
+        unused: [u64; 8],
+    }
     /// A product of 1 to 8 rows.
     GemvParams {
         x: Ptr,

@@ -1,6 +1,7 @@
 // The shim's runtime: fibers and their turns, shared memory, asynchronous copies, faults.
 
-#include "shim.h"
+#include "products.h"
+#include "runtime.h"
 
 #include <memory>
 #include <signal.h>
@@ -13,8 +14,7 @@
 namespace shim {
 
 constexpr size_t STACK_BYTES = 128 * 1024, SHARED_BYTES = 256 * 1024, RED_ZONE = 64;
-constexpr size_t DYNAMIC_BYTES_MAX = 163 * 1024; // What a block may have on sm_80.
-constexpr unsigned char POISON = 0xff; // Of every float type a NaN.
+constexpr size_t DYNAMIC_BYTES_MAX = 227 * 1024; // What a block may have on sm_90.
 
 struct Copy {
     unsigned char *to;
@@ -59,7 +59,7 @@ struct Launch {
     uint32_t arrived, generation;
     std::vector<SharedRange> ranges;
     size_t shared_end;
-    bool failed;
+    bool failed, reverse;
     char message[512];
 };
 
@@ -87,7 +87,7 @@ static Arena &stacks() {
     return arena;
 }
 
-static unsigned char *shared_memory() {
+unsigned char *shared_memory() {
     static thread_local Arena arena(SHARED_BYTES);
     return arena.memory;
 }
@@ -153,7 +153,7 @@ static void start(Fiber &fiber, unsigned char *stack, void (*entry)()) {
 static void go(Fiber &from, Fiber &to) { swapcontext(&from.context, &to.context); }
 #endif
 
-static void wait_while(const uint32_t *counter, uint32_t value) {
+void wait_while(const uint32_t *counter, uint32_t value) {
     Fiber &own = *current;
     own.counter = counter;
     own.value = value;
@@ -185,6 +185,10 @@ void block_barrier() {
 }
 
 uint32_t lane() { return current->linear % 32; }
+uint32_t thread() { return current->linear; }
+uint32_t threads() { return launch->threads; }
+bool is_reverse() { return launch->reverse; }
+size_t dynamic_bytes() { return launch->dynamic_bytes; }
 
 void grid_launch_dependents() { current->released = true; }
 void grid_dependency_wait() { current->turn = true; }
@@ -216,7 +220,7 @@ Slot *meet(Meeting kind, const void *value, size_t bytes, void (*last)(Slot *)) 
     return slots;
 }
 
-unsigned char *dynamic_shared() { return shared_memory(); }
+unsigned char *dynamic_shared() { return shared_memory() + DYNAMIC_AT; }
 
 void *shared(const void *tag, size_t bytes) {
     for (const SharedRange &range : launch->ranges) {
@@ -243,7 +247,8 @@ static void check_red_zones() {
             }
         }
     };
-    end = launch->dynamic_bytes;
+    check(0, DYNAMIC_AT);
+    end = DYNAMIC_AT + launch->dynamic_bytes;
     for (const SharedRange &range : launch->ranges) {
         check(end, range.at);
         end = range.at + range.bytes;
@@ -299,8 +304,9 @@ static void run_block(bool reverse) {
     Launch &own = *launch;
     own.arrived = 0;
     own.ranges.clear();
-    own.shared_end = (own.dynamic_bytes + 127) / 128 * 128 + RED_ZONE;
+    own.shared_end = DYNAMIC_AT + (own.dynamic_bytes + 127) / 128 * 128 + RED_ZONE;
     memset(shared_memory(), POISON, SHARED_BYTES);
+    hopper_begin();
     for (Warp &warp : own.warps) {
         warp.arrived = 0;
     }
@@ -330,7 +336,7 @@ static void run_block(bool reverse) {
             }
             left -= fiber.done;
         }
-        if (!moved) {
+        if (!moved && !hopper_advance()) {
             snprintf(own.message, sizeof(own.message), "%s, block %u %u %u: a deadlock, %u threads wait",
                      own.entry->name, block_index.x, block_index.y, block_index.z, left);
             own.failed = true;
@@ -342,6 +348,7 @@ static void run_block(bool reverse) {
     current = &fiber;
     start(fiber, stacks().memory, [] {
         check_red_zones();
+        hopper_end();
         go(*current, scheduler);
     });
     go(scheduler, fiber);
@@ -412,6 +419,7 @@ extern "C" int kvern_shim_launch(const char *name, const LaunchShape *shape, con
     own->threads = threads;
     own->early = shape->early != 0;
     own->dynamic_bytes = shape->shared_bytes;
+    own->reverse = shape->reverse != 0;
     own->fibers.resize(threads);
     own->warps.resize(threads / 32);
     launch = own.get();
@@ -424,7 +432,7 @@ extern "C" int kvern_shim_launch(const char *name, const LaunchShape *shape, con
         block_index = {static_cast<uint32_t>(block % shape->grid.x),
                        static_cast<uint32_t>(block / shape->grid.x % shape->grid.y),
                        static_cast<uint32_t>(block / shape->grid.x / shape->grid.y)};
-        run_block(shape->reverse != 0);
+        run_block(own->reverse);
     }
     snprintf(message, message_bytes, "%s", own->message);
     launch = nullptr;

@@ -36,7 +36,7 @@ struct Slot {
     alignas(16) unsigned char bytes[64];
 };
 
-enum class Meeting : uint32_t { None, Sync, Shuffle, Vote, LoadMatrices, Mma };
+enum class Meeting : uint32_t { None, Sync, Shuffle, Vote, LoadMatrices, Mma, Products };
 
 struct Fiber;
 extern thread_local Fiber *current;

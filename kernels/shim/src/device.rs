@@ -48,8 +48,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub use faults::Call;
 use kvern_kernels::cuda::driver::{
-    DeviceProperties, Driver, Event, Gemm, Graph, HostAccess, Kernel, LaunchShape, Layout, Part, Ptr, Stream,
-    StreamPriority,
+    BoxedMatrix, DeviceProperties, Driver, Event, Gemm, Graph, HostAccess, Kernel, LaunchShape, Layout, Part, Ptr,
+    Stream, StreamPriority, TensorMap,
 };
 use kvern_kernels::{KernelError, Result};
 
@@ -58,8 +58,11 @@ use faults::Fault;
 use state::State;
 use work::Operation;
 
-/// What the shim's blocks may have, as on a device of capability 8.0.
-const BLOCK_SHARED_BYTES: u32 = 163 * 1024;
+/// What blocks may have of shared memory on a device of this capability.
+const fn block_shared_bytes(compute_capability: (u32, u32)) -> u32 {
+    if compute_capability.0 < 9 { 163 * 1024 } else { 227 * 1024 }
+}
+
 const GRID_ROWS_MAX: u32 = 65_535;
 /// Parts of the multiprocessors are rounded up to a multiple of this.
 const PART_STEP: u32 = 2;
@@ -70,6 +73,8 @@ const BLOCKS_PER_MULTIPROCESSOR: NonZeroU32 = NonZeroU32::new(2).expect("two is 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Options {
     pub multiprocessors: usize,
+    /// Major and minor; it says how much shared memory there is, and whether there are tensor maps.
+    pub compute_capability: (u32, u32),
     /// Device memory; pinned memory is the host's and not counted.
     pub memory_bytes: usize,
     /// Draws whose turn it is among streams, and the order of a launch's threads.
@@ -80,7 +85,7 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Options {
-        Options { multiprocessors: 4, memory_bytes: 1 << 30, seed: 0, lazy: false }
+        Options { multiprocessors: 4, compute_capability: (8, 0), memory_bytes: 1 << 30, seed: 0, lazy: false }
     }
 }
 
@@ -93,13 +98,14 @@ pub struct ShimDriver {
 impl ShimDriver {
     #[must_use]
     pub fn new(options: Options) -> Arc<ShimDriver> {
+        let block_shared_bytes = block_shared_bytes(options.compute_capability) as usize;
         let properties = DeviceProperties {
             name: "shim".to_owned(),
-            compute_capability: (8, 0),
+            compute_capability: options.compute_capability,
             driver_version: (13, 0),
             multiprocessors: options.multiprocessors,
-            shared_bytes: BLOCK_SHARED_BYTES as usize + 1024,
-            block_shared_bytes: BLOCK_SHARED_BYTES as usize,
+            shared_bytes: block_shared_bytes + 1024,
+            block_shared_bytes,
             memory_bytes: options.memory_bytes,
         };
         Arc::new(ShimDriver { properties, state: Mutex::new(State::new(&options)) })
@@ -238,7 +244,7 @@ impl Driver for ShimDriver {
             // Code is loaded when it is asked for first, which takes memory.
             state.refuse_in_capture("kernel")?;
         }
-        let loaded = state.kernels.load(name, shared_bytes);
+        let loaded = state.kernels.load(name, shared_bytes, self.properties.block_shared_bytes as u32);
         loaded.map_err(|problem| state.refuse("kernel", problem))
     }
 
@@ -248,6 +254,18 @@ impl Driver for ShimDriver {
         let checked = state.kernels.check_block(kernel, threads, shared_bytes);
         checked.map_err(|problem| state.refuse("blocks_per_multiprocessor", problem))?;
         Ok(BLOCKS_PER_MULTIPROCESSOR)
+    }
+
+    fn tensor_map(&self, matrix: &BoxedMatrix) -> Result<TensorMap> {
+        let mut state = self.state();
+        state.check_there()?;
+        matrix.check()?;
+        let found = match self.properties.compute_capability {
+            (9.., _) => state.memory.find(matrix.memory.0, matrix.bytes() as u64, Place::Device).map(drop),
+            found => Err(format!("expected a device of capability 9.0, found {found:?}")),
+        };
+        found.map_err(|problem| state.refuse("tensor_map", problem))?;
+        Ok(crate::tensor_map(matrix))
     }
 
     fn record(&self, event: Event, stream: Stream) -> Result<()> {

@@ -14,7 +14,8 @@ pub mod device;
 use std::ffi::{CStr, CString, c_char, c_int};
 
 pub use buffer::Buffer;
-use kvern_cuda_abi::KernelParams;
+use kvern_cuda_abi::{KernelParams, TensorMap};
+use kvern_kernels::cuda::driver::BoxedMatrix;
 
 /// The shape of a launch, and what tests may change about it.
 #[derive(Clone, Copy, Debug)]
@@ -82,6 +83,9 @@ pub struct KernelLimits {
     /// Threads per block.
     pub threads_max: u32,
 }
+
+/// Begins each map.
+const MAP_MAGIC: u64 = 0x6b76_6572_6e6d_6170;
 
 #[repr(C)]
 struct RawLimits {
@@ -153,6 +157,24 @@ pub unsafe fn launch_raw(kernel: &str, launch: &Launch, params: &[u8]) -> Result
     }
     let text = CStr::from_bytes_until_nul(&message).map_err(|error| error.to_string())?;
     Err(text.to_string_lossy().into_owned())
+}
+
+/// A map of a matrix that kernels of this library copy boxes by.
+///
+/// # Panics
+/// If the matrix is none for which there are maps.
+#[must_use]
+pub fn tensor_map(matrix: &BoxedMatrix) -> TensorMap {
+    matrix.check().expect("a matrix that boxes can be copied of");
+    let BoxedMatrix { element, memory, rows, columns, box_rows, box_columns } = *matrix;
+    let bytes = element.bytes();
+    let mut words = [0; 16];
+    // In the order of `BoxMap` of `kernels/cuda/shim/hopper.cpp`.
+    words[0] = MAP_MAGIC;
+    words[1] = memory.0;
+    let sizes = [bytes, columns, rows, columns * bytes, box_columns, box_rows, box_columns * bytes];
+    words[2..].iter_mut().zip(sizes).for_each(|(word, size)| *word = size as u64);
+    TensorMap { words }
 }
 
 /// What a kernel takes, if there is one of this name.

@@ -1,23 +1,14 @@
-//! Attention, and what writes the cache, against the scalar references.
+//! Decode attention, and what writes the cache, against the scalar references.
 #![allow(clippy::unwrap_used)]
 
 mod support;
 
 use half::{bf16, f16};
-use kvern_cuda_abi::{
-    DecodeMerge, DecodeParams, DecodePlan, DecodeQuery, PrefillParams, PrefillPlan, PrefillQuery, Ptr, RopeStoreParams,
-    launch,
-};
+use kvern_cuda_abi::{DecodeMerge, DecodeParams, DecodePlan, DecodeQuery, Ptr, RopeStoreParams, launch};
 use kvern_cuda_shim::{Buffer, Launch};
 use kvern_kernels::reference;
-use support::paged::{Heads, Paged, pointers};
+use support::paged::{Heads, Paged, pointers, tolerance};
 use support::*;
-
-/// What the kernel and the reference may differ by. The kernels round each weight of the softmax to T (half a unit of weight, and
-/// so of a mean of values up to 2) and the result to T once; the rest is the order of f32 sums, 1e-5 of values up to 2.
-fn tolerance<T: Element>() -> (f32, f32) {
-    (T::EPSILON, 2.0 * T::EPSILON + 2e-5)
-}
 
 struct RopeCase {
     heads: Heads,
@@ -236,100 +227,5 @@ fn decode_matches() {
     }
     for (fault, message) in [(TABLE_OFF_BY_ONE, "found NaN"), (WRONG_SCALE, "expected"), (MISSING_WAIT, "found NaN")] {
         caught(check_decode::<f16>(&CASES[0], fault), message);
-    }
-}
-
-/// Sequences of (tokens that are cached, query rows).
-struct PrefillCase {
-    heads: Heads,
-    block_size: usize,
-    sequences: &'static [(usize, usize)],
-    window: Option<u32>,
-}
-
-fn check_prefill<T: Element>(case: &PrefillCase, fault: u32) -> Result<(), String> {
-    let PrefillCase { heads, block_size, sequences, window } = *case;
-    let mut random = Random(heads.dim as u64 + 7);
-    let contexts: Vec<usize> = sequences.iter().map(|(cached, rows)| cached + rows).collect();
-    let paged = Paged::<T>::new(&mut random, heads, block_size, &contexts);
-    let mut rows = 0;
-    let mut queries = Vec::new();
-    for (table, &(cached, count)) in sequences.iter().enumerate() {
-        queries.push(PrefillQuery { row: rows, rows: count as u32, position: cached as u32, table: table as u32 });
-        rows += count as u32;
-    }
-    let qkv = random.values::<T>(rows as usize * paged.row_len(), 2.0);
-    let scale = 1.0 / (heads.dim as f32).sqrt();
-    let is_f32 = T::SUFFIX == "f32";
-    let mut plan = PrefillPlan::default();
-    let group = heads.heads / heads.kv_heads;
-    plan.update(&queries, if is_f32 { 4 } else { (launch::prefill_rows(heads.dim) / group) as u32 });
-    let out_len = rows as usize * heads.heads * heads.dim;
-    let make = || {
-        let (caches, tables) = paged.buffers();
-        let memory = (caches, tables, [Buffer::of(&qkv), Buffer::poisoned(out_len)], Buffer::of(&plan.tiles));
-        let ([k_cache, v_cache], [qkv, out]) = (pointers(&memory.0), pointers(&memory.2));
-        let params = PrefillParams {
-            qkv,
-            k_cache,
-            v_cache,
-            out,
-            tiles: memory.3.ptr(),
-            block_tables: memory.1.ptr(),
-            heads: heads.heads as u32,
-            kv_heads: heads.kv_heads as u32,
-            block_size: block_size as u32,
-            table_stride: paged.stride as u32,
-            qkv_stride: paged.row_len() as u32,
-            window: window.unwrap_or(0),
-            scale_log2: scale * std::f32::consts::LOG2_E,
-            head_dim: heads.dim as u32,
-        };
-        (memory, params)
-    };
-    let (kernel, shape) = if is_f32 {
-        ("kvern_attention_f32".to_owned(), Launch::new(plan.tiles.len(), 128).rows(heads.heads))
-    } else {
-        let shape = Launch::new(plan.tiles.len(), launch::PREFILL_THREADS).rows(heads.kv_heads);
-        (format!("kvern_prefill_{}_d{}", T::SUFFIX, heads.dim), shape.shared(launch::prefill_shared_bytes(heads.dim)))
-    };
-    let found = run(&kernel, shape.planted(fault), make, |memory| bits(&memory.2[1]))?;
-    let (relative, absolute) = tolerance::<T>();
-    for query in &queries {
-        for (at, head) in (0..query.rows as usize).flat_map(|at| (0..heads.heads).map(move |head| (at, head))) {
-            let row = query.row as usize + at;
-            let q = &qkv[row * paged.row_len() + head * heads.dim..][..heads.dim];
-            let position = query.position as usize + at;
-            let expected = paged.expected(q, query.table as usize, position, head, scale, window);
-            let found = &found[(row * heads.heads + head) * heads.dim..][..heads.dim];
-            compare(&format!("{kernel} row {row} head {head}"), found, &expected, relative, absolute)?;
-        }
-    }
-    Ok(())
-}
-
-#[test]
-fn prefill_matches() {
-    let case = |[heads, kv_heads, dim]: [usize; 3], block_size, sequences, window| PrefillCase {
-        heads: Heads { heads, kv_heads, dim },
-        block_size,
-        sequences,
-        window,
-    };
-    let cases = [
-        case([4, 2, 128], 16, &[(0, 70), (33, 5), (64, 1)], None),
-        case([3, 1, 64], 16, &[(0, 1), (100, 50), (0, 16)], None),
-        case([2, 1, 96], 32, &[(10, 40), (0, 33)], None),
-        case([2, 2, 256], 16, &[(20, 30), (0, 3)], None),
-        case([4, 1, 64], 7, &[(90, 60)], Some(25)),
-        case([1, 1, 128], 1, &[(3, 140)], Some(1)),
-    ];
-    for case in &cases {
-        check_prefill::<f32>(case, 0).unwrap();
-        check_prefill::<bf16>(case, 0).unwrap();
-        check_prefill::<f16>(case, 0).unwrap();
-    }
-    for (fault, message) in [(TABLE_OFF_BY_ONE, "found NaN"), (WRONG_SCALE, "expected"), (MISSING_WAIT, "found NaN")] {
-        caught(check_prefill::<f16>(&cases[0], fault), message);
     }
 }

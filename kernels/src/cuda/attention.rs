@@ -7,7 +7,8 @@
 
 use kvern_cuda_abi::{
     CascadeParams, CascadeRow, CascadeTile, DecodeItem, DecodeMerge, DecodeParams, DecodePlan, DecodeQuery,
-    PrefillParams, PrefillPlan, PrefillQuery, PrefillTile, Ptr, launch, piece_len,
+    KernelParams, PrefillHopperParams, PrefillParams, PrefillPlan, PrefillQuery, PrefillTile, Ptr, TensorMap, launch,
+    piece_len,
 };
 
 use super::driver::{Element, Kernel, LaunchShape};
@@ -31,7 +32,7 @@ const SHORT_CONTEXT: usize = 4096;
 /// The kernels for one size of heads.
 enum AttentionKernels {
     F32 { attention: Kernel },
-    Tiles { decode: Kernel, merge: Kernel, prefill: Kernel, cascade: Kernel },
+    Tiles { decode: Kernel, merge: Kernel, prefill: Kernel, prefill_hopper: Option<Kernel>, cascade: Kernel },
 }
 
 /// Decode's pieces under one window.
@@ -48,9 +49,13 @@ struct WindowPlan {
 /// Room for the division of any step within the limits, at fixed addresses.
 pub(crate) struct DevicePlan {
     kernels: AttentionKernels,
+    heads: HeadLayout,
     /// Blocks of decode per KV head.
     workers: u32,
+    /// Query rows of a tile of the portable kernel.
     tile_rows: u32,
+    /// The step's tiles are for the kernel for sm_90a.
+    is_hopper: bool,
     windows: Vec<WindowPlan>,
     prefill: PrefillPlan,
     tiles: StepArray<PrefillTile>,
@@ -74,7 +79,7 @@ pub(crate) struct DevicePlan {
 
 impl AttentionKernels {
     fn new(gpu: &CudaDevice, heads: HeadLayout) -> Result<(Self, u32)> {
-        let (driver, element, dim) = (&gpu.driver, gpu.element, heads.head_dim);
+        let (driver, element, dim) = (gpu.driver.as_ref(), gpu.element, heads.head_dim);
         if element == Element::F32 {
             check_head("attention plan", dim)?;
             return Ok((AttentionKernels::F32 { attention: driver.kernel("kvern_attention_f32", 0)? }, 1));
@@ -94,7 +99,9 @@ impl AttentionKernels {
         let workers = launch::decode_workers(blocks, heads.kv_heads, heads.group());
         let (merge, prefill) = (named("decode_merge", 0)?, named("prefill", launch::prefill_shared_bytes(dim) as u32)?);
         let cascade = named("cascade", launch::cascade_shared_bytes(dim) as u32)?;
-        Ok((AttentionKernels::Tiles { decode, merge, prefill, cascade }, workers as u32))
+        let hopper = || named("prefill_hopper", launch::prefill_hopper_shared_bytes(dim) as u32);
+        let prefill_hopper = gpu.is_prefill_hopper.then(hopper).transpose()?;
+        Ok((AttentionKernels::Tiles { decode, merge, prefill, prefill_hopper, cascade }, workers as u32))
     }
 }
 
@@ -135,6 +142,7 @@ impl DevicePlan {
         Ok(DevicePlan {
             workers,
             tile_rows: tile_rows as u32,
+            is_hopper: false,
             windows: windows.iter().map(window_plan).collect::<Result<_>>()?,
             prefill: PrefillPlan::default(),
             tiles: StepArray::new(
@@ -155,6 +163,7 @@ impl DevicePlan {
             table_starts: Vec::with_capacity(sequences_max),
             block_size: 1,
             kernels,
+            heads,
         })
     }
 
@@ -174,9 +183,12 @@ impl DevicePlan {
         &mut self,
         gpu: &CudaDevice,
         batch: &SequenceBatch<'_>,
-        kv: &KvShape,
+        cache: &KvCache,
         padded: Option<usize>,
     ) -> Result<Option<usize>> {
+        let kv = &cache.shape();
+        let has_hopper = matches!(self.kernels, AttentionKernels::Tiles { prefill_hopper: Some(_), .. });
+        self.is_hopper = has_hopper && cache.on_device()?.maps(0).is_some();
         self.block_size = kv.block_size;
         self.table_starts.clear();
         self.decode_queries.clear();
@@ -198,7 +210,10 @@ impl DevicePlan {
             }
         }
         self.table_entries.push(kv.blocks as u32);
-        self.prefill.update(&self.prefill_queries, self.tile_rows);
+        // No fewer than of the portable kernel, for whose tiles there is room.
+        let hopper_rows = launch::PREFILL_HOPPER_ROWS / self.heads.group();
+        let tile_rows = if self.is_hopper { hopper_rows as u32 } else { self.tile_rows };
+        self.prefill.update(&self.prefill_queries, tile_rows);
         let shares = self.find_prefixes(kv);
         let padded = padded.filter(|_| !shares);
         self.bring(gpu, padded)?;
@@ -284,23 +299,38 @@ impl DevicePlan {
         kv: &KvCache,
         out: &mut Tensor,
     ) -> Result<()> {
-        let layer = kv.on_device()?.layer(args.layer);
+        let cache = kv.on_device()?;
+        let layer = cache.layer(args.layer);
         match self.kernels {
             AttentionKernels::F32 { attention } => {
                 let grid = [self.tiles.len(), args.heads.heads];
                 self.launch_tiles(gpu, attention, shape(grid, 128), &self.prefill_params(args, qkv, kv, layer, out))
             }
-            AttentionKernels::Tiles { decode, merge, prefill, cascade } => {
+            AttentionKernels::Tiles { decode, merge, prefill, prefill_hopper, cascade } => {
                 self.launch_decode(gpu, [decode, merge, cascade], args, &(qkv, kv, layer, &*out))?;
-                let grid = [self.tiles.len(), args.heads.kv_heads];
-                let shared = launch::prefill_shared_bytes(args.heads.head_dim);
-                let shape = with_shared(shape(grid, launch::PREFILL_THREADS), shared);
-                self.launch_tiles(gpu, prefill, shape, &self.prefill_params(args, qkv, kv, layer, out))
+                let (grid, dim) = ([self.tiles.len(), args.heads.kv_heads], args.heads.head_dim);
+                let portable = self.prefill_params(args, qkv, kv, layer, out);
+                if let (true, Some(kernel)) = (self.is_hopper, prefill_hopper) {
+                    let missing =
+                        || KernelError::shape("attention", "the cache of the plan", "one without tensor maps");
+                    let maps = cache.maps(args.layer).ok_or_else(missing)?;
+                    let shape = shape(grid, launch::PREFILL_HOPPER_THREADS);
+                    let shape = with_shared(shape, launch::prefill_hopper_shared_bytes(dim));
+                    return self.launch_tiles(gpu, kernel, shape, &hopper_params(&portable, maps));
+                }
+                let shape = with_shared(shape(grid, launch::PREFILL_THREADS), launch::prefill_shared_bytes(dim));
+                self.launch_tiles(gpu, prefill, shape, &portable)
             }
         }
     }
 
-    fn launch_tiles(&self, gpu: &CudaDevice, kernel: Kernel, shape: LaunchShape, params: &PrefillParams) -> Result<()> {
+    fn launch_tiles<P: KernelParams>(
+        &self,
+        gpu: &CudaDevice,
+        kernel: Kernel,
+        shape: LaunchShape,
+        params: &P,
+    ) -> Result<()> {
         if self.tiles.len() == 0 {
             return Ok(());
         }
@@ -411,6 +441,29 @@ impl DevicePlan {
             scale_log2: args.scale * std::f32::consts::LOG2_E,
             head_dim: args.heads.head_dim as u32,
         }
+    }
+}
+
+/// The same launch for sm_90a, by maps of a layer's K and V.
+fn hopper_params(portable: &PrefillParams, [k_map, v_map]: [TensorMap; 2]) -> PrefillHopperParams {
+    let PrefillParams { qkv, out, tiles, block_tables, heads, kv_heads, block_size, .. } = *portable;
+    let PrefillParams { table_stride, qkv_stride, window, scale_log2, .. } = *portable;
+    PrefillHopperParams {
+        k_map,
+        v_map,
+        qkv,
+        out,
+        tiles,
+        block_tables,
+        heads,
+        kv_heads,
+        block_size,
+        table_stride,
+        qkv_stride,
+        window,
+        scale_log2,
+        pad: 0,
+        unused: [0; 8],
     }
 }
 

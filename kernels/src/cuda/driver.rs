@@ -8,7 +8,7 @@ use std::fmt;
 use std::num::NonZeroU32;
 use std::ptr::NonNull;
 
-pub use kvern_cuda_abi::{Layout, Ptr};
+pub use kvern_cuda_abi::{Layout, Ptr, TensorMap};
 
 use crate::{KernelError, Result};
 
@@ -157,6 +157,49 @@ pub struct Gemm {
     pub workspace_bytes: usize,
 }
 
+/// A matrix in device memory, from which kernels copy boxes into shared memory: dense rows of `columns` elements of 2 bytes. A row of a
+/// box is a row of the swizzle, `2 * box_columns` bytes: 64 or 128.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BoxedMatrix {
+    /// F16 or BF16.
+    pub element: Element,
+    /// A multiple of 16.
+    pub memory: Ptr,
+    pub rows: usize,
+    /// A multiple of 8.
+    pub columns: usize,
+    /// At most 256.
+    pub box_rows: usize,
+    /// 32 or 64.
+    pub box_columns: usize,
+}
+
+impl BoxedMatrix {
+    /// Its bytes.
+    #[must_use]
+    pub const fn bytes(&self) -> usize {
+        self.rows * self.columns * self.element.bytes()
+    }
+
+    /// # Errors
+    /// [`Shape`](crate::KernelError::Shape) where it is not as its fields say, or larger than coordinates are.
+    pub fn check(&self) -> Result<()> {
+        const ROWS_MAX: usize = i32::MAX as usize;
+        let is_right = self.element.bytes() == 2
+            && self.memory.0.is_multiple_of(16)
+            && (1..=ROWS_MAX).contains(&self.rows)
+            && self.columns.is_multiple_of(8)
+            && (self.box_columns..=ROWS_MAX).contains(&self.columns)
+            && (1..=256).contains(&self.box_rows)
+            && matches!(self.box_columns, 32 | 64);
+        if is_right {
+            return Ok(());
+        }
+        let expected = format!("up to {ROWS_MAX} rows of 16-bit elements, in boxes of 32 or 64 by up to 256");
+        Err(crate::KernelError::shape("tensor map", expected, format!("{self:?}")))
+    }
+}
+
 /// A GPU. All calls may come from any thread; those on one stream come from one thread at a time.
 ///
 /// Every call checks the driver's status. An error that leaves the device unusable is [`DeviceLost`](crate::KernelError::DeviceLost); errors of
@@ -196,6 +239,12 @@ pub trait Driver: Send + Sync {
 
     /// Blocks of this kernel that a multiprocessor holds at once, for a launch of such blocks.
     fn blocks_per_multiprocessor(&self, kernel: Kernel, threads: u32, shared_bytes: u32) -> Result<NonZeroU32>;
+
+    /// What kernels copy boxes of this matrix by. It says where the memory is, which must be there as long as it is used.
+    ///
+    /// # Errors
+    /// As of [`BoxedMatrix::check`], or a device that has no such copies.
+    fn tensor_map(&self, matrix: &BoxedMatrix) -> Result<TensorMap>;
 
     /// Marks what has been put on `stream` so far.
     fn record(&self, event: Event, stream: Stream) -> Result<()>;

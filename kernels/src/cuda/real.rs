@@ -7,6 +7,7 @@
 //! modules  kernels: found, prepared, launched
 //! graphs   captured work
 //! parts    parts of the multiprocessors
+//! tensor_map matrices as kernels copy boxes of them
 //! products products of matrices; choices: which algorithm for which sizes
 //! ```
 //!
@@ -30,6 +31,8 @@ mod products;
 mod status;
 #[path = "real/table.rs"]
 mod table;
+#[path = "real/tensor_map.rs"]
+mod tensor_map;
 
 use std::ffi::{c_int, c_void};
 use std::num::NonZeroU32;
@@ -44,7 +47,8 @@ use self::parts::GreenContext;
 use self::products::Products;
 use self::table::{Raw, Table};
 use crate::cuda::driver::{
-    DeviceProperties, Driver, Event, Gemm, Graph, Kernel, LaunchShape, Layout, Part, Ptr, Stream, StreamPriority,
+    BoxedMatrix, DeviceProperties, Driver, Event, Gemm, Graph, Kernel, LaunchShape, Layout, Part, Ptr, Stream,
+    StreamPriority, TensorMap,
 };
 use crate::{KernelError, Result};
 
@@ -233,6 +237,11 @@ impl Driver for Gpu {
     fn blocks_per_multiprocessor(&self, kernel: Kernel, threads: u32, shared_bytes: u32) -> Result<NonZeroU32> {
         self.context.enter()?;
         self.modules.blocks(&self.context, kernel.0, threads, shared_bytes)
+    }
+
+    fn tensor_map(&self, matrix: &BoxedMatrix) -> Result<TensorMap> {
+        self.context.enter()?;
+        tensor_map::encode(&self.context, matrix)
     }
 
     fn record(&self, event: Event, stream: Stream) -> Result<()> {

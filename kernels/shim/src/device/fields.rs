@@ -4,7 +4,7 @@
 //! unknown. A test holds the table against all parameter structs.
 
 use kvern_kernels::Format;
-use kvern_kernels::cuda::driver::Layout;
+use kvern_kernels::cuda::driver::{Layout, TensorMap};
 
 use super::access::{Access, Extent, Kind, Place};
 
@@ -29,6 +29,9 @@ enum Use {
 }
 
 use Use::{Cache, Nothing, Read, ReadSome, Write, WriteSome};
+
+/// Bytes of a tensor map, as no other field has.
+const MAP_BYTES: usize = size_of::<TensorMap>();
 
 type Field = (&'static str, fn(&Launched<'_>) -> Use);
 
@@ -132,6 +135,17 @@ const TABLE: &[(&str, &[Field])] = &[
         ],
     ),
     (
+        "PrefillHopperParams",
+        &[
+            ("k_map", |_| Cache),
+            ("v_map", |_| Cache),
+            ("qkv", |_| ReadSome),
+            ("out", |_| WriteSome),
+            ("tiles", |l| Read(l.blocks() * 16)),
+            ("block_tables", |_| ReadSome),
+        ],
+    ),
+    (
         "GemvParams",
         &[
             ("x", |l| Read(l.elements(&["rows", "inner"]))),
@@ -180,7 +194,7 @@ impl Launched<'_> {
                 WriteSome => (Extent::Unknown, Kind::Write),
                 Cache | Nothing => (Extent::Unknown, Kind::Unordered),
             };
-            let at = self.number(name);
+            let at = self.address(name);
             if at != 0 {
                 accesses.push(Access { name, at, extent, kind, place: Place::Device });
             }
@@ -191,6 +205,17 @@ impl Launched<'_> {
     /// The addresses that `kvern_block_copy` finds in its list of pools.
     pub(super) fn pools(&self) -> Option<(u64, u64)> {
         (self.layout.name == "BlockCopyParams").then(|| (self.number("pools"), u64::from(self.grid[1])))
+    }
+
+    /// The memory that a field names: a pointer, or a map, whose second word it is.
+    fn address(&self, name: &str) -> u64 {
+        let field = self.layout.fields.iter().find(|(field, ..)| *field == name);
+        match *field.expect("the table names fields of the struct") {
+            (_, offset, MAP_BYTES) => {
+                u64::from_le_bytes(self.params[offset + 8..offset + 16].try_into().expect("8 bytes are 8 bytes"))
+            }
+            _ => self.number(name),
+        }
     }
 
     /// A field of 4 or 8 bytes.
@@ -271,7 +296,7 @@ mod tests {
     fn every_pointer_is_in_the_table() {
         let mut pointers = BTreeSet::new();
         for layout in LAYOUTS.iter().filter(|layout| layout.name.ends_with("Params")) {
-            let wide = layout.fields.iter().filter(|(_, _, bytes)| *bytes == 8);
+            let wide = layout.fields.iter().filter(|(_, _, bytes)| [8, MAP_BYTES].contains(bytes));
             pointers.extend(wide.map(|(field, ..)| (layout.name, *field)));
         }
         for number in NUMBERS {

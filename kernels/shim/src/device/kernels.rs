@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use kvern_kernels::cuda::driver::{Kernel, LaunchShape, Layout};
 
+use super::GRID_ROWS_MAX;
 use super::work::KernelLaunch;
-use super::{BLOCK_SHARED_BYTES, GRID_ROWS_MAX};
 use crate::KernelLimits;
 
 struct Known {
@@ -26,12 +26,10 @@ impl Kernels {
 
     /// # Errors
     /// In words, if there is no such kernel, or no block has as much shared memory.
-    pub(super) fn load(&mut self, name: &str, shared_bytes: u32) -> Result<Kernel, String> {
+    pub(super) fn load(&mut self, name: &str, shared_bytes: u32, most: u32) -> Result<Kernel, String> {
         let limits = crate::limits(name).ok_or_else(|| format!("expected the name of a kernel, found {name:?}"))?;
-        if shared_bytes > BLOCK_SHARED_BYTES {
-            return Err(format!(
-                "{name}: expected at most {BLOCK_SHARED_BYTES} bytes of shared memory, found {shared_bytes}"
-            ));
+        if shared_bytes > most {
+            return Err(format!("{name}: expected at most {most} bytes of shared memory, found {shared_bytes}"));
         }
         let known = self.0.iter().position(|known| *known.name == *name).unwrap_or_else(|| {
             self.0.push(Known { name: name.into(), limits, shared_bytes });

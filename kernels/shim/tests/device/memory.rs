@@ -1,7 +1,8 @@
 //! Memory: what is there, what is not, and how far it goes.
 
 use kvern_cuda_abi::{BlockCopyParams, GemvParams, Ptr};
-use kvern_kernels::cuda::driver::Driver;
+use kvern_kernels::Element;
+use kvern_kernels::cuda::driver::{BoxedMatrix, Driver};
 
 use super::*;
 
@@ -21,6 +22,22 @@ fn pointers_lie_in_live_device_memory() {
     // SAFETY: nothing uses it any more.
     unsafe { rig.driver.free(x) };
     refused(rig.gate(0, x, out), &named("in an allocation that was freed"));
+}
+
+#[test]
+fn maps_are_of_live_device_memory() {
+    let matrix =
+        |memory, rows| BoxedMatrix { element: Element::BF16, memory, rows, columns: 64, box_rows: 16, box_columns: 64 };
+    let rig = Rig::with(Options { compute_capability: (9, 0), ..Options::default() });
+    // Of 4 bytes each: as many as 32 rows of 64 elements of 2 bytes.
+    let memory = rig.device(32 * 32);
+    rig.driver.tensor_map(&matrix(memory, 32)).unwrap();
+    refused(rig.driver.tensor_map(&matrix(memory, 33)).map(drop), &["tensor_map", "expected 4224 bytes", "found 4096"]);
+    refused(rig.driver.tensor_map(&matrix(Ptr(4096), 32)).map(drop), &["tensor_map", "in no allocation"]);
+    let wrong = BoxedMatrix { element: Element::F32, ..matrix(memory, 8) };
+    assert!(rig.driver.tensor_map(&wrong).unwrap_err().to_string().contains("rows of 16-bit elements"));
+    let rig = Rig::new();
+    refused(rig.driver.tensor_map(&matrix(rig.device(32), 1)).map(drop), &["expected a device of capability 9.0"]);
 }
 
 /// A fill and a product of stored weights, with the right bounds.

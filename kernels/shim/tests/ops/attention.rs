@@ -183,6 +183,24 @@ fn attention_of_matrix_units() {
     }
 }
 
+/// Cases whose blocks do not fit go to the portable kernel; in F32 there is no other.
+#[test]
+fn attention_of_sm_90a() {
+    for element in [Element::BF16, Element::F16] {
+        let Some(rig) = Rig::hopper(element) else { return };
+        CASES.iter().for_each(|case| check(&rig, case));
+        let log = rig.shim.as_ref().map_or_else(Vec::new, |shim| shim.log());
+        let launches = |name: &str| log.iter().filter(|line| line.contains(name)).count();
+        assert!(
+            rig.shim.is_none() || launches("prefill_hopper_") > 5 && launches("kvern_prefill_bf16") == 0,
+            "{log:?}"
+        );
+        check(&rig, &case([2, 1, 64], 7, ALL, &[(20, 30)]));
+    }
+    let Some(rig) = Rig::hopper(Element::F32) else { return };
+    check(&rig, &CASES[5]);
+}
+
 #[test]
 fn attention_in_f32() {
     let small = [

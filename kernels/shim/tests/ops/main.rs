@@ -30,8 +30,8 @@ use std::sync::Arc;
 use half::{bf16, f16};
 use kvern_cuda_shim::device::{Options, ShimDriver};
 use kvern_kernels::{
-    AttentionLimits, AttentionPlan, Device, Element, HeadLayout, KvCache, KvDType, KvShape, SequenceBatch, StepIndices,
-    StepInputs, StepRows, Tensor,
+    AttentionLimits, AttentionPlan, Device, Element, GpuOptions, HeadLayout, KernelError, KvCache, KvDType, KvShape,
+    PrefillKernel, SequenceBatch, StepIndices, StepInputs, StepRows, Tensor,
 };
 use matrices::Random;
 
@@ -46,12 +46,30 @@ struct Rig {
 
 impl Rig {
     fn new(element: Element) -> Rig {
+        Rig::with(element, (8, 0), PrefillKernel::Portable).expect("any GPU has the portable kernel")
+    }
+
+    /// A GPU of capability 9.0 with its own kernel for prompts' attention; none where the machine's GPU is another.
+    fn hopper(element: Element) -> Option<Rig> {
+        Rig::with(element, (9, 0), PrefillKernel::Hopper)
+    }
+
+    /// The shim has this capability, the machine's GPU its own.
+    fn with(element: Element, compute_capability: (u32, u32), prefill: PrefillKernel) -> Option<Rig> {
         if std::env::var_os("KVERN_TEST_GPU").is_some_and(|value| value == "1") {
-            return Rig { device: Device::cuda(0, element).unwrap(), element, shim: None };
+            return match Device::cuda(0, GpuOptions { prefill, ..element.into() }) {
+                Err(KernelError::Unsupported(text)) if text.contains("attention by wgmma") => {
+                    println!("skipped: {text}");
+                    None
+                }
+                device => Some(Rig { device: device.unwrap(), element, shim: None }),
+            };
         }
         // Work runs as late as it may, so that what is used too early shows.
-        let shim = ShimDriver::new(Options { lazy: true, seed: element as u64, ..Options::default() });
-        Rig { device: Device::gpu(Arc::clone(&shim) as _, element).unwrap(), element, shim: Some(shim) }
+        let options = Options { lazy: true, seed: element as u64, compute_capability, ..Options::default() };
+        let shim = ShimDriver::new(options);
+        let device = Device::gpu(Arc::clone(&shim) as _, GpuOptions { prefill, ..element.into() }).unwrap();
+        Some(Rig { device, element, shim: Some(shim) })
     }
 
     /// Largest relative error of rounding to the type of activations: half of a unit in the last place.

@@ -17,6 +17,13 @@ pub(crate) const UNWRITTEN_TAIL: u32 = 4;
 pub(crate) const MISSING_WAIT: u32 = 5;
 pub(crate) const READ_PAST_END: u32 = 6;
 pub(crate) const DIVERGED_BARRIER: u32 = 7;
+pub(crate) const EARLY_RELEASE: u32 = 8;
+pub(crate) const WRONG_PARITY: u32 = 9;
+pub(crate) const WRONG_OFFSET: u32 = 10;
+pub(crate) const MISSING_FENCE: u32 = 11;
+pub(crate) const WRONG_BYTES: u32 = 12;
+pub(crate) const UNFENCED_PRODUCTS: u32 = 13;
+pub(crate) const EARLY_WEIGHTS: u32 = 14;
 
 /// An element type of the kernels.
 pub(crate) trait Element: Copy + PartialEq + std::fmt::Debug + 'static {

@@ -80,6 +80,12 @@ impl<T: Element> Paged<T> {
     }
 }
 
+/// What the kernel and the reference may differ by. The kernels round each weight of the softmax to T (half a unit of weight, and
+/// so of a mean of values up to 2) and the result to T once; the rest is the order of f32 sums, 1e-5 of values up to 2.
+pub(crate) fn tolerance<T: Element>() -> (f32, f32) {
+    (T::EPSILON, 2.0 * T::EPSILON + 2e-5)
+}
+
 /// Keeps buffers alive, and gives their addresses.
 pub(crate) fn pointers<T: Copy, const N: usize>(buffers: &[Buffer<T>; N]) -> [Ptr; N] {
     buffers.each_ref().map(Buffer::ptr)

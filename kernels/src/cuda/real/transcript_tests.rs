@@ -102,6 +102,17 @@ fn whole(gpu: &dyn Driver) {
         gpu.launch(stream, kernel, early, params(), &LAYOUT).unwrap();
         said(gpu.launch(stream, kernel, LaunchShape { grid: [0, 1], ..early }, params(), &LAYOUT));
     }
+    let matrix = BoxedMatrix {
+        element: Element::BF16,
+        memory: Ptr(0x100),
+        rows: 4096,
+        columns: 128,
+        box_rows: 16,
+        box_columns: 64,
+    };
+    said(gpu.tensor_map(&matrix).map(|map| map.words[15]));
+    said(gpu.tensor_map(&BoxedMatrix { element: Element::F16, columns: 96, box_columns: 32, box_rows: 256, ..matrix }));
+    said(gpu.tensor_map(&BoxedMatrix { element: Element::F32, ..matrix }));
     // Every thread gets the context.
     std::thread::scope(|scope| {
         scope.spawn(|| {

@@ -356,6 +356,17 @@ int cuGreenCtxDestroy(void *green) {
     return SUCCESS;
 }
 
+int cuTensorMapEncodeTiled(uint64_t *map, int type, unsigned rank, void *memory, const uint64_t *sizes,
+                           const uint64_t *strides, const unsigned *box, const unsigned *steps, int interleave,
+                           int swizzle, int promotion, int fill) {
+    IN_CONTEXT;
+    NOTE("cuTensorMapEncodeTiled type %d rank %u at %p, %llu x %llu by %llu, box %u x %u by %u x %u, %d %d %d %d", type,
+         rank, memory, (unsigned long long)sizes[0], (unsigned long long)sizes[1], (unsigned long long)strides[0],
+         box[0], box[1], steps[0], steps[1], interleave, swizzle, promotion, fill);
+    for (int i = 0; i < 16; ++i) map[i] = i;
+    return (uintptr_t)map % 64 == 0 && box[1] < 200 ? SUCCESS : INVALID_VALUE;
+}
+
 int cuStreamBeginCapture_v2(void *stream, int mode) {
     IN_CONTEXT;
     NOTE("cuStreamBeginCapture %p mode %d", stream, mode);
