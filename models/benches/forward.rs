@@ -16,7 +16,7 @@ use std::time::Instant;
 
 use kvern_kernels::{CpuOptions, Device, KvCache, KvDType, Precision};
 use kvern_models::{LoadFormat, LoadOptions, LoadedModel, ModelFiles, StepLimits, load};
-use paged::{BLOCK_SIZE, Slice, blocks_of, scattered, step};
+use paged::{BLOCK_SIZE, Slice, blocks_of, cpu_options, scattered, step};
 use peer::Peer;
 
 const ROUNDS: usize = 5;
@@ -128,7 +128,7 @@ fn main() {
     unsafe { std::env::set_var("RAYON_NUM_THREADS", threads.to_string()) };
     let peer = Peer::open(&mut std::fs::File::open(&path).unwrap());
 
-    let device = Device::cpu(CpuOptions { threads: Some(threads), ..CpuOptions::default() }).unwrap();
+    let device = Device::cpu(CpuOptions { threads: Some(threads), ..cpu_options() }).unwrap();
     let limits = StepLimits { tokens_max: 512, sequences_max: STREAMS_MAX, context_max: 1024 };
     let options = LoadOptions { precision: Precision::AsStored, format: LoadFormat::Files, limits };
     let loaded = load(&device, &ModelFiles::open(&path).unwrap(), &options, &mut |_| {}).unwrap();
