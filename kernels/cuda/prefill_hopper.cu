@@ -138,6 +138,10 @@ __device__ __forceinline__ void attend(const HopperTile<T, Shape> &tile, const P
         if (KVERN_PLANTED(PLANTED_EARLY_WEIGHTS)) {
             state.template pack<T>();
         }
+        // Waits no more, and ends a stretch of instructions without branches, in which the compiler would put the next wait before the
+        // exponentials: those are to run beside the values of the tile before.
+        pin_registers(state.scores);
+        values.await(n - 1);
         products_wait<0>();
         pin_registers(state.acc);
         pin_registers(state.weights);
