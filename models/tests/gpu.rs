@@ -312,10 +312,12 @@ fn windows_bite() {
 fn what_is_counted_is_what_is_taken() {
     for (compute_capability, prefill) in [((8, 0), PrefillKernel::Portable), (HOPPER, PrefillKernel::Hopper)] {
         let driver = ShimDriver::new(Options { compute_capability, ..Options::default() });
-        check_count(&Device::gpu_with(driver, Element::BF16, prefill).unwrap());
+        check_count(&Device::gpu(driver, GpuOptions { prefill, ..Element::BF16.into() }).unwrap());
     }
     let driver = ShimDriver::new(Options::default());
-    let error = Device::gpu_with(driver, Element::BF16, PrefillKernel::Hopper).map(|_| ()).unwrap_err();
+    let error = Device::gpu(driver, GpuOptions { prefill: PrefillKernel::Hopper, ..Element::BF16.into() })
+        .map(|_| ())
+        .unwrap_err();
     assert_eq!(error.to_string(), "expected compute capability 9.0 for attention by wgmma, found 8.0");
 }
 
