@@ -256,6 +256,8 @@ fn the_format_of_most_bytes() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("model.gguf");
     small_llama().write(&path);
+    assert_eq!(stored(&path), None);
+    small_llama().f32("blk.0.attn_q.bias", &[2], &[1.0, 2.0]).write(&path);
     assert_eq!(stored(&path), Some(Format::F32));
 
     let entry = |name: &str, dtype: &str, count: usize, start: usize, bytes: usize| {

@@ -105,7 +105,7 @@ fn gelu_mul(gate: f32, up: f32) -> f32 {
 /// A launch that begins early and does not wait is caught at its first access, and one that touches nothing at its end.
 #[test]
 fn launches_that_begin_early_wait() {
-    const MISSING_TURN: u32 = 8;
+    const MISSING_TURN: u32 = 15;
     let x = Buffer::of(&[1.0f32; 64]);
     let out = Buffer::<f32>::poisoned(32);
     let params = GateParams { x: x.ptr(), out: out.ptr(), rows: 1, columns: 32 };

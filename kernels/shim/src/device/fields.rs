@@ -310,7 +310,7 @@ mod tests {
     #[test]
     fn extents_are_those_of_the_kernels() {
         assert_eq!(size_of::<SequenceSlice>(), 20);
-        assert_eq!(size_of::<SampleRow>(), 64);
+        assert_eq!(size_of::<SampleRow>(), 72);
         assert_eq!(size_of::<DecodeMerge>(), 12);
         assert_eq!(size_of::<PrefillTile>(), 16);
         let gemv = kvern_cuda_abi::GemvParams {
