@@ -5,12 +5,14 @@
 //! machine's speed falls on all of them; with `--limits` the machine's own limits are measured in the same rounds.
 //!
 //! ```text
+//! attention.rs  attention alone
 //! runner.rs  sequences in a KV cache; one timed round of a workload
 //! cost.rs    what a round at least reads and multiplies
 //! rates.rs   the rounds' rates: median, least, most
 //! report.rs  table and JSON
 //! ```
 
+mod attention;
 mod cost;
 mod rates;
 mod report;

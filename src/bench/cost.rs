@@ -24,18 +24,23 @@ pub(super) struct ReadBytes {
 impl Cost {
     pub(super) fn of(workload: Workload, steps: u32, model: &ModelConfig, bytes: ReadBytes) -> Cost {
         let head = 2.0 * (model.hidden_size * model.vocab_size) as f64;
-        let tokens = workload.tokens(steps) as f64;
-        let (sampled, read_bytes) = match workload {
-            Workload::Prefill { .. } => (1.0, None),
+        let (tokens, steps) = (workload.tokens(steps) as f64, f64::from(steps));
+        let layers = tokens * layer_operations(model);
+        let (product_operations, read_bytes) = match workload {
+            Workload::Prefill { .. } => (layers + head, None),
             Workload::Decode { streams, context } => {
                 // The steps' own tokens are read too, half of them on average.
-                let context = f64::from(context) + f64::from(steps) / 2.0;
+                let context = f64::from(context) + steps / 2.0;
                 let kv = f64::from(streams) * kv_bytes(model, context, bytes.kv_value);
-                let step = bytes.weights as f64 + kv;
-                (tokens, model.tie_word_embeddings.then_some(f64::from(steps) * step))
+                let read = steps * (bytes.weights as f64 + kv);
+                (layers + tokens * head, model.tie_word_embeddings.then_some(read))
+            }
+            Workload::Attention { .. } => {
+                let kv = |sequence| kv_bytes(model, f64::from(workload.context(sequence)), bytes.kv_value);
+                (0.0, Some(steps * (0..workload.streams()).map(kv).sum::<f64>()))
             }
         };
-        Cost { product_operations: tokens * layer_operations(model) + sampled * head, read_bytes }
+        Cost { product_operations, read_bytes }
     }
 }
 
@@ -74,10 +79,12 @@ mod tests {
         let bytes = ReadBytes { weights: 1000, kv_value: 2 };
         let (token, head, kv_token) = (2.0 * 61_440.0, 2.0 * 8_192.0, 128.0);
         let decode = Workload::Decode { streams: 3, context: 20 };
+        let alone = Workload::Attention { groups: [(1, 20), (2, 7)] };
         let cases = [
             (Workload::Prefill { tokens: 10 }, &tied, 10.0 * token + head, None),
             (decode, &untied, 12.0 * (token + head), None),
             (decode, &tied, 12.0 * (token + head), Some(4.0 * (1000.0 + 3.0 * 2.0 * 22.0 * kv_token))),
+            (alone, &windowed, 0.0, Some(4.0 * (20.0 + 10.0 + 2.0 * (7.0 + 7.0)) * kv_token)),
             (decode, &windowed, 12.0 * (token + head), Some(4.0 * (1000.0 + 3.0 * (22.0 + 10.0) * kv_token))),
         ];
         for (workload, model, product_operations, read_bytes) in cases {

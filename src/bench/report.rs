@@ -102,11 +102,13 @@ impl Report<'_> {
         })
     }
 
-    /// Of the reads for one stream, which is bound by them, and of the fastest products for prefill.
+    /// Of the reads for one stream and for attention, which are bound by them, and of the fastest products for prefill.
     fn share(&self, row: &Row) -> Option<Share> {
         let rounds_per_s = row.rates.median() / row.tokens as f64;
         let (limit, spent) = match row.workload {
-            Workload::Decode { streams: 1, .. } => (self.limit(|limit| limit == Limit::Read)?, row.cost.read_bytes?),
+            Workload::Decode { streams: 1, .. } | Workload::Attention { .. } => {
+                (self.limit(|limit| limit == Limit::Read)?, row.cost.read_bytes?)
+            }
             Workload::Decode { .. } => return None,
             Workload::Prefill { .. } => (self.limit(|limit| limit != Limit::Read)?, row.cost.product_operations),
         };

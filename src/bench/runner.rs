@@ -4,6 +4,7 @@
 //! every other one would have put there, and a context is filled once. Blocks lie scattered, as after hours of service.
 
 use super::BenchError;
+use super::attention::AttentionAlone;
 use crate::config::{EngineConfig, Workload};
 use crate::worker::batch::BatchBuffers;
 use kvern_core::{BlockId, RequestId, SeqSlice, StepPlan};
@@ -19,6 +20,8 @@ pub(super) struct Room {
     contexts: Vec<u32>,
     /// Most tokens of a step.
     step_tokens: u32,
+    /// Attention is timed alone.
+    attention: bool,
 }
 
 impl Room {
@@ -27,9 +30,10 @@ impl Room {
         let streams = workloads.iter().map(|workload| workload.streams()).max().unwrap_or(0);
         let context = |sequence| {
             let users = workloads.iter().filter(|workload| sequence < workload.streams());
-            users.map(|workload| workload.context_max(steps)).max().unwrap_or(0)
+            users.map(|workload| workload.tokens_max(sequence, steps)).max().unwrap_or(0)
         };
-        Room { contexts: (0..streams).map(context).collect(), step_tokens: chunk.max(streams) }
+        let attention = workloads.iter().any(|workload| matches!(workload, Workload::Attention { .. }));
+        Room { contexts: (0..streams).map(context).collect(), step_tokens: chunk.max(streams), attention }
     }
 
     fn blocks(&self, block_size: u32) -> u32 {
@@ -38,8 +42,8 @@ impl Room {
 }
 
 /// A sequence's part of the cache.
-struct Sequence {
-    blocks: Vec<BlockId>,
+pub(super) struct Sequence {
+    pub(super) blocks: Vec<BlockId>,
     /// Tokens whose K and V are there.
     filled: u32,
 }
@@ -54,6 +58,8 @@ pub(super) struct Runner {
     chunk: u32,
     plan: StepPlan,
     batch: BatchBuffers,
+    /// If any workload is of it.
+    attention: Option<AttentionAlone>,
 }
 
 impl Runner {
@@ -80,6 +86,7 @@ impl Runner {
             let count = context.div_ceil(engine.block_size) as usize;
             Sequence { blocks: blocks.by_ref().take(count).collect(), filled: 0 }
         });
+        let attention = room.attention.then(|| AttentionAlone::new(device, &loaded.config, limits)).transpose()?;
         let mut kv = KvCache::new(device, shape)?;
         loaded.model.capture(&mut kv, &mut |_, _| {})?;
         Ok(Runner {
@@ -89,6 +96,7 @@ impl Runner {
             chunk: engine.step_tokens_max(device),
             plan: StepPlan::empty(),
             batch: BatchBuffers::new(limits, engine.block_size, false),
+            attention,
             loaded,
         })
     }
@@ -113,11 +121,7 @@ impl Runner {
                 Ok(started.elapsed())
             }
             Workload::Decode { streams, context } => {
-                for sequence in 0..streams {
-                    let filled = self.sequences[sequence as usize].filled;
-                    self.prefill(sequence, filled.min(context)..context, false)?;
-                }
-                self.device.synchronize()?;
+                self.fill(workload)?;
                 let started = Instant::now();
                 for position in context..context + steps {
                     self.step((0..streams).map(|sequence| (sequence, position..position + 1)), true)?;
@@ -125,7 +129,33 @@ impl Runner {
                 self.device.synchronize()?;
                 Ok(started.elapsed())
             }
+            Workload::Attention { .. } => self.attend(workload, steps),
         }
+    }
+
+    /// All layers' attention, `steps` times.
+    fn attend(&mut self, workload: Workload, steps: u32) -> Result<Duration, KernelError> {
+        self.fill(workload)?;
+        let contexts: Vec<u32> = (0..workload.streams()).map(|sequence| workload.context(sequence)).collect();
+        let Runner { device, kv, sequences, attention, .. } = self;
+        let attention = attention.as_mut().expect("there is room for every workload");
+        attention.update(device, sequences, &contexts, kv)?;
+        device.synchronize()?;
+        let started = Instant::now();
+        for _ in 0..steps {
+            attention.run(device, kv)?;
+        }
+        device.synchronize()?;
+        Ok(started.elapsed())
+    }
+
+    /// Brings into the cache what the sequences of a workload hold before its first step.
+    fn fill(&mut self, workload: Workload) -> Result<(), KernelError> {
+        for sequence in 0..workload.streams() {
+            let (filled, context) = (self.sequences[sequence as usize].filled, workload.context(sequence));
+            self.prefill(sequence, filled.min(context)..context, false)?;
+        }
+        self.device.synchronize()
     }
 
     /// Computes `positions` of a sequence in chunks; the last one's logits are computed if `sample`.
@@ -197,7 +227,9 @@ mod tests {
     #[test]
     fn a_sequence_has_room_for_the_longest_workload_that_uses_it() {
         let decode = |streams, context| Workload::Decode { streams, context };
-        let cases: [(&[Workload], &[u32]); 4] = [
+        let skewed = Workload::Attention { groups: [(1, 900), (2, 100)] };
+        let cases: [(&[Workload], &[u32]); 5] = [
+            (&[skewed, decode(4, 128)], &[900, 136, 136, 136]),
             (&[], &[]),
             (&[Workload::Prefill { tokens: 512 }], &[512]),
             (&[decode(1, 4096), decode(3, 128)], &[4104, 136, 136]),

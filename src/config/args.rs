@@ -1,6 +1,6 @@
 //! The command line as typed. Flags carry vLLM's names where vLLM has the flag; the text of a flag's help is here only.
 
-use super::bench::{Workload, parse_decode, parse_prefill};
+use super::bench::{Workload, parse_attention, parse_decode, parse_prefill};
 use super::device::DeviceArgs;
 use super::scheduling::{PoolLayout, PriorityClass, WorkerLayout, parse_class, parse_saturation};
 use super::simulate::{ProfileSource, TraceSource, parse_factor, parse_milliseconds, parse_profile, parse_trace};
@@ -102,6 +102,9 @@ pub(super) struct BenchArgs {
     /// Decoding to time: streams, and tokens that each holds [default, without --prefill: 1x4096 and 1 to 64 by 128]
     #[arg(long, value_name = "STREAMSxCONTEXT,..", value_delimiter = ',', value_parser = parse_decode)]
     pub(super) decode: Vec<Workload>,
+    /// Attention alone to time, of one token in all layers: as --decode, or of two groups, as 1x32768+31x4096
+    #[arg(long, value_name = "STREAMSxCONTEXT,..", value_delimiter = ',', value_parser = parse_attention)]
+    pub(super) attention: Vec<Workload>,
     /// Rounds of each workload, after one that does not count; workloads take turns
     #[arg(long, value_name = "N", default_value = "5", value_parser = parse_count)]
     pub(super) rounds: u32,

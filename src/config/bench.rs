@@ -25,6 +25,8 @@ pub enum Workload {
     Prefill { tokens: u32 },
     /// One token a step for each of `streams` sequences, which hold `context` tokens before the first step.
     Decode { streams: u32, context: u32 },
+    /// Attention alone, in all layers, of the last token of each sequence: streams of some context, then of another one.
+    Attention { groups: [(u32, u32); 2] },
 }
 
 impl Workload {
@@ -43,16 +45,41 @@ impl Workload {
         match self {
             Workload::Prefill { .. } => 1,
             Workload::Decode { streams, .. } => streams,
+            Workload::Attention { groups: [(first, _), (second, _)] } => first.saturating_add(second),
         }
     }
 
-    /// Most tokens that a sequence comes to hold when decoding takes `steps`.
+    /// Tokens that sequence number `sequence` holds before the first step.
     #[must_use]
-    pub fn context_max(self, steps: u32) -> u32 {
+    pub fn context(self, sequence: u32) -> u32 {
+        match self {
+            Workload::Prefill { .. } => 0,
+            Workload::Decode { context, .. } => context,
+            Workload::Attention { groups: [(streams, context), (_, further)] } => {
+                if sequence < streams {
+                    context
+                } else {
+                    further
+                }
+            }
+        }
+    }
+
+    /// Most tokens that sequence number `sequence` comes to hold when decoding takes `steps`.
+    #[must_use]
+    pub fn tokens_max(self, sequence: u32, steps: u32) -> u32 {
         match self {
             Workload::Prefill { tokens } => tokens,
             Workload::Decode { context, .. } => context.saturating_add(steps),
+            Workload::Attention { .. } => self.context(sequence),
         }
+    }
+
+    /// Most tokens that any sequence comes to hold.
+    #[must_use]
+    pub fn context_max(self, steps: u32) -> u32 {
+        // Contexts differ between the first and the last at most.
+        self.tokens_max(0, steps).max(self.tokens_max(self.streams().saturating_sub(1), steps))
     }
 
     /// Tokens of a round.
@@ -60,17 +87,21 @@ impl Workload {
     pub fn tokens(self, steps: u32) -> u64 {
         match self {
             Workload::Prefill { tokens } => u64::from(tokens),
-            Workload::Decode { streams, .. } => u64::from(streams) * u64::from(steps),
+            Workload::Decode { .. } | Workload::Attention { .. } => u64::from(self.streams()) * u64::from(steps),
         }
     }
 }
 
-/// `prefill 512`, `decode 16x128`.
+/// `prefill 512`, `decode 16x128`, `attention 1x32768+31x1024`.
 impl fmt::Display for Workload {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Workload::Prefill { tokens } => write!(f, "prefill {tokens}"),
             Workload::Decode { streams, context } => write!(f, "decode {streams}x{context}"),
+            Workload::Attention { groups: [(streams, context), (0, _)] } => write!(f, "attention {streams}x{context}"),
+            Workload::Attention { groups: [(streams, context), (more, further)] } => {
+                write!(f, "attention {streams}x{context}+{more}x{further}")
+            }
         }
     }
 }
@@ -82,7 +113,19 @@ pub(super) fn parse_prefill(text: &str) -> Result<Workload, String> {
 /// `STREAMSxCONTEXT`.
 pub(super) fn parse_decode(text: &str) -> Result<Workload, String> {
     let expected = || format!("expected STREAMSxCONTEXT such as 16x128, found `{text}`");
-    let (streams, context) = text.split_once('x').ok_or_else(expected)?;
-    let count = |part| parse_count(part).map_err(|_| expected());
-    Ok(Workload::Decode { streams: count(streams)?, context: count(context)? })
+    let (streams, context) = parse_group(text).ok_or_else(expected)?;
+    Ok(Workload::Decode { streams, context })
+}
+
+/// `STREAMSxCONTEXT`, or two of them with a plus between.
+pub(super) fn parse_attention(text: &str) -> Result<Workload, String> {
+    let expected = || format!("expected STREAMSxCONTEXT such as 32x4096 or 1x32768+31x4096, found `{text}`");
+    let (first, second) = text.split_once('+').map_or((text, None), |(first, second)| (first, Some(second)));
+    let second = second.map_or(Some((0, 0)), parse_group).ok_or_else(expected)?;
+    Ok(Workload::Attention { groups: [parse_group(first).ok_or_else(expected)?, second] })
+}
+
+fn parse_group(text: &str) -> Option<(u32, u32)> {
+    let (streams, context) = text.split_once('x')?;
+    Some((parse_count(streams).ok()?, parse_count(context).ok()?))
 }

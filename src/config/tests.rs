@@ -134,7 +134,13 @@ fn benchmarks() {
     assert_eq!(found.workloads, []);
     let prefill = |tokens| Workload::Prefill { tokens };
     let decode = |streams, context| Workload::Decode { streams, context };
-    let cases: [(&[&str], Variables<'_>, &[Workload]); 4] = [
+    let attention = |groups| Workload::Attention { groups };
+    let cases: [(&[&str], Variables<'_>, &[Workload]); 5] = [
+        (
+            &["--attention", "8x1k,1x32k+3x64"],
+            &[],
+            &[attention([(8, 1000), (0, 0)]), attention([(1, 32_000), (3, 64)])],
+        ),
         (&["--prefill", "512,2k"], &[], &[prefill(512), prefill(2000)]),
         (&["--decode", "1x128,16x4K", "--prefill=7"], &[], &[prefill(7), decode(1, 128), decode(16, 4096)]),
         (&[], &[("KVERN_DECODE", "2x3,4x5")], &[decode(2, 3), decode(4, 5)]),
@@ -145,7 +151,10 @@ fn benchmarks() {
     }
     let found = bench(&["--json", "--limits", "--rounds", "3", "--steps=8", "--threads=2", "the/model"], &[]);
     assert_eq!((found.rounds, found.steps, found.limits, found.json), (3, 8, true, true));
-    for args in [["--decode", "16"], ["--decode", "x5"], ["--decode", "1x0"], ["--prefill", "0"], ["--rounds", "0"]] {
+    for args in [["--decode", "16"], ["--decode", "x5"], ["--decode", "1x0"], ["--prefill", "0"], ["--rounds", "0"]]
+        .into_iter()
+        .chain([["--attention", "1x5+"], ["--attention", "+1x5"], ["--attention", "1x5+0x5"], ["--attention", "3"]])
+    {
         let error = resolve(&[&["bench"][..], &args].concat(), &[]).unwrap_err();
         assert!(matches!(error, ConfigError::Usage(_)), "{args:?}: {error}");
     }
@@ -156,6 +165,9 @@ fn workloads_say_what_they_take() {
     let cases = [
         (Workload::Prefill { tokens: 512 }, "prefill 512", 1, 512, 512),
         (Workload::Decode { streams: 16, context: 128 }, "decode 16x128", 16, 160, 512),
+        (Workload::Attention { groups: [(16, 128), (0, 0)] }, "attention 16x128", 16, 128, 512),
+        (Workload::Attention { groups: [(1, 900), (15, 128)] }, "attention 1x900+15x128", 16, 900, 512),
+        (Workload::Attention { groups: [(1, 128), (15, 900)] }, "attention 1x128+15x900", 16, 900, 512),
     ];
     for (workload, name, streams, context_max, tokens) in cases {
         assert_eq!(workload.to_string(), name);

@@ -1,0 +1,73 @@
+//! Attention alone: one query of each of some sequences, in all layers, over K and V that are in the cache.
+
+use super::runner::Sequence;
+use kvern_kernels::{AttentionLimits, AttentionPlan, Device, KernelError, KvCache, SequenceBatch, Tensor, ops};
+use kvern_models::{ModelConfig, StepLimits};
+
+/// What it takes beside the cache.
+pub(super) struct AttentionAlone {
+    plan: AttentionPlan,
+    qkv: Tensor,
+    out: Tensor,
+    layers: Vec<Option<u32>>,
+    heads: kvern_kernels::HeadLayout,
+}
+
+impl AttentionAlone {
+    /// For batches within `limits`.
+    pub(super) fn new(device: &Device, model: &ModelConfig, limits: StepLimits) -> Result<Self, KernelError> {
+        let (heads, layers) = (model.heads, (0..model.layers).map(|layer| model.window(layer)).collect::<Vec<_>>());
+        let mut windows = layers.clone();
+        windows.sort_unstable();
+        windows.dedup();
+        let rows = limits.sequences_max;
+        let cols = (heads.heads + 2 * heads.kv_heads) * heads.head_dim;
+        // Any numbers do that are not alike.
+        let queries: Vec<f32> = (0..rows * cols).map(|at| (at * 37 % 101) as f32 / 50.0 - 1.0).collect();
+        let room = AttentionLimits::new(rows, rows, limits.context_max);
+        Ok(AttentionAlone {
+            plan: AttentionPlan::new(device, heads, &AttentionLimits { windows: &windows, ..room })?,
+            qkv: Tensor::from_f32(device, cols, &queries)?,
+            out: Tensor::zeros(device, rows, heads.heads * heads.head_dim)?,
+            layers,
+            heads,
+        })
+    }
+
+    /// Plans for the last of `contexts` tokens of each sequence.
+    pub(super) fn update(
+        &mut self,
+        device: &Device,
+        sequences: &[Sequence],
+        contexts: &[u32],
+        kv: &KvCache,
+    ) -> Result<(), KernelError> {
+        let stride = sequences[..contexts.len()].iter().map(|sequence| sequence.blocks.len()).max().unwrap_or(0);
+        let mut block_tables = vec![0; contexts.len() * stride];
+        for (row, sequence) in block_tables.chunks_exact_mut(stride.max(1)).zip(sequences) {
+            row.iter_mut().zip(&sequence.blocks).for_each(|(entry, block)| *entry = block.0);
+        }
+        let cu_seqlens_q: Vec<u32> = (0..=contexts.len() as u32).collect();
+        let batch = SequenceBatch {
+            cu_seqlens_q: &cu_seqlens_q,
+            context_lens: contexts,
+            block_tables: &block_tables,
+            block_table_stride: stride,
+        };
+        self.plan.update(device, &batch, kv, None)?;
+        self.qkv.set_rows(contexts.len());
+        self.out.set_rows(contexts.len());
+        Ok(())
+    }
+
+    /// All layers once, of what was planned.
+    pub(super) fn run(&mut self, device: &Device, kv: &KvCache) -> Result<(), KernelError> {
+        let AttentionAlone { plan, qkv, out, layers, heads } = self;
+        let scale = (heads.head_dim as f32).sqrt().recip();
+        for (layer, &window) in layers.iter().enumerate() {
+            let args = ops::Attention { heads: *heads, layer, scale, window, plan };
+            ops::attention(device, &args, qkv, kv, out)?;
+        }
+        Ok(())
+    }
+}
