@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Everything that a machine with a GPU can check of this build: facts, start-up, answers beside those of the CPU and of
-# transformers, memory errors, speed beside the machine's limits. Runs all of it, whatever fails, and ends in one table.
+# transformers, memory errors, speed beside the machine's limits and that of others' code. Runs all of it, whatever fails,
+# and ends in one table.
 #
 #   gpu-check.sh [WEIGHTS]    WEIGHTS: a folder of SmolLM2-135M-Instruct (config, tokenizer, safetensors); without
 #                             it the checks that start a server are skipped
 #
 # OUT is the folder for every step's output (./results). KVERN is the binary (beside this file). DEVICE is cuda:0.
 # CHECKS names the checks to run, by spaces (all): for a machine that is lent for minutes. Needs nvidia-smi, Python 3
-# with torch and, for the answers, transformers; compute-sanitizer where there is one.
+# with torch and, for the answers, transformers; compute-sanitizer and FlashInfer where there are any.
 set -uo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -135,6 +136,10 @@ fi
 bench llama-3.1-8b
 bench llama-3.2-1b
 bench qwen3-0.6b
+peers=(--kvern "$KVERN" --model "$scripts/shapes/llama-3.1-8b" --device "$DEVICE")
+check attention-llama-3.1-8b 900 "$PYTHON" "$scripts/attention.py" "${peers[@]}" --out "$OUT/attention-llama-3.1-8b.json"
+check compiled-llama-3.1-8b 900 "$PYTHON" "$scripts/compiled.py" "${peers[@]}" --flag=--load-format=dummy \
+    --flag=--max-num-batched-tokens=8192 --out "$OUT/compiled-llama-3.1-8b.json"
 launches llama-3.1-8b
 launches qwen3-0.6b
 answers load 900 "$PYTHON" "$scripts/load.py" --kvern "$KVERN" --shape "$scripts/shapes/llama-3.1-8b" \

@@ -82,6 +82,8 @@ class Model:
     # Heads times their size: of queries, and of keys or values.
     q: int
     kv: int
+    # Of a head.
+    size: int
 
     @classmethod
     def read(cls, folder: pathlib.Path) -> "Model":
@@ -90,7 +92,7 @@ class Model:
         size = config.get("head_dim") or hidden // heads
         q, kv = heads * size, config["num_key_value_heads"] * size
         layer = hidden * (q + 2 * kv) + q * hidden + 3 * hidden * config["intermediate_size"]
-        return cls(config["num_hidden_layers"], layer, hidden * config["vocab_size"], q, kv)
+        return cls(config["num_hidden_layers"], layer, hidden * config["vocab_size"], q, kv, size)
 
     def decode(self, streams: int, context: float) -> "tuple[float, float]":
         """Bytes and operations of a step."""
