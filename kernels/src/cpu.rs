@@ -39,7 +39,6 @@ mod rows;
 mod shared;
 mod simd;
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 
@@ -60,9 +59,6 @@ pub(crate) struct CpuDevice {
     tiles: amx::TileUnits,
     /// Quantized activations of the running matrix product; grows to the largest seen.
     activations: Mutex<quantize::QuantRows>,
-    /// Per worker, few rows that each quantizes for itself, and the number of products so far.
-    own_activations: Vec<Mutex<quantize::OwnRows>>,
-    products: AtomicU64,
     /// Rounded ones, likewise; larger from the start.
     pairs: Mutex<round::PairRows>,
     /// Per worker, the records that it has open.
@@ -89,18 +85,7 @@ impl CpuDevice {
         let pool = pool::Pool::new(threads)?;
         let opened =
             (0..threads).map(|_| Ok(Mutex::new(Buffer::zeros(quant_task::OPEN_RECORDS)?))).collect::<Result<_>>()?;
-        let own_activations = (0..threads).map(|_| Ok(Mutex::new(quantize::OwnRows::new()?))).collect::<Result<_>>()?;
-        Ok(CpuDevice {
-            pool,
-            isa,
-            tiles,
-            activations,
-            own_activations,
-            products: AtomicU64::new(0),
-            pairs,
-            opened,
-            weights: Mutex::default(),
-        })
+        Ok(CpuDevice { pool, isa, tiles, activations, pairs, opened, weights: Mutex::default() })
     }
 
     pub(crate) fn describe(&self) -> String {
@@ -125,19 +110,9 @@ impl CpuDevice {
         self.activations.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Those of worker number `worker`, likewise.
-    fn own_activations(&self, worker: usize) -> MutexGuard<'_, quantize::OwnRows> {
-        self.own_activations[worker].lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// The scratch for rounded activations, likewise.
     fn pairs(&self) -> MutexGuard<'_, round::PairRows> {
         self.pairs.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// A number for a product, from 1.
-    fn next_product(&self) -> u64 {
-        self.products.fetch_add(1, Ordering::Relaxed) + 1
     }
 
     /// Room for the records that worker number `worker` opens.

@@ -14,7 +14,7 @@ use super::pair::Pair;
 use super::pair_task::PairTask;
 use super::panel::{Panels, Part};
 use super::quant_task;
-use super::quantize::{OwnRows, QuantTile};
+use super::quantize::QuantTile;
 use super::record::GROUP;
 use super::shared::SharedSlice;
 use super::simd::{Kernel, LANES, Simd, dispatch, for_row_tiles};
@@ -29,9 +29,7 @@ const TASKS_PER_THREAD: usize = 8;
 pub(crate) fn matmul(cpu: &CpuDevice, x: &[f32], weight: &Weight, bias: Option<&[f32]>, out: &mut [f32]) -> Result<()> {
     let (cols, out_cols) = (weight.cols(), weight.rows());
     let mut scratch = cpu.activations();
-    let quantizes = weight.parts.iter().any(|part| matches!(part.panels, Panels::Quant(..)));
-    let own = (quantizes && OwnRows::take(x, cols)).then(|| cpu.next_product());
-    let quantized = match quantizes && own.is_none() {
+    let quantized = match weight.parts.iter().any(|part| matches!(part.panels, Panels::Quant(..))) {
         true => scratch.quantize(cpu, x, cols)?,
         false => &[],
     };
@@ -47,11 +45,6 @@ pub(crate) fn matmul(cpu: &CpuDevice, x: &[f32], weight: &Weight, bias: Option<&
     let step = |part: &Part| task_panels(part, panels.div_ceil(TASKS_PER_THREAD * cpu.pool.threads()));
     let tasks = weight.parts.iter().map(|part| part.panel_count().div_ceil(step(part))).sum();
     cpu.pool.run(tasks, &|worker, mut task| {
-        let mut of_worker = own.map(|product| (cpu.own_activations(worker), product));
-        let rows = match &mut of_worker {
-            Some((own, product)) => Rows { quantized: own.quantized(cpu.isa, *product, x, cols), ..rows },
-            None => rows,
-        };
         for part in &weight.parts {
             let (panels, step) = (part.panel_count(), step(part));
             if task < panels.div_ceil(step) {

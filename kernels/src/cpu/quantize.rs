@@ -1,4 +1,4 @@
-//! Activations quantized to int8 per row and group of 32, once per matrix product; few rows, once per worker.
+//! Activations quantized to int8 per row and group of 32, once per matrix product.
 //!
 //! `x ~ scale * code` with `scale = amax / 127` and codes rounded half to even in -127..=127. The sums of codes that zero
 //! points and minimums of the weights need are taken here, once for all out features.
@@ -6,7 +6,7 @@
 use super::CpuDevice;
 use super::record::GROUP;
 use super::shared::SharedSlice;
-use super::simd::{Isa, Kernel, Simd, dispatch};
+use super::simd::{Kernel, Simd, dispatch};
 use crate::Result;
 use crate::buffer::{Buffer, Plain};
 
@@ -55,43 +55,6 @@ impl QuantRows {
             dispatch(cpu.isa, QuantizeTiles { x, cols, first: range.start, to });
         });
         Ok(&self.tiles[..count])
-    }
-}
-
-/// Most in features that [`OwnRows`] have room for.
-const OWN_COLS: usize = 64 << 10;
-
-/// A few rows that one worker quantizes for itself, as all others do: on another core they would come out of this one's
-/// cache line by line, after a wait for whoever quantizes them.
-pub(super) struct OwnRows {
-    /// Of one tile of rows; memory is touched as it is used.
-    tiles: Buffer<QuantTile>,
-    /// The product that they are of.
-    product: u64,
-}
-
-impl OwnRows {
-    /// Most rows that are worth it: each worker spends the time of all of them.
-    pub(super) const ROWS: usize = 4;
-
-    /// The number of the first product is 1.
-    pub(super) fn new() -> Result<Self> {
-        Ok(OwnRows { tiles: Buffer::zeros(OWN_COLS / GROUP)?, product: 0 })
-    }
-
-    /// Whether rows of `x [rows, cols]` are few, and fit.
-    pub(super) fn take(x: &[f32], cols: usize) -> bool {
-        x.len() / cols <= Self::ROWS && cols <= OWN_COLS
-    }
-
-    /// As [`QuantRows::quantize`], once for each product.
-    pub(super) fn quantized(&mut self, isa: Isa, product: u64, x: &[f32], cols: usize) -> &[QuantTile] {
-        let to = &mut self.tiles[..cols / GROUP];
-        if self.product != product {
-            dispatch(isa, QuantizeTiles { x, cols, first: 0, to });
-            self.product = product;
-        }
-        to
     }
 }
 
