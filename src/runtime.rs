@@ -179,6 +179,11 @@ fn start_model(
     };
     let ready = team.warm(limits, plan_ahead, &mut |done, total| progress(StartProgress::Capture { done, total }))?;
     phases.end("warm-up");
+    // Others may use the GPU as well, so this is no error.
+    match ready.free_bytes.map_or(0, |free| account.shortage(free as u64)) {
+        0 => {}
+        bytes => tracing::warn!(bytes, "after warm-up less of the GPU's memory is free than the account says"),
+    }
     tracing::info!("start: {phases}");
     let core_limits = CoreLimits { max_model_len, step_tokens_max: limits.tokens_max as u32, plan_ahead };
     let Running { handle, threads, ended, killed } = spawn(ready, options, core_limits, &account)?;
@@ -256,7 +261,7 @@ fn spawn(
     account: &MemoryAccount,
 ) -> Result<Running, StartError> {
     let telemetry = Arc::new(Telemetry::new(&telemetry_info(options, limits.max_model_len, account)));
-    let ReadyTeam { workers, specs, pools, mover, cost } = team;
+    let ReadyTeam { workers, specs, pools, mover, cost, .. } = team;
     let config = core_config(options, limits, CoreShape { specs, pools, cost });
     let recorder = options.record.as_ref().map(|record| {
         let failed = |source| StartError::Record { path: record.path.display().to_string(), source };

@@ -17,6 +17,8 @@ const BLOCKS_MAX: u64 = 1 << 24;
 const RESERVED_BYTES: u64 = 192 << 20;
 /// The purpose under which the cache counts itself.
 const KV_PURPOSE: &str = "the KV cache";
+/// What the account leaves to others.
+const FREE_PURPOSE: &str = "left free";
 
 /// Where the memory went, for the start-up banner.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,6 +41,13 @@ impl MemoryAccount {
     #[must_use]
     pub fn lines(&self) -> String {
         lines(&self.table)
+    }
+
+    /// What a GPU lacks of the memory that the account leaves free, when `free` bytes are: more than nothing if steps took more
+    /// than was reserved for them.
+    pub(super) fn shortage(&self, free: u64) -> u64 {
+        let left = self.table.iter().find(|(purpose, _)| purpose == FREE_PURPOSE).map_or(0, |(_, bytes)| *bytes);
+        left.saturating_sub(free)
     }
 }
 
@@ -128,7 +137,7 @@ impl Wanted<'_> {
             Some(_) => "as configured".to_owned(),
             None => format!("what {share}% of the free {} leaves", HumanBytes(free)),
         };
-        table.push(("left free".to_owned(), free.saturating_sub(fixed + (blocks + 1) * block_bytes)));
+        table.push((FREE_PURPOSE.to_owned(), free.saturating_sub(fixed + (blocks + 1) * block_bytes)));
         self.check(KvRoom { blocks, reason, table }, block_bytes)
     }
 
@@ -233,5 +242,23 @@ mod tests {
         check(None, Some(100_000), 7, 7);
         check(None, None, 7, 7);
         check(Some(u64::MAX), None, 7, 1 << 24);
+    }
+    #[test]
+    fn a_shortage_is_what_is_missing_of_what_was_left_free() {
+        let table = vec![("weights".to_owned(), 500), (FREE_PURPOSE.to_owned(), 100)];
+        let account = MemoryAccount {
+            device: String::new(),
+            weight_bytes: 500,
+            workspace_bytes: 0,
+            kv_bytes: 0,
+            kv_blocks: 0,
+            kv_dtype: KvDType::BF16,
+            block_size: 16,
+            kv_reason: String::new(),
+            table,
+        };
+        assert_eq!([0, 60, 100, 200].map(|free| account.shortage(free)), [100, 40, 0, 0]);
+        let on_cpu = MemoryAccount { table: Vec::new(), ..account };
+        assert_eq!(on_cpu.shortage(0), 0);
     }
 }

@@ -17,14 +17,22 @@ use kvern_kernels::KernelError;
 use kvern_models::{ForwardBatch, StepLimits};
 use std::time::{Duration, Instant};
 
-/// Sequences of the step that tells what one more costs.
-const SEQUENCES: usize = 4;
-/// Context of the long steps, in tokens.
-const CONTEXT: usize = 1024;
-/// Prompt tokens of the step that tells what one costs: enough for the kernels of large products.
-const PROMPT: usize = 64;
-/// Prompt tokens of the step that tells what context costs them.
-const PROMPT_LONG: usize = 16;
+/// How large the steps are that are measured: so large that what one more token costs is far above the noise.
+struct Sizes {
+    /// Sequences of the step that tells what one more costs.
+    sequences: usize,
+    /// Context of the long steps, in tokens.
+    context: usize,
+    /// Prompt tokens of the step that tells what one costs: enough for the kernels of large products.
+    prompt: usize,
+    /// Prompt tokens of the step that tells what context costs them.
+    prompt_long: usize,
+}
+
+const CPU: Sizes = Sizes { sequences: 4, context: 1024, prompt: 64, prompt_long: 16 };
+/// A GPU takes as long for 64 tokens as for one, which is as long as it reads the weights.
+const GPU: Sizes = Sizes { sequences: 64, context: 4096, prompt: 2048, prompt_long: 512 };
+
 /// Each step is run so often; the fastest counts. Those of prompts once: they are long enough.
 const DECODE_RUNS: usize = 3;
 
@@ -33,20 +41,28 @@ const PS_PER_NS: u64 = 1_000;
 /// Measures the steps of a worker, before it serves.
 pub(super) fn measure(member: &mut Member, limits: StepLimits) -> Result<CostModel, KernelError> {
     let shape = member.kv_shape();
+    let is_gpu = member.is_gpu();
+    let sizes = if is_gpu { GPU } else { CPU };
     let slots = (shape.blocks * shape.block_size).min(limits.context_max);
-    let sequences = SEQUENCES.min(limits.sequences_max).min(limits.tokens_max).min(shape.blocks);
-    let prompt = PROMPT.min(limits.tokens_max).min(slots);
-    let prompt_long = PROMPT_LONG.min(prompt);
-    let context = CONTEXT.min(slots - prompt_long);
-    let mut steps = Steps { member, ids: Vec::new() };
-    let one = steps.fastest(DECODE_RUNS, 1, 0, 1)?;
-    let many = steps.fastest(DECODE_RUNS, sequences, 0, 1)?;
-    let long = steps.fastest(DECODE_RUNS, 1, context, 1)?;
+    let sequences = sizes.sequences.min(limits.sequences_max).min(limits.tokens_max).min(shape.blocks);
+    let prompt = sizes.prompt.min(limits.tokens_max).min(slots);
+    let prompt_long = sizes.prompt_long.min(prompt);
+    let context = sizes.context.min(slots - prompt_long);
+    let mut fastest = |runs: usize, sequences, context, tokens| -> Result<Duration, KernelError> {
+        let mut best = Duration::MAX;
+        for _ in 0..runs {
+            best = best.min(time_step(member, sequences, context, tokens)?);
+        }
+        Ok(best)
+    };
+    let one = fastest(DECODE_RUNS, 1, 0, 1)?;
+    let many = fastest(DECODE_RUNS, sequences, 0, 1)?;
+    let long = fastest(DECODE_RUNS, 1, context, 1)?;
     // What a GPU does at its first product of a kind takes longer than the product.
-    let prefill_runs = if steps.member.is_gpu() { 2 } else { 1 };
-    let prefill = steps.fastest(prefill_runs, 1, 0, prompt)?;
-    let short = steps.fastest(2, 1, 0, prompt_long)?;
-    let prefill_long = steps.fastest(prefill_runs, 1, context, prompt_long)?;
+    let prefill_runs = if is_gpu { 2 } else { 1 };
+    let prefill = fastest(prefill_runs, 1, 0, prompt)?;
+    let short = fastest(2, 1, 0, prompt_long)?;
+    let prefill_long = fastest(prefill_runs, 1, context, prompt_long)?;
 
     let each = |longer: Duration, shorter: Duration, count: usize| {
         let ns = longer.saturating_sub(shorter).as_nanos() as u64;
@@ -66,48 +82,35 @@ pub(super) fn measure(member: &mut Member, limits: StepLimits) -> Result<CostMod
     })
 }
 
-struct Steps<'a> {
-    member: &'a mut Member,
-    ids: Vec<u32>,
-}
-
-impl Steps<'_> {
-    /// The fastest of `runs` steps of `sequences` sequences, each with `context` tokens before and `tokens` to compute.
-    fn fastest(
-        &mut self,
-        runs: usize,
-        sequences: usize,
-        context: usize,
-        tokens: usize,
-    ) -> Result<Duration, KernelError> {
-        let shape = self.member.kv_shape();
-        let (size, blocks) = (shape.block_size, (context + tokens).div_ceil(shape.block_size));
-        let block = |sequence: usize, at: usize| ((sequence * blocks + at) % shape.blocks) as u32;
-        let all = || (0..sequences).flat_map(|sequence| (context..context + tokens).map(move |at| (sequence, at)));
-        let positions: Vec<u32> = all().map(|(_, at)| at as u32).collect();
-        let slots: Vec<u32> = all().map(|(s, at)| block(s, at / size) * size as u32 + (at % size) as u32).collect();
-        let ends: Vec<u32> = (0..=sequences).map(|sequence| (sequence * tokens) as u32).collect();
-        let tables: Vec<u32> = (0..sequences).flat_map(|s| (0..blocks).map(move |at| block(s, at))).collect();
-        let lens = vec![(context + tokens) as u32; sequences];
-        let rows: Vec<u32> = ends[1..].iter().map(|end| end - 1).collect();
-        self.ids.resize(positions.len(), 0);
-        let batch = ForwardBatch {
-            input_ids: &self.ids,
-            positions: &positions,
-            slot_mapping: &slots,
-            cu_seqlens_q: &ends,
-            context_lens: &lens,
-            block_tables: &tables,
-            block_table_stride: blocks,
-            sample_rows: &rows,
-            last_sampled: &[],
-        };
-        let mut fastest = Duration::MAX;
-        for _ in 0..runs {
-            let started = Instant::now();
-            self.member.forward(&batch)?;
-            fastest = fastest.min(started.elapsed());
-        }
-        Ok(fastest)
-    }
+/// How long a step takes of `sequences` sequences, each with `context` tokens before and `tokens` to compute.
+pub(super) fn time_step(
+    member: &mut Member,
+    sequences: usize,
+    context: usize,
+    tokens: usize,
+) -> Result<Duration, KernelError> {
+    let shape = member.kv_shape();
+    let (size, blocks) = (shape.block_size, (context + tokens).div_ceil(shape.block_size));
+    let block = |sequence: usize, at: usize| ((sequence * blocks + at) % shape.blocks) as u32;
+    let all = || (0..sequences).flat_map(|sequence| (context..context + tokens).map(move |at| (sequence, at)));
+    let positions: Vec<u32> = all().map(|(_, at)| at as u32).collect();
+    let slots: Vec<u32> = all().map(|(s, at)| block(s, at / size) * size as u32 + (at % size) as u32).collect();
+    let ends: Vec<u32> = (0..=sequences).map(|sequence| (sequence * tokens) as u32).collect();
+    let tables: Vec<u32> = (0..sequences).flat_map(|s| (0..blocks).map(move |at| block(s, at))).collect();
+    let lens = vec![(context + tokens) as u32; sequences];
+    let rows: Vec<u32> = ends[1..].iter().map(|end| end - 1).collect();
+    let batch = ForwardBatch {
+        input_ids: &vec![0; positions.len()],
+        positions: &positions,
+        slot_mapping: &slots,
+        cu_seqlens_q: &ends,
+        context_lens: &lens,
+        block_tables: &tables,
+        block_table_stride: blocks,
+        sample_rows: &rows,
+        last_sampled: &[],
+    };
+    let started = Instant::now();
+    member.forward(&batch)?;
+    Ok(started.elapsed())
 }

@@ -38,6 +38,8 @@ pub(super) struct ReadyTeam {
     pub(super) pools: Vec<u32>,
     pub(super) mover: Option<Mover>,
     pub(super) cost: CostModel,
+    /// Of a GPU's memory, after all kinds of steps have run.
+    pub(super) free_bytes: Option<usize>,
 }
 
 impl Team {
@@ -144,29 +146,23 @@ impl Team {
             ..last
         };
         tracing::debug!(?cost, "measured");
+        let free_bytes = self.members[0].device.free_bytes().map_err(StartError::WarmUp)?;
         let specs = self.members.iter().map(|member| member.spec).collect();
         let workers = self.members.into_iter().map(|member| member.worker(limits, plan_ahead)).collect();
-        Ok(ReadyTeam { workers, specs, pools: self.pools, mover: self.mover, cost })
+        Ok(ReadyTeam { workers, specs, pools: self.pools, mover: self.mover, cost, free_bytes })
     }
 }
 
 impl Member {
+    /// Prompts of a block and of one token; on a GPU of all doublings up to the longest step, as each size may be another kernel
+    /// of the library of products, which takes time and memory at its first use.
     fn warm(&mut self, limits: StepLimits) -> Result<(), kvern_kernels::KernelError> {
-        let tokens = limits.tokens_max.min(self.kv.shape().block_size).min(limits.context_max) as u32;
-        for length in [tokens, 1] {
-            let positions: Vec<u32> = (0..length).collect();
-            let batch = ForwardBatch {
-                input_ids: &vec![0; length as usize],
-                positions: &positions,
-                slot_mapping: &positions,
-                cu_seqlens_q: &[0, length],
-                context_lens: &[length],
-                block_tables: &[0],
-                block_table_stride: 1,
-                sample_rows: &[length - 1],
-                last_sampled: &[],
-            };
-            self.forward(&batch)?;
+        let KvShape { blocks, block_size, .. } = self.kv.shape();
+        let longest = limits.tokens_max.min(limits.context_max).min(blocks * block_size);
+        let most = if self.is_gpu() { longest } else { longest.min(block_size) };
+        let doublings = std::iter::successors(Some(block_size), |length| Some(length * 2));
+        for length in doublings.take_while(|length| *length < most).chain([most, 1]) {
+            calibrate::time_step(self, 1, 0, length)?;
         }
         Ok(())
     }
