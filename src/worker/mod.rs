@@ -343,8 +343,8 @@ impl Worker {
 impl Worker {
     /// Puts a step on the device. How its rows are sampled goes first, so that nothing of it waits for the forward pass.
     ///
-    /// The clock's marks are around all of it, from the first copy of its inputs to the last of its results: whatever a step
-    /// makes the device do is its own, and no captured launch has a mark in it.
+    /// The clock's marks are around all of it, from the first copy of its inputs to the last of its results: whatever a
+    /// step makes the device do is its own, and no captured launch has a mark in it.
     fn launch(&mut self, plan: &StepPlan) -> Result<(), StepError> {
         let batch = self.batch.fill(plan)?;
         let mut sampler = self.sampler.as_mut().filter(|_| !batch.sample_rows.is_empty());
