@@ -10,7 +10,7 @@ use super::{PoolLayout, SchedulingConfig, StartError, WorkerLayout, calibrate};
 use crate::admission::LOGPROBS_MAX;
 use crate::worker::{Mover, Worker, WorkerParts};
 use kvern_core::{CostModel, PoolId, Role, WorkerSpec};
-use kvern_kernels::{Device, DeviceSampler, KvCache, KvShape, Share};
+use kvern_kernels::{Device, DeviceSampler, KvCache, KvShape, Share, StepClock};
 use kvern_models::{ForwardBatch, LoadedModel, Model, StepLimits};
 
 /// Workers before their first step.
@@ -148,7 +148,8 @@ impl Team {
         tracing::debug!(?cost, "measured");
         let free_bytes = self.members[0].device.free_bytes().map_err(StartError::WarmUp)?;
         let specs = self.members.iter().map(|member| member.spec).collect();
-        let workers = self.members.into_iter().map(|member| member.worker(limits, plan_ahead)).collect();
+        let workers = self.members.into_iter().map(|member| member.worker(limits, plan_ahead));
+        let workers = workers.collect::<Result<_, _>>()?;
         Ok(ReadyTeam { workers, specs, pools: self.pools, mover: self.mover, cost, free_bytes })
     }
 }
@@ -181,10 +182,21 @@ impl Member {
         self.kv.shape()
     }
 
-    fn worker(self, limits: StepLimits, plan_ahead: bool) -> Worker {
+    fn worker(self, limits: StepLimits, plan_ahead: bool) -> Result<Worker, StartError> {
         let Member { device, model, kv, sampler, vocab_size, .. } = self;
-        let (threads, block_size) = (device.threads(), kv.shape().block_size as u32);
-        Worker::new(WorkerParts { device, model, kv, sampler, plan_ahead, limits, block_size, vocab_size, threads })
+        let (threads, block_size, clock) = (device.threads(), kv.shape().block_size as u32, StepClock::new(&device)?);
+        Ok(Worker::new(WorkerParts {
+            device,
+            model,
+            kv,
+            sampler,
+            clock,
+            plan_ahead,
+            limits,
+            block_size,
+            vocab_size,
+            threads,
+        }))
     }
 }
 

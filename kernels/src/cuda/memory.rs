@@ -3,6 +3,7 @@
 use std::marker::PhantomData;
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::time::Duration;
 
 use kvern_cuda_abi::Ptr;
 
@@ -186,6 +187,16 @@ impl Milestone {
     /// In this stream, or others of its part of the device.
     pub(crate) fn new(driver: &Arc<dyn Driver>, stream: Stream) -> Result<Self> {
         Ok(Milestone { event: driver.event(stream)?, driver: Arc::clone(driver), passed: true })
+    }
+
+    /// As [`new`](Self::new); it also keeps when the device passed it.
+    pub(crate) fn timed(driver: &Arc<dyn Driver>, stream: Stream) -> Result<Self> {
+        Ok(Milestone { event: driver.timer(stream)?, driver: Arc::clone(driver), passed: true })
+    }
+
+    /// How long after `earlier` the device passed it. Both are timed, and the device has passed them.
+    pub(crate) fn since(&self, earlier: &Milestone) -> Result<Duration> {
+        self.driver.elapsed(earlier.event, self.event)
     }
 
     /// Work put on `stream` from now on begins when the device has passed it.
