@@ -212,7 +212,8 @@ impl EngineLoop {
             return;
         }
         self.telemetry.on_step(plan.tokens.len());
-        tracing::trace!(step = plan.step.0, slices = plan.slices.len(), tokens = plan.tokens.len(), device_us, "step");
+        let StepPlan { step, share, slices, tokens, .. } = &plan;
+        tracing::trace!(step = step.0, ?share, slices = slices.len(), tokens = tokens.len(), device_us, "step");
         self.streams.attach_logprobs(logprobs);
         let sampled = match error {
             None => {

@@ -256,8 +256,8 @@ fn spawn(
     account: &MemoryAccount,
 ) -> Result<Running, StartError> {
     let telemetry = Arc::new(Telemetry::new(&telemetry_info(options, limits.max_model_len, account)));
-    let ReadyTeam { workers, specs, pools, mover, cost } = team;
-    let config = core_config(options, limits, CoreShape { specs, pools, cost });
+    let ReadyTeam { workers, specs, pools, mover, cost, has_parts } = team;
+    let config = core_config(options, limits, CoreShape { specs, pools, cost, has_parts });
     let recorder = options.record.as_ref().map(|record| {
         let failed = |source| StartError::Record { path: record.path.display().to_string(), source };
         Recorder::start(record, &config).map_err(failed)
@@ -324,6 +324,7 @@ struct CoreShape {
     specs: Vec<WorkerSpec>,
     pools: Vec<u32>,
     cost: CostModel,
+    has_parts: bool,
 }
 
 fn core_config(options: &RuntimeOptions, limits: CoreLimits, shape: CoreShape) -> CoreConfig {
@@ -341,6 +342,7 @@ fn core_config(options: &RuntimeOptions, limits: CoreLimits, shape: CoreShape) -
         classes: options.scheduling.classes.iter().map(promise).collect(),
         cost: shape.cost,
         plan_ahead: limits.plan_ahead,
+        device_parts: shape.has_parts,
         ..CoreConfig::mixed(1, options.engine.block_size)
     }
 }

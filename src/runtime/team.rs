@@ -5,12 +5,14 @@
 //!   split, shared    two devices with threads of their own, one set of weights, one pool
 //!   split, apart     the same with a pool each, and a thread that copies blocks from one to the other
 //! ```
+//!
+//! On a GPU split workers may have a part each of its multiprocessors, for steps beside the other's; alone they have all.
 
 use super::{PoolLayout, SchedulingConfig, StartError, WorkerLayout, calibrate};
 use crate::admission::LOGPROBS_MAX;
 use crate::worker::{Mover, Worker, WorkerParts};
 use kvern_core::{CostModel, PoolId, Role, WorkerSpec};
-use kvern_kernels::{Device, DeviceSampler, KvCache, KvShape, Share};
+use kvern_kernels::{BesideOptions, Device, DeviceSampler, KernelError, KvCache, KvShape};
 use kvern_models::{ForwardBatch, LoadedModel, Model, StepLimits};
 
 /// Workers before their first step.
@@ -38,6 +40,8 @@ pub(super) struct ReadyTeam {
     pub(super) pools: Vec<u32>,
     pub(super) mover: Option<Mover>,
     pub(super) cost: CostModel,
+    /// Workers have a part each of their device.
+    pub(super) has_parts: bool,
 }
 
 impl Team {
@@ -81,8 +85,9 @@ impl Team {
         // A thread at least, even where there is only one: then the two take turns.
         let prefill_threads = threads.saturating_sub(decode_threads).max(1);
         let parts = wanted.decode_multiprocessors.map(|multiprocessors| device.divide(multiprocessors)).transpose()?;
-        let prefill = Share { threads: prefill_threads, is_urgent: false, part: parts.map(|[_, rest]| rest) };
-        let decode = Share { threads: decode_threads, is_urgent: true, part: parts.map(|[first, _]| first) };
+        let part = |at: usize| parts.map(|parts| parts[at]);
+        let prefill = BesideOptions { threads: prefill_threads, is_urgent: false, part: part(1) };
+        let decode = BesideOptions { threads: decode_threads, is_urgent: true, part: part(0) };
         let devices = [device.beside(prefill)?, device.beside(decode)?];
         let (caches, pools, mover) = match wanted.pools {
             PoolLayout::Shared => {
@@ -120,8 +125,14 @@ impl Team {
         self.members.iter().map(one).collect::<Vec<_>>().join(", ")
     }
 
-    /// Runs each kind of step once on each worker, captures decode steps where that gains something, and measures what steps
-    /// cost. `progress` hears how many are captured.
+    /// Ladders of decode steps that [`warm`](Self::warm) captures, where it does.
+    pub(super) fn ladders(&self) -> usize {
+        let decoding = self.members.iter().filter(|member| member.spec.role != Role::Prefill);
+        decoding.map(|member| member.device.shares().len()).sum()
+    }
+
+    /// Runs each kind of step once on each worker, captures decode steps where that gains something, all with each share of the
+    /// device, and measures what steps cost, beside others where that is another share. `progress` hears how many are captured.
     pub(super) fn warm(
         mut self,
         limits: StepLimits,
@@ -134,6 +145,7 @@ impl Team {
             if member.spec.role != Role::Prefill {
                 member.model.capture(&mut member.kv, progress).map_err(StartError::WarmUp)?;
             }
+            member.move_beside().map_err(StartError::WarmUp)?;
             costs.push(calibrate::measure(member, limits).map_err(StartError::WarmUp)?);
         }
         // Decode as the last worker does it, prefill as the first.
@@ -144,14 +156,28 @@ impl Team {
             ..last
         };
         tracing::debug!(?cost, "measured");
+        let has_parts = self.members.iter().any(|member| member.device.shares().len() > 1);
         let specs = self.members.iter().map(|member| member.spec).collect();
         let workers = self.members.into_iter().map(|member| member.worker(limits, plan_ahead)).collect();
-        Ok(ReadyTeam { workers, specs, pools: self.pools, mover: self.mover, cost })
+        Ok(ReadyTeam { workers, specs, pools: self.pools, mover: self.mover, cost, has_parts })
     }
 }
 
 impl Member {
-    fn warm(&mut self, limits: StepLimits) -> Result<(), kvern_kernels::KernelError> {
+    fn warm(&mut self, limits: StepLimits) -> Result<(), KernelError> {
+        for share in self.device.shares() {
+            self.device.move_to(*share)?;
+            self.warm_share(limits)?;
+        }
+        Ok(())
+    }
+
+    /// Steps have the share of the device now that they have beside another worker's.
+    fn move_beside(&self) -> Result<(), KernelError> {
+        self.device.shares().last().map_or(Ok(()), |share| self.device.move_to(*share))
+    }
+
+    fn warm_share(&mut self, limits: StepLimits) -> Result<(), KernelError> {
         let tokens = limits.tokens_max.min(self.kv.shape().block_size).min(limits.context_max) as u32;
         for length in [tokens, 1] {
             let positions: Vec<u32> = (0..length).collect();
@@ -172,7 +198,7 @@ impl Member {
     }
 
     /// A step, to its end.
-    pub(super) fn forward(&mut self, batch: &ForwardBatch<'_>) -> Result<(), kvern_kernels::KernelError> {
+    pub(super) fn forward(&mut self, batch: &ForwardBatch<'_>) -> Result<(), KernelError> {
         self.model.forward(batch, &mut self.kv)?;
         self.device.synchronize()
     }

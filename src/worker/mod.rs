@@ -17,7 +17,7 @@ pub use sampler::{Draw, Scratch, TokenCounts, sample};
 use crate::request::{SamplingParams, TokenLogprobs};
 use batch::{BatchBuffers, BatchError};
 use kvern_core::{RequestId, Sampled, SeqSlice, StepPlan, TokenId};
-use kvern_kernels::{Device, DeviceSampler, KernelError, KvCache, Tensor};
+use kvern_kernels::{Device, DeviceSampler, DeviceShare, KernelError, KvCache, Tensor};
 use kvern_models::{Model, StepLimits};
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -327,8 +327,13 @@ impl Worker {
 }
 
 impl Worker {
-    /// Puts a step on the device. How its rows are sampled goes first, so that nothing of it waits for the forward pass.
+    /// Puts a step on its share of the device. How its rows are sampled goes first, so that nothing of it waits for the forward
+    /// pass.
     fn launch(&mut self, plan: &StepPlan) -> Result<(), StepError> {
+        self.device.move_to(match plan.share {
+            kvern_core::DeviceShare::Whole => DeviceShare::Whole,
+            kvern_core::DeviceShare::Part => DeviceShare::Part,
+        })?;
         let batch = self.batch.fill(plan)?;
         let samples = !batch.sample_rows.is_empty();
         if let Some(sampler) = self.sampler.as_mut().filter(|_| samples) {
