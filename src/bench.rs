@@ -27,7 +27,7 @@ use kvern_kernels::limits::{Gauge, Limit};
 use kvern_models::{Checkpoint, LoadError, LoadFormat, ModelConfig, ModelFiles};
 use rates::Rates;
 use report::{Report, Row};
-use runner::{Room, Runner};
+use runner::{Room, Round, Runner};
 use std::io::Write;
 
 #[derive(Debug, thiserror::Error)]
@@ -74,11 +74,11 @@ pub fn run(config: &Config, bench: &BenchConfig, out: &mut dyn Write) -> Result<
         let available = config.engine.kv_cache_memory_bytes.or(free).or_else(available_memory).unwrap_or(u64::MAX);
         if needed > available { Err(BenchError::Memory { needed, available }) } else { Ok(()) }
     })?;
-    let Measured { rates, limits } = measure(&mut runner, gauge.as_ref(), &workloads, bench)?;
+    let Measured { rates, idle_shares, limits } = measure(&mut runner, gauge.as_ref(), &workloads, bench)?;
     let steps = bench.steps;
     let read = ReadBytes { weights: runner.weight_bytes(), kv_value: runner.kv_value_bytes() };
     let costs = workloads.iter().map(|&workload| Cost::of(workload, steps, &model, read));
-    let rows = workloads.iter().zip(costs).zip(rates);
+    let rows = workloads.iter().zip(costs).zip(rates.into_iter().zip(idle_shares));
     let report = Report {
         model: &located.name,
         machine: report::machine(),
@@ -86,7 +86,10 @@ pub fn run(config: &Config, bench: &BenchConfig, out: &mut dyn Write) -> Result<
         weight_bytes: runner.weight_bytes(),
         chunk,
         rows: rows
-            .map(|((&workload, cost), rates)| Row { workload, tokens: workload.tokens(steps), cost, rates })
+            .map(|((&workload, cost), (rates, idle_shares))| {
+                let tokens = workload.tokens(steps);
+                Row { workload, tokens, cost, rates, idle_shares }
+            })
             .collect(),
         limits,
     };
@@ -117,6 +120,8 @@ fn workloads(config: &Config, bench: &BenchConfig, model: &ModelConfig) -> Resul
 struct Measured {
     /// Of each workload, in tokens per second.
     rates: Vec<Rates>,
+    /// Of each, the part of its time for which the device waited between steps; empty where that is not known.
+    idle_shares: Vec<Rates>,
     limits: Vec<(Limit, Rates)>,
 }
 
@@ -128,13 +133,15 @@ fn measure(
     bench: &BenchConfig,
 ) -> Result<Measured, KernelError> {
     let mut rates = vec![Rates::default(); workloads.len()];
+    let mut idle_shares = rates.clone();
     let mut limits: Vec<_> =
         gauge.iter().flat_map(|gauge| gauge.limits()).map(|limit| (limit, Rates::default())).collect();
     for round in 0..=bench.rounds {
-        for (&workload, rates) in workloads.iter().zip(&mut rates) {
-            let seconds = runner.round(workload, bench.steps)?.as_secs_f64();
+        for (&workload, (rates, idle_shares)) in workloads.iter().zip(rates.iter_mut().zip(&mut idle_shares)) {
+            let Round { time, idle_share } = runner.round(workload, bench.steps)?;
             if round > 0 {
-                rates.push(workload.tokens(bench.steps) as f64 / seconds);
+                rates.push(workload.tokens(bench.steps) as f64 / time.as_secs_f64());
+                idle_share.into_iter().for_each(|share| idle_shares.push(share));
             }
         }
         for (limit, rates) in &mut limits {
@@ -145,5 +152,5 @@ fn measure(
         }
         tracing::info!(round, of = bench.rounds, "timed");
     }
-    Ok(Measured { rates, limits })
+    Ok(Measured { rates, idle_shares, limits })
 }

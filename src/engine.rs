@@ -206,12 +206,13 @@ impl EngineLoop {
     }
 
     fn step_done(&mut self, result: StepResult) {
-        let StepResult { plan, sampled, changes, logprobs, device_us, error } = result;
+        let StepResult { plan, sampled, changes, logprobs, device_us, busy, idle, error } = result;
         let worker = plan.worker;
         if self.links.is_lost(worker) {
             return;
         }
         self.telemetry.on_step(plan.tokens.len());
+        self.telemetry.on_device_time(worker, busy, idle);
         let StepPlan { step, share, slices, tokens, .. } = &plan;
         tracing::trace!(step = step.0, ?share, slices = slices.len(), tokens = tokens.len(), device_us, "step");
         self.streams.attach_logprobs(logprobs);
@@ -290,7 +291,11 @@ impl EngineLoop {
             // There never are any; the digest comes with them.
             recorder.effects(&[]);
         }
-        if planned { self.links.start(worker, plan) } else { self.links.keep(worker, plan) }
+        if !planned {
+            return self.links.keep(worker, plan);
+        }
+        self.telemetry.on_step_ahead(worker);
+        self.links.start(worker, plan);
     }
 
     fn start_step(&mut self, worker: WorkerId, mut plan: StepPlan) {

@@ -15,7 +15,7 @@ use crate::engine::{EngineHandle, EngineLimits, EngineLoop, EngineParts};
 use crate::record::Recorder;
 use crate::telemetry::{Telemetry, TelemetryInfo};
 use account::{KvRoom, Wanted};
-use kvern_core::{ClassSpec, CoreConfig, CostModel, Engine as Core, Micros, WorkerId, WorkerSpec};
+use kvern_core::{ClassSpec, CoreConfig, CostModel, Engine as Core, Micros, Role, WorkerId, WorkerSpec};
 use kvern_kernels::{Device, KernelError};
 use kvern_models::{Checkpoint, LoadError, LoadOptions, LoadProgress, ModelConfig, ModelFiles, StepLimits};
 use std::fmt;
@@ -255,8 +255,8 @@ fn spawn(
     limits: CoreLimits,
     account: &MemoryAccount,
 ) -> Result<Running, StartError> {
-    let telemetry = Arc::new(Telemetry::new(&telemetry_info(options, limits.max_model_len, account)));
     let ReadyTeam { workers, specs, pools, mover, cost, has_parts } = team;
+    let telemetry = Arc::new(Telemetry::new(&telemetry_info(options, limits.max_model_len, account, &specs)));
     let config = core_config(options, limits, CoreShape { specs, pools, cost, has_parts });
     let recorder = options.record.as_ref().map(|record| {
         let failed = |source| StartError::Record { path: record.path.display().to_string(), source };
@@ -306,7 +306,17 @@ fn spawn(
     Ok(Running { handle, threads, ended: has_ended, killed })
 }
 
-fn telemetry_info(options: &RuntimeOptions, max_model_len: u32, account: &MemoryAccount) -> TelemetryInfo {
+fn telemetry_info(
+    options: &RuntimeOptions,
+    max_model_len: u32,
+    account: &MemoryAccount,
+    workers: &[WorkerSpec],
+) -> TelemetryInfo {
+    let name = |worker: &WorkerSpec| match worker.role {
+        Role::Mixed => "mixed",
+        Role::Prefill => "prefill",
+        Role::Decode => "decode",
+    };
     TelemetryInfo {
         model_name: options.served_model_name.clone(),
         max_model_len,
@@ -316,6 +326,7 @@ fn telemetry_info(options: &RuntimeOptions, max_model_len: u32, account: &Memory
         kv_dtype: account.kv_dtype.name(),
         prefix_caching: options.engine.prefix_caching,
         classes: options.scheduling.classes.iter().map(|class| class.name.clone()).collect(),
+        workers: workers.iter().map(name).collect(),
     }
 }
 

@@ -47,6 +47,24 @@ fn a_batch_says_what_each_says_alone() {
     tight.join();
 }
 
+/// On a CPU by the host's clock; what the start computes is not counted.
+#[test]
+fn a_worker_tells_how_long_it_is_at_steps_and_between_them() {
+    let runtime = start(&options());
+    let (handle, started) = (runtime.handle.clone(), Instant::now());
+    let told = || {
+        ["device_busy_seconds", "device_idle_seconds", "steps_ahead"].map(|name| {
+            metric(&handle, &format!("kvern:{name}_total{{engine=\"0\",model_name=\"test\",worker=\"mixed\"}}"))
+        })
+    };
+    assert_eq!(told(), [0.0; 3]);
+    together(&runtime, &mixed_asks());
+    runtime.join();
+    let (wall, [busy, idle, ahead]) = (started.elapsed().as_secs_f64(), told());
+    assert!(busy > 0.0 && idle > 0.0 && busy + idle <= wall, "{busy} s and {idle} s of {wall} s");
+    assert_eq!(ahead, 0.0, "a CPU gains nothing by it");
+}
+
 #[test]
 fn a_shared_prefix_is_computed_once() {
     let runtime = start(&options());

@@ -51,6 +51,9 @@ fn json_has_a_line_for_each_workload_and_limit() {
     let share = |line: &Value| line["limit_share"].as_f64();
     assert!(share(&lines[0]).unwrap() > 0.0 && share(&lines[1]).unwrap() > 0.0 && share(&lines[2]).is_none());
     assert!(share(&lines[3]).unwrap() > 0.0);
+    let idle: Vec<Option<f64>> = lines.iter().map(|line| line["idle_share"].as_f64()).collect();
+    assert!(idle[1..3].iter().all(|share| share.is_some_and(|share| share > 0.0 && share < 1.0)), "{idle:?}");
+    assert!(idle[0].is_none() && idle[3..].iter().all(Option::is_none), "only decoding has steps one after the other");
 }
 
 #[test]
@@ -61,6 +64,7 @@ fn the_table_names_machine_and_workloads() {
     assert!(lines[0].contains("cpu (scalar, 2 threads)"), "{table}");
     for (line, start) in lines[2..].iter().zip(["prefill 24 ", "decode 1x20 ", "decode 3x5 ", "attention 1x30+2x9 "]) {
         assert!(line.starts_with(start), "{table}");
+        assert_eq!(line.contains("% idle between steps"), start.starts_with("decode"), "{table}");
     }
 }
 

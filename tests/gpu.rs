@@ -267,6 +267,36 @@ fn steps_go_ahead_of_the_host() {
     }
 }
 
+/// On the shim only work takes time, a microsecond each operation: all of it is within some step's marks, and none between.
+#[test]
+fn all_that_a_gpu_does_is_a_steps() {
+    let asks: Vec<Ask> = asks().into_iter().map(unhindered).collect();
+    for plan_ahead in [Some(false), None] {
+        let (driver, runtime) = on_gpu(&RuntimeOptions { plan_ahead, ..small() });
+        let handle = runtime.handle.clone();
+        let told = |name: &str| metric(&handle, &format!("kvern:{name}_total"));
+        assert_eq!(["device_busy_seconds", "device_idle_seconds", "steps_ahead"].map(told), [0.0; 3]);
+        driver.clear_log();
+        together(&runtime, &asks);
+        runtime.join();
+        let log = driver.log();
+        assert!(log.len() < 16_384, "nothing of it was dropped");
+        let operations = |line: &String| match line.split(' ').next().unwrap() {
+            "launch" | "gemm" | "copy_to_device" | "copy_to_host" => 1,
+            "graph" => line.rsplit_once('[').unwrap().1.split(' ').next().unwrap().parse().unwrap(),
+            _ => 0,
+        };
+        let expected: u32 = log.iter().map(operations).sum();
+        assert!(expected > 1000);
+        let busy_us = told("device_busy_seconds") * 1e6;
+        assert!((busy_us - f64::from(expected)).abs() < 1e-3, "expected {expected} us, found {busy_us}");
+        assert_eq!(told("device_idle_seconds"), 0.0);
+        let ahead = told("steps_ahead");
+        assert!(ahead >= steps_ahead(&log) as f64 && (ahead > 20.0) == plan_ahead.is_none(), "{ahead} steps ahead");
+        assert_eq!(driver.refusals(), Vec::<String>::new());
+    }
+}
+
 /// Who loses its blocks computes them again; what it has seen is still on the device, or another's place by then.
 #[test]
 fn who_is_preempted_says_the_same() {
@@ -357,6 +387,31 @@ fn a_step_that_fails_is_repeated() {
     assert!(runtime.handle.health().live);
     runtime.join();
     assert_eq!(driver.refusals(), Vec::<String>::new());
+}
+
+/// Whichever mark of a step fails, or wait for one: what steps under way leave behind is not taken for another's.
+#[test]
+fn marks_and_waits_that_fail_are_their_steps_failures() {
+    let asks: Vec<Ask> = asks().into_iter().map(unhindered).take(5).collect();
+    let (_, right) = on_gpu(&small());
+    let expected = together(&right, &asks);
+    right.join();
+    let mut marked = std::collections::BTreeSet::new();
+    let marks = (40..47).map(|nth| (Call::Record, nth));
+    for (call, nth) in marks.chain([41, 44].map(|nth| (Call::Synchronize, nth))) {
+        let (driver, runtime) = on_gpu(&small());
+        driver.clear_log();
+        driver.fail(call, nth, "planted", false);
+        assert_eq!(tokens(&together(&runtime, &asks)), tokens(&expected), "{call:?} {nth}");
+        runtime.join();
+        let log = driver.log();
+        let at = log.iter().position(|line| line.contains("planted")).unwrap_or_else(|| panic!("no {call:?} {nth}"));
+        marked.insert((call.name(), log[at - 1].split(' ').next().unwrap().to_owned()));
+        assert_eq!(driver.refusals(), Vec::<String>::new());
+    }
+    // As many marks as a step has failed, each of another kind: after copies to and from the device, and after other marks.
+    let kinds = marked.iter().filter(|(call, _)| *call == Call::Record.name()).count();
+    assert!(kinds > 2, "marks and waits that failed came after {marked:?}");
 }
 
 #[test]

@@ -237,6 +237,11 @@ impl Gpu {
         Milestone::new(&self.driver, self.places.iter().map(|place| place.stream))
     }
 
+    /// As [`milestone`](Self::milestone); it also keeps when the device passed it.
+    pub(crate) fn timed_milestone(&self) -> Result<Milestone> {
+        Milestone::timed(&self.driver, self.places.iter().map(|place| place.stream))
+    }
+
     /// Puts a launch on the device.
     ///
     /// # Safety

@@ -32,8 +32,18 @@ row() {
 
 # check NAME SECONDS_MAX COMMAND...: runs a check; its output goes to a file of its name, its end to the terminal.
 check() {
-    local name=$1 limit=$2 began status result
-    shift 2
+    run FAIL "$@"
+}
+
+# As check, of what may be reported without being wrong: it is in the table, and nothing fails by it.
+inform() {
+    run reported "$@"
+}
+
+# run WORD NAME SECONDS_MAX COMMAND...: WORD is what the table says of one that does not pass; FAIL counts.
+run() {
+    local word=$1 name=$2 limit=$3 began status result
+    shift 3
     wanted "$name" || return 0
     echo "== $name"
     began=$SECONDS
@@ -41,10 +51,10 @@ check() {
     status=$?
     case $status in
     0) result=pass ;;
-    124 | 137) result="FAIL: over $limit s" ;;
-    *) result="FAIL: status $status" ;;
+    124 | 137) result="$word: over $limit s" ;;
+    *) result="$word: status $status" ;;
     esac
-    [ "$status" -eq 0 ] || failures=$((failures + 1))
+    [ "$status" -eq 0 ] || [ "$word" != FAIL ] || failures=$((failures + 1))
     tail -n 12 "$OUT/$name.txt"
     row "$name" "$result" $((SECONDS - began))
 }
@@ -103,10 +113,13 @@ check version 30 "$KVERN" --version
 # Small, so that a build that does not open the device is known before anything long.
 tiny=("$KVERN" bench "$scripts/shapes/smollm2-135m" --device "$DEVICE" --load-format dummy --rounds 1)
 check opens 120 "${tiny[@]}" --steps 4 --decode 2x64 --prefill 96
+# hopper NAME COMMAND...: with the kernel of prompts' attention for compute capability 9.0, where the GPU has it.
 hopper() {
-    if [ "$capability" = 9.0 ]; then check "$@" --prefill-attention hopper; else skip "$1" "not compute capability 9.0"; fi
+    local name=$1
+    shift
+    if [ "$capability" = 9.0 ]; then "$@" --prefill-attention hopper; else skip "$name" "not compute capability 9.0"; fi
 }
-hopper opens-hopper 120 "${tiny[@]}" --steps 4 --decode 2x64 --prefill 96,700
+hopper opens-hopper check opens-hopper 120 "${tiny[@]}" --steps 4 --decode 2x64 --prefill 96,700
 served=(--kvern "$KVERN" --model "$weights" --device "$DEVICE" --logs "$OUT")
 answers start 600 "$PYTHON" "$scripts/start.py" "${served[@]}" --shape "$scripts/shapes/llama-3.1-8b" --made \
     --out "$OUT/start.json"
@@ -122,19 +135,26 @@ answers early-launches 900 "$PYTHON" "$scripts/agree.py" "${served[@]}" --flag=-
 # A lone prompt, and many beside each other: steps go to and fro between a part of the GPU and all of it.
 answers parts 900 "$PYTHON" "$scripts/agree.py" "${served[@]}" --mixed --flag=--workers=split \
     --flag=--decode-multiprocessors=48 --flag=--no-enable-prefix-caching
-for tool in memcheck racecheck; do
+# sanitize check|inform NAME TOOL RUN...: a short run under a tool of compute-sanitizer.
+sanitize() {
+    local how=$1 name=$2 tool=$3
+    shift 3
     if command -v compute-sanitizer >/dev/null; then
-        check "$tool" 900 compute-sanitizer --tool "$tool" --error-exitcode 9 "${tiny[@]}" --steps 2 --decode 3x70 \
-            --prefill 100
+        "$how" "$name" 900 compute-sanitizer --tool "$tool" --error-exitcode 9 "${tiny[@]}" "$@"
     else
-        skip "$tool" "no compute-sanitizer"
+        skip "$name" "no compute-sanitizer"
     fi
+}
+for tool in memcheck racecheck synccheck; do
+    sanitize check "$tool" "$tool" --steps 2 --decode 3x70 --prefill 100
 done
-if command -v compute-sanitizer >/dev/null; then
-    hopper memcheck-hopper 900 compute-sanitizer --tool memcheck --error-exitcode 9 "${tiny[@]}" --steps 2 --prefill 300
-else
-    skip memcheck-hopper "no compute-sanitizer"
-fi
+for tool in memcheck synccheck; do
+    hopper "$tool-hopper" sanitize check "$tool-hopper" "$tool" --steps 2 --prefill 300
+done
+# By its release notes racecheck knows copies in bulk since 2024.4, and reported races that are none where mbarriers or
+# warpgroups order the accesses: fixes are noted in 2025.4, 2026.1 and, of the bytes that a copy completes, 2026.3. What the
+# products of warpgroups read it does not say it sees at all. So a report is to be read, and silence proves little.
+hopper racecheck-hopper sanitize inform racecheck-hopper racecheck --steps 2 --prefill 300
 bench llama-3.1-8b
 bench llama-3.2-1b
 bench qwen3-0.6b

@@ -4,7 +4,8 @@
 Weights are random on both sides, of a shape of this folder's, with the tokenizer of WEIGHTS. Prompts are random tokens,
 so that nothing is found in a cache. All streams start together. The ratio compares equal work: where the peer makes
 fewer tokens, to save time, the server is asked for as many a second time. Fails where a request fails, where the
-ratio is less than the aim, and where the peer was asked for and could not be measured.
+ratio is less than the aim, where the peer was asked for and could not be measured, and where the device idles between
+steps for more than its bound: over the whole load, or while all streams decode.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 
+import idle
 import made
 import server
 
@@ -27,6 +29,8 @@ sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent))
 import streaming
 
 AIM = 3.0
+# Part of the device's time.
+IDLE_MAX = 0.01
 RUN_S_MAX = 400
 PEER_S_MAX = 420
 # Of continuous batching: what it chooses by itself, then what needs nothing but torch.
@@ -73,8 +77,7 @@ def figures(streams: "list[Stream]", tokens: int) -> dict:
     events = sum(len(stream.times) for stream in good)
     per_event = sum(stream.tokens for stream in good) / events
     wall = max(stream.times[-1] for stream in good) - min(stream.began for stream in good)
-    # While all streams decode: from the last first token to the first last one.
-    since, until = max(stream.times[0] for stream in good), min(stream.times[-1] for stream in good)
+    since, until = all_decode(good)
     middle = sum(since < at <= until for stream in good for at in stream.times)
     gaps = [after - before for stream in good for before, after in zip(stream.times, stream.times[1:])]
     return {**found, "wall_s": wall, "tokens_per_s": len(good) * tokens / wall,
@@ -82,6 +85,12 @@ def figures(streams: "list[Stream]", tokens: int) -> dict:
             "middle_tokens_per_s": middle * per_event / (until - since) if middle else None,
             "events_per_token": 1 / per_event,
             "ttft_ms": percentiles([stream.times[0] - stream.began for stream in good]), "itl_ms": percentiles(gaps)}
+
+
+def all_decode(streams: "list[Stream]") -> "tuple[float, float]":
+    """While all streams decode: from the last first token to the first last one."""
+    with_tokens = [stream.times for stream in streams if stream.times]
+    return max(times[0] for times in with_tokens), min(times[-1] for times in with_tokens)
 
 
 def percentiles(seconds: "list[float]") -> "dict | None":
@@ -121,11 +130,14 @@ def body(prompt: "list[int]", tokens: int) -> dict:
 def run(port: int, pid: int, prompts: "list[list[int]]", tokens: int) -> dict:
     """One run of the load, and the cores that client and server used meanwhile."""
     began, own, theirs = time.monotonic(), streaming.own_s(), streaming.process_s(pid)
-    answers = asyncio.run(ask(port, prompts, tokens))
+    readings, answers = asyncio.run(idle.watch(port, ask(port, prompts, tokens)))
     wall = time.monotonic() - began
     client, server_s = streaming.own_s() - own, streaming.process_s(pid) - theirs
-    return {**figures([read(answer) for answer in answers], tokens),
-            "client_cores": client / wall, "server_cores": server_s / wall}
+    streams = [read(answer) for answer in answers]
+    middle = all_decode(streams) if any(stream.times for stream in streams) else (0.0, 0.0)
+    return {**figures(streams, tokens), "client_cores": client / wall, "server_cores": server_s / wall,
+            "idle": {"the whole load": idle.between(readings, readings[0].at, readings[-1].at),
+                     "while all streams decode": idle.between(readings, *middle)}}
 
 
 def measure(options, folder: pathlib.Path, vocabulary: int) -> "list[dict]":
@@ -193,6 +205,11 @@ def conclude(options, ours: "list[dict]", theirs: "dict | None") -> bool:
     slow = ", so it may be what was slow" if first["client_cores"] > CLIENT_CORES_MAX else ""
     print(f"the client used {first['client_cores']:.2f} cores{slow}, the server {first['server_cores']:.2f}; "
           f"{first.get('events_per_token', 0):.3f} events a token")
+    for found in ours:
+        for name, stretch in found["idle"].items():
+            text, within = idle.line(f"{found['tokens_out']} out, {name}", stretch, options.idle_max)
+            print(text)
+            good = good and within
     if theirs is None:
         return good
     if "not_measured" in theirs:
@@ -222,6 +239,8 @@ def arguments():
     parser.add_argument("--peer-out", type=int, default=PEER_OUT, help="most tokens of the peer's answers")
     parser.add_argument("--peer-s-max", type=float, default=PEER_S_MAX, help="seconds that the peer may take")
     parser.add_argument("--aim", type=float, default=AIM, help="least ratio to the peer's throughput")
+    parser.add_argument("--idle-max", type=float, default=IDLE_MAX,
+                        help="most of the device's time that may be between steps")
     parser.add_argument("--out", type=pathlib.Path, help="file for all figures, as JSON")
     options = parser.parse_args()
     for name, value in (QUICK if options.quick else FULL).items():

@@ -197,8 +197,9 @@ def report(folder: pathlib.Path, rows: "list[dict]", gpu: str, read: float, prod
     for row in points:
         tokens, seconds, bound = floor(model, row["workload"], read, product)
         took = tokens / row["median"]
+        idle = f"  {row['idle_share']:.2%} idle between steps" if "idle_share" in row else ""
         print(f"{row['workload'] + ' ' + row.get('run', ''):{width}} {row['median']:10.1f} {took * 1e3:9.3f} {seconds * 1e3:9.3f}  {bound:9} "
-              f"{took / seconds:7.2f}")
+              f"{took / seconds:7.2f}{idle}")
     if not points:
         sys.exit("expected workloads in the output of kvern bench, found none")
 

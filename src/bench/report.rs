@@ -30,6 +30,14 @@ pub(super) struct Row {
     pub(super) cost: Cost,
     /// Tokens per second.
     pub(super) rates: Rates,
+    /// For which part of the time the device waited between steps; of decoding alone.
+    pub(super) idle_shares: Rates,
+}
+
+impl Row {
+    fn idle_share(&self) -> Option<f64> {
+        (!self.idle_shares.rounds().is_empty()).then(|| self.idle_shares.median())
+    }
 }
 
 /// Part of a limit that a workload reaches.
@@ -47,6 +55,9 @@ impl Report<'_> {
             let rates = &row.rates;
             let (median, least, most) = (rates.median(), rates.least(), rates.most());
             write!(out, "{:16} {median:>10.1} {least:>10.1} {most:>10.1}", row.workload.to_string())?;
+            if let Some(share) = row.idle_share() {
+                write!(out, "  {:.1}% idle between steps", share * 100.0)?;
+            }
             match self.share(row) {
                 Some(Share { limit, part }) => writeln!(out, "  {:.0}% of {}", part * 100.0, limit.name())?,
                 None => writeln!(out)?,
@@ -71,6 +82,9 @@ impl Report<'_> {
             record["chunk"] = self.chunk.into();
             record["product_operations"] = row.cost.product_operations.into();
             record["read_bytes"] = row.cost.read_bytes.into();
+            if let Some(share) = row.idle_share() {
+                record["idle_share"] = share.into();
+            }
             if let Some(Share { limit, part }) = self.share(row) {
                 record["limit"] = limit.name().into();
                 record["limit_share"] = part.into();

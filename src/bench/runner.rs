@@ -8,7 +8,7 @@ use super::attention::AttentionAlone;
 use crate::config::{EngineConfig, Workload};
 use crate::worker::batch::BatchBuffers;
 use kvern_core::{BlockId, RequestId, SeqSlice, StepPlan};
-use kvern_kernels::{Device, KernelError, KvCache};
+use kvern_kernels::{Device, KernelError, KvCache, StepClock, StepSpan};
 use kvern_models::{LoadOptions, LoadedModel, ModelFiles, StepLimits};
 use std::ops::Range;
 use std::time::{Duration, Instant};
@@ -41,6 +41,19 @@ impl Room {
     }
 }
 
+/// What a round took.
+pub(super) struct Round {
+    pub(super) time: Duration,
+    /// Of decode steps: the part of it for which the device waited between two of them.
+    pub(super) idle_share: Option<f64>,
+}
+
+impl From<Duration> for Round {
+    fn from(time: Duration) -> Self {
+        Round { time, idle_share: None }
+    }
+}
+
 /// A sequence's part of the cache.
 pub(super) struct Sequence {
     pub(super) blocks: Vec<BlockId>,
@@ -58,6 +71,7 @@ pub(super) struct Runner {
     chunk: u32,
     plan: StepPlan,
     batch: BatchBuffers,
+    clock: StepClock,
     /// If any workload is of it.
     attention: Option<AttentionAlone>,
 }
@@ -96,6 +110,7 @@ impl Runner {
             chunk: engine.step_tokens_max(device),
             plan: StepPlan::empty(),
             batch: BatchBuffers::new(limits, engine.block_size, false),
+            clock: StepClock::new(device)?,
             attention,
             loaded,
         })
@@ -112,25 +127,36 @@ impl Runner {
     }
 
     /// Runs one round; the time of filling the contexts that decoding starts from does not count.
-    pub(super) fn round(&mut self, workload: Workload, steps: u32) -> Result<Duration, KernelError> {
+    pub(super) fn round(&mut self, workload: Workload, steps: u32) -> Result<Round, KernelError> {
         match workload {
             Workload::Prefill { tokens } => {
                 let started = Instant::now();
                 self.prefill(0, 0..tokens, true)?;
                 self.device.synchronize()?;
-                Ok(started.elapsed())
+                Ok(started.elapsed().into())
             }
             Workload::Decode { streams, context } => {
                 self.fill(workload)?;
-                let started = Instant::now();
-                for position in context..context + steps {
-                    self.step((0..streams).map(|sequence| (sequence, position..position + 1)), true)?;
-                }
-                self.device.synchronize()?;
-                Ok(started.elapsed())
+                self.decode(streams, context..context + steps)
             }
-            Workload::Attention { .. } => self.attend(workload, steps),
+            Workload::Attention { .. } => self.attend(workload, steps).map(Round::from),
         }
+    }
+
+    /// A step for each of `positions`. As in the server, the next one is put on the device before the last one's end is waited for.
+    fn decode(&mut self, streams: u32, positions: Range<u32>) -> Result<Round, KernelError> {
+        let mut spans: Vec<StepSpan> = Vec::with_capacity(positions.len());
+        let (first, started) = (positions.start, Instant::now());
+        for position in positions {
+            self.clock.begin(&self.device)?;
+            self.step((0..streams).map(|sequence| (sequence, position..position + 1)), true)?;
+            self.clock.end(&self.device)?;
+            if position > first {
+                spans.push(self.clock.take()?);
+            }
+        }
+        spans.push(self.clock.take()?);
+        Ok(Round { time: started.elapsed(), idle_share: Some(idle_share(&spans)) })
     }
 
     /// All layers' attention, `steps` times.
@@ -197,6 +223,13 @@ impl Runner {
     }
 }
 
+/// The part of some steps' time that is between two of them; what is before the first does not count.
+fn idle_share(spans: &[StepSpan]) -> f64 {
+    let busy: Duration = spans.iter().map(|span| span.busy).sum();
+    let idle: Duration = spans.iter().skip(1).filter_map(|span| span.gap).sum();
+    idle.as_secs_f64() / (busy + idle).as_secs_f64().max(f64::MIN_POSITIVE)
+}
+
 /// The token of a sequence at a position: any will do, as time does not depend on them, but always the same.
 fn token_at(sequence: u32, position: u32, vocab_size: u32) -> u32 {
     (sequence.wrapping_mul(7919)).wrapping_add(position.wrapping_mul(37)) % vocab_size
@@ -222,6 +255,23 @@ mod tests {
             assert!(blocks.into_iter().eq(0..count), "{count}");
         }
         assert_eq!(scattered(10_000)[..3], [BlockId(0), BlockId(6143), BlockId(2286)]);
+    }
+
+    #[test]
+    fn time_between_steps_is_idle_and_time_before_them_is_not() {
+        let span = |busy, gap: Option<u64>| StepSpan {
+            busy: Duration::from_micros(busy),
+            gap: gap.map(Duration::from_micros),
+        };
+        let cases = [
+            (vec![], 0.0),
+            (vec![span(7, Some(100))], 0.0),
+            (vec![span(30, Some(500)), span(45, Some(5)), span(20, None)], 0.05),
+            (vec![span(0, None), span(0, Some(4))], 1.0),
+        ];
+        for (spans, expected) in cases {
+            assert_eq!(idle_share(&spans), expected, "{spans:?}");
+        }
     }
 
     #[test]

@@ -20,6 +20,8 @@ struct Link {
     num_started: usize,
     /// Nobody has asked for a step ahead of the one that the worker is at.
     is_unasked: bool,
+    /// Since its last step the worker was asked for while there was nothing for it to do.
+    has_rested: bool,
     changes: Vec<SequenceChange>,
     /// Empty, to be used again.
     spare_changes: Vec<Vec<SequenceChange>>,
@@ -38,6 +40,7 @@ impl Links {
             plans: vec![StepPlan::empty(); steps_max],
             num_started: 0,
             is_unasked: false,
+            has_rested: true,
             changes: Vec::new(),
             spare_changes: Vec::with_capacity(steps_max),
             spare_sampled: Vec::with_capacity(steps_max),
@@ -100,7 +103,9 @@ impl Links {
 
     /// Nothing was planned.
     pub(super) fn keep(&mut self, worker: WorkerId, plan: StepPlan) {
-        self.link(worker).plans.push(plan);
+        let link = self.link(worker);
+        link.has_rested |= link.num_started == 0;
+        link.plans.push(plan);
     }
 
     /// Sends a planned step.
@@ -109,7 +114,9 @@ impl Links {
         link.num_started += 1;
         link.is_unasked = true;
         let changes = std::mem::replace(&mut link.changes, link.spare_changes.pop().unwrap_or_default());
-        let command = StepCommand { plan, changes, sampled: link.spare_sampled.pop().unwrap_or_default() };
+        let sampled = link.spare_sampled.pop().unwrap_or_default();
+        let follows = !std::mem::take(&mut link.has_rested);
+        let command = StepCommand { plan, changes, sampled, follows };
         if link.commands.try_send(command).is_err() {
             // Its thread says so in the inbox, too; until then there is no plan to fill.
             tracing::error!(worker = worker.0, "a worker is gone");

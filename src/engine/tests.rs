@@ -16,6 +16,7 @@ fn telemetry() -> Telemetry {
         kv_dtype: "bf16",
         prefix_caching: true,
         classes: vec!["normal".to_owned()],
+        workers: vec!["mixed"],
     })
 }
 
@@ -103,10 +104,12 @@ fn thousands_that_leave_at_once_are_cancelled_one_after_the_other() {
 
 /// The step's result with this token for each slice.
 fn result(command: StepCommand, token: u32) -> Message {
-    let StepCommand { plan, mut changes, mut sampled } = command;
+    let StepCommand { plan, mut changes, mut sampled, .. } = command;
     changes.clear();
     sampled.extend(plan.slices.iter().map(|slice| (slice.request, Sampled::Token(token))));
-    Message::StepDone(Box::new(StepResult { plan, sampled, changes, logprobs: Vec::new(), device_us: 1, error: None }))
+    let (busy, idle) = (Duration::from_micros(3), Duration::from_micros(2));
+    let (logprobs, error) = (Vec::new(), None);
+    Message::StepDone(Box::new(StepResult { plan, sampled, changes, logprobs, device_us: 1, busy, idle, error }))
 }
 
 #[test]
@@ -124,16 +127,19 @@ fn a_worker_has_two_steps_and_forgets_a_request_after_both() {
     engine.start_steps();
     let prompt = commands.try_recv().expect("the prompt");
     assert!(commands.try_recv().is_err(), "nothing is ahead of a prompt");
+    assert!(!prompt.follows, "the worker had nothing to do before");
     engine.take(result(prompt, 5));
     engine.start_steps();
     let (step, ahead) = (commands.try_recv().expect("a decode"), commands.try_recv().expect("the one ahead of it"));
     assert_eq!((&step.plan.tokens[..], &ahead.plan.tokens[..]), (&[5][..], &[LAST_SAMPLED][..]));
+    assert!(step.follows && ahead.follows);
     engine.take(result(step, 9));
     engine.start_steps();
     assert!(commands.try_recv().is_err(), "it has ended, and its place is not free yet");
     engine.take(result(ahead, 6));
     engine.start_steps();
     let next = commands.try_recv().expect("the other prompt");
+    assert!(next.follows);
     assert!(matches!(next.changes[..], [
         SequenceChange::Forget(old),
         SequenceChange::Admit(new, _),
@@ -145,4 +151,42 @@ fn a_worker_has_two_steps_and_forgets_a_request_after_both() {
         }
     }
     assert_eq!(tokens, [5, 9]);
+}
+
+/// A worker that was asked for when there was nothing to do has lost no time until there is.
+#[test]
+fn a_step_follows_the_last_one_unless_there_was_nothing_to_do() {
+    let (mut engine, handle, commands) = stuck();
+    let submit = |engine: &mut EngineLoop, tokens: u32| {
+        let events = handle.submit(Request { max_new_tokens: tokens, ..request(handle.next_id(), vec![1, 2]) });
+        assert!(engine.take_messages());
+        events.expect("there is room")
+    };
+    let mut follows = Vec::new();
+    let mut step = |engine: &mut EngineLoop| {
+        engine.start_steps();
+        let command = commands.try_recv().expect("a step");
+        follows.push(command.follows);
+        engine.take(result(command, 5));
+    };
+    let _first = submit(&mut engine, 2);
+    step(&mut engine);
+    step(&mut engine);
+    // It has ended; the next one came in the same turn.
+    let _second = submit(&mut engine, 1);
+    step(&mut engine);
+    engine.start_steps();
+    assert!(commands.try_recv().is_err(), "nothing is left");
+    let _third = submit(&mut engine, 2);
+    step(&mut engine);
+    step(&mut engine);
+    assert_eq!(follows, [false, true, true, false, true]);
+    let value = |name: &str| {
+        let series = format!("kvern:{name}_total{{engine=\"0\",model_name=\"tiny\",worker=\"mixed\"}} ");
+        let text = handle.metrics_text();
+        let line = text.lines().find_map(|line| line.strip_prefix(&series)).expect("it has a series");
+        line.parse::<f64>().expect("a number") * 1e6
+    };
+    let found = ["device_busy_seconds", "device_idle_seconds", "steps_ahead"].map(value);
+    assert!(found.iter().zip([15.0, 10.0, 0.0]).all(|(found, expected)| (found - expected).abs() < 1e-6), "{found:?}");
 }

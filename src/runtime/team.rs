@@ -12,7 +12,7 @@ use super::{PoolLayout, SchedulingConfig, StartError, WorkerLayout, calibrate};
 use crate::admission::LOGPROBS_MAX;
 use crate::worker::{Mover, Worker, WorkerParts};
 use kvern_core::{CostModel, PoolId, Role, WorkerSpec};
-use kvern_kernels::{BesideOptions, Device, DeviceSampler, KernelError, KvCache, KvShape};
+use kvern_kernels::{BesideOptions, Device, DeviceSampler, KernelError, KvCache, KvShape, StepClock};
 use kvern_models::{ForwardBatch, LoadedModel, Model, StepLimits};
 
 /// Workers before their first step.
@@ -158,7 +158,8 @@ impl Team {
         tracing::debug!(?cost, "measured");
         let has_parts = self.members.iter().any(|member| member.device.shares().len() > 1);
         let specs = self.members.iter().map(|member| member.spec).collect();
-        let workers = self.members.into_iter().map(|member| member.worker(limits, plan_ahead)).collect();
+        let workers = self.members.into_iter().map(|member| member.worker(limits, plan_ahead));
+        let workers = workers.collect::<Result<_, _>>()?;
         Ok(ReadyTeam { workers, specs, pools: self.pools, mover: self.mover, cost, has_parts })
     }
 }
@@ -211,10 +212,21 @@ impl Member {
         self.kv.shape()
     }
 
-    fn worker(self, limits: StepLimits, plan_ahead: bool) -> Worker {
+    fn worker(self, limits: StepLimits, plan_ahead: bool) -> Result<Worker, StartError> {
         let Member { device, model, kv, sampler, vocab_size, .. } = self;
-        let (threads, block_size) = (device.threads(), kv.shape().block_size as u32);
-        Worker::new(WorkerParts { device, model, kv, sampler, plan_ahead, limits, block_size, vocab_size, threads })
+        let (threads, block_size, clock) = (device.threads(), kv.shape().block_size as u32, StepClock::new(&device)?);
+        Ok(Worker::new(WorkerParts {
+            device,
+            model,
+            kv,
+            sampler,
+            clock,
+            plan_ahead,
+            limits,
+            block_size,
+            vocab_size,
+            threads,
+        }))
     }
 }
 

@@ -7,6 +7,7 @@
 //! routers and autoscalers ask for those. A series is here only if something in Kvern moves it.
 
 mod buckets;
+mod device;
 mod load;
 mod log;
 mod registry;
@@ -17,11 +18,12 @@ pub use log::init_log;
 pub use request::{RequestInfo, RequestTimeline};
 
 use crate::engine::Outlook;
-use kvern_core::{FinishReason, Refusal, Stats, TenantId};
+use kvern_core::{FinishReason, Refusal, Stats, TenantId, WorkerId};
 use prometheus::{Encoder, Gauge, Histogram, IntCounter, IntGauge, Registry, TextEncoder};
 use registry::Maker;
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// `Content-Type` of [`Telemetry::render`].
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -44,6 +46,8 @@ pub struct TelemetryInfo {
     pub prefix_caching: bool,
     /// Names of the priority classes, the most urgent first.
     pub classes: Vec<String>,
+    /// Names of the workers, in the core's order.
+    pub workers: Vec<&'static str>,
 }
 
 /// All metrics of one engine.
@@ -82,6 +86,7 @@ pub struct Telemetry {
     request_computed_tokens: Histogram,
     request_preemptions: Histogram,
     load: load::LoadGauges,
+    device: device::DeviceCounters,
 }
 
 impl Telemetry {
@@ -163,6 +168,7 @@ impl Telemetry {
                 &buckets::PREEMPTIONS,
             ),
             load: load::LoadGauges::new(&maker, &info.classes),
+            device: device::DeviceCounters::new(&maker, &info.workers),
             registry: maker.finish(),
         }
     }
@@ -192,6 +198,16 @@ impl Telemetry {
     /// A step of `tokens` tokens, prefill and decode together, was run.
     pub fn on_step(&self, tokens: usize) {
         self.iteration_tokens.observe(tokens as f64);
+    }
+
+    /// What a step took of its worker's device, and how long the device waited for it although there was work.
+    pub fn on_device_time(&self, worker: WorkerId, busy: Duration, idle: Duration) {
+        self.device.add_time(worker, busy, idle);
+    }
+
+    /// A worker was given a step before the one before it had ended.
+    pub fn on_step_ahead(&self, worker: WorkerId) {
+        self.device.add_ahead(worker);
     }
 
     /// A request was refused at the door, before it was one.

@@ -3,8 +3,8 @@
 use super::TelemetryInfo;
 use prometheus::core::Collector;
 use prometheus::{
-    Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
-    Registry,
+    Counter, CounterVec, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
+    IntGaugeVec, Opts, Registry,
 };
 
 /// What every sentence about a valid name rests on: names and labels are constants of this module's callers.
@@ -100,6 +100,22 @@ impl<'a> Maker<'a> {
         let family = IntCounterVec::new(opts, &["model_name", "engine", "tenant"]).expect(VALID);
         self.add(&family);
         family
+    }
+
+    /// One counter of seconds for each worker; `name` is the base name.
+    pub(super) fn own_seconds_by_worker(&self, name: &str, help: &str, workers: &[&str]) -> Vec<Counter> {
+        let opts = own(&format!("{name}_total"), help);
+        let family = CounterVec::new(opts, &["model_name", "engine", "worker"]).expect(VALID);
+        self.add(&family);
+        workers.iter().map(|worker| family.with_label_values(&[self.model_name, ENGINE, worker])).collect()
+    }
+
+    /// As [`Maker::own_seconds_by_worker`], of things.
+    pub(super) fn own_counts_by_worker(&self, name: &str, help: &str, workers: &[&str]) -> Vec<IntCounter> {
+        let opts = own(&format!("{name}_total"), help);
+        let family = IntCounterVec::new(opts, &["model_name", "engine", "worker"]).expect(VALID);
+        self.add(&family);
+        workers.iter().map(|worker| family.with_label_values(&[self.model_name, ENGINE, worker])).collect()
     }
 
     /// `name` is the base name; the exposition's `_total` is added here.

@@ -14,6 +14,7 @@ fn telemetry() -> Telemetry {
         kv_dtype: "bf16",
         prefix_caching: true,
         classes: ["high", "low"].map(str::to_owned).to_vec(),
+        workers: vec!["prefill", "decode"],
     })
 }
 
@@ -213,6 +214,29 @@ fn the_load_in_units_and_by_tenant_within_bounds() {
     }
     let by_tenant = parsed.values.keys().filter(|series| series.starts_with("kvern:tenant_requests{")).count();
     assert_eq!(by_tenant, 2 * 101, "100 tenants and the others, in two states");
+}
+
+#[test]
+fn devices_are_told_apart_by_worker() {
+    let telemetry = telemetry();
+    let us = Duration::from_micros;
+    telemetry.on_device_time(WorkerId(1), us(1_250_000), us(500));
+    telemetry.on_device_time(WorkerId(0), us(750), Duration::ZERO);
+    telemetry.on_device_time(WorkerId(1), us(250_000), us(250));
+    (0..3).for_each(|_| telemetry.on_step_ahead(WorkerId(1)));
+    let parsed = parse(&telemetry.render());
+    for (name, worker, expected) in [
+        ("device_busy_seconds_total", "prefill", 0.00075),
+        ("device_busy_seconds_total", "decode", 1.5),
+        ("device_idle_seconds_total", "prefill", 0.0),
+        ("device_idle_seconds_total", "decode", 0.00075),
+        ("steps_ahead_total", "prefill", 0.0),
+        ("steps_ahead_total", "decode", 3.0),
+    ] {
+        let found = parsed.series(&format!("kvern:{name}"), &format!("worker=\"{worker}\""));
+        assert_eq!(found, expected, "{name} {worker}");
+        assert_eq!(parsed.types[&format!("kvern:{name}")], "counter");
+    }
 }
 
 #[test]

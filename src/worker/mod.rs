@@ -6,6 +6,7 @@
 
 pub(crate) mod batch;
 mod device_sampling;
+mod host_sampling;
 mod sampler;
 mod step_time;
 mod transfer;
@@ -16,15 +17,16 @@ pub use sampler::{Draw, Scratch, TokenCounts, sample};
 
 use crate::request::{SamplingParams, TokenLogprobs};
 use batch::{BatchBuffers, BatchError};
-use kvern_core::{RequestId, Sampled, SeqSlice, StepPlan, TokenId};
-use kvern_kernels::{Device, DeviceSampler, DeviceShare, KernelError, KvCache, Tensor};
+use host_sampling::{SamplerLane, sample_rows};
+use kvern_core::{RequestId, Sampled, StepPlan, TokenId};
+use kvern_kernels::{Device, DeviceSampler, DeviceShare, KernelError, KvCache, StepClock, StepSpan};
 use kvern_models::{Model, StepLimits};
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use step_time::StepTime;
 
 /// A step and what changed since the last one. Sent to a worker that is idle, or at one step, so a channel of two is enough.
@@ -35,6 +37,8 @@ pub struct StepCommand {
     pub changes: Vec<SequenceChange>,
     /// Empty; comes back filled in [`StepResult::sampled`].
     pub sampled: Vec<(RequestId, Sampled)>,
+    /// The worker has had something to do since its last step, so that a time until this one begins is lost.
+    pub follows: bool,
 }
 
 #[derive(Debug)]
@@ -109,6 +113,10 @@ pub struct StepResult {
     pub changes: Vec<SequenceChange>,
     pub logprobs: Vec<(RequestId, Box<TokenLogprobs>)>,
     pub device_us: u64,
+    /// How long the device was at it, by its own clock; nothing of a step that failed.
+    pub busy: Duration,
+    /// How long the device waited for it although the worker had something to do.
+    pub idle: Duration,
     /// Why the whole step failed, for the log.
     pub error: Option<String>,
 }
@@ -120,6 +128,7 @@ pub struct WorkerParts {
     pub kv: KvCache,
     /// Samples on the device, where it can.
     pub sampler: Option<DeviceSampler>,
+    pub clock: StepClock,
     /// The engine plans steps ahead.
     pub plan_ahead: bool,
     pub limits: StepLimits,
@@ -141,6 +150,7 @@ pub struct Worker {
     /// Steps may come before the one before them has ended.
     is_ahead: bool,
     step_time: StepTime,
+    clock: StepClock,
     /// The device cannot be used any more; no step can succeed.
     is_lost: bool,
 }
@@ -168,6 +178,8 @@ struct Begun {
     logprobs: Vec<(RequestId, Box<TokenLogprobs>)>,
     outcome: Result<(), String>,
     at: Instant,
+    /// As its command's.
+    follows: bool,
     /// A step may come that was planned ahead of this one's end.
     may_be_followed: bool,
 }
@@ -176,12 +188,6 @@ struct Begun {
 struct StepOutput<'a> {
     sampled: &'a mut Vec<(RequestId, Sampled)>,
     logprobs: &'a mut Vec<(RequestId, Box<TokenLogprobs>)>,
-}
-
-/// One host thread's share of the sampling of a step: rows `lane, lane + lanes, ..`.
-struct SamplerLane {
-    scratch: Scratch,
-    draws: Vec<Draw>,
 }
 
 impl Worker {
@@ -198,6 +204,7 @@ impl Worker {
             is_ahead: parts.plan_ahead && parts.sampler.is_some(),
             sampler: parts.sampler,
             step_time: StepTime::default(),
+            clock: parts.clock,
             is_lost: false,
         }
     }
@@ -230,7 +237,7 @@ impl Worker {
 
     /// Begins a step: puts it on the device, or, where that is the CPU, computes it.
     fn begin(&mut self, command: StepCommand) -> Begun {
-        let StepCommand { plan, mut changes, mut sampled } = command;
+        let StepCommand { plan, mut changes, mut sampled, follows } = command;
         for change in changes.drain(..) {
             match change {
                 SequenceChange::Admit(id, sampling) => {
@@ -249,26 +256,32 @@ impl Worker {
         let mut logprobs = Vec::new();
         let outcome = self.guard(&plan, |worker| match worker.sampler {
             Some(_) => worker.launch(&plan),
-            None => worker.compute(&plan, &mut sampled, &mut logprobs),
+            None => {
+                worker.clock.begin(&worker.device)?;
+                worker.compute(&plan, &mut sampled, &mut logprobs)?;
+                Ok(worker.clock.end(&worker.device)?)
+            }
         });
         if outcome.is_err() {
             self.batch.forget_sampled();
+            self.clock.abandon();
             // What was launched of it still writes K and V, in blocks that may be another worker's once this is reported. A device that
             // fails at this, too, is found lost by the next step.
             let _ = self.device.synchronize();
         }
         let decodes = || plan.slices.iter().all(|slice| slice.sample && slice.tokens.len() == 1);
         let may_be_followed = self.is_ahead && outcome.is_ok() && decodes();
-        Begun { plan, changes, sampled, logprobs, outcome, at, may_be_followed }
+        Begun { plan, changes, sampled, logprobs, outcome, at, follows, may_be_followed }
     }
 
     /// Ends the step that was begun first.
     fn end(&mut self, begun: Begun) -> StepResult {
-        let Begun { plan, changes, mut sampled, mut logprobs, outcome, at, may_be_followed } = begun;
+        let Begun { plan, changes, mut sampled, mut logprobs, outcome, at, follows, may_be_followed } = begun;
+        let mut span = StepSpan::default();
         let outcome = outcome.and_then(|()| {
             self.guard(&plan, |worker| {
                 let mut output = StepOutput { sampled: &mut sampled, logprobs: &mut logprobs };
-                worker.land(&plan, &mut output)
+                worker.land(&plan, &mut output, &mut span)
             })
         });
         if outcome.is_err() {
@@ -280,7 +293,8 @@ impl Worker {
             }
         }
         let device_us = self.step_time.ended(at, may_be_followed).as_micros() as u64;
-        StepResult { plan, sampled, changes, logprobs, device_us, error: outcome.err() }
+        let idle = span.gap.filter(|_| follows).unwrap_or_default();
+        StepResult { plan, sampled, changes, logprobs, device_us, busy: span.busy, idle, error: outcome.err() }
     }
 
     /// What went wrong in `work`, in words. Sound to go on after a panic: a step overwrites whatever buffers it reads.
@@ -329,68 +343,39 @@ impl Worker {
 impl Worker {
     /// Puts a step on its share of the device. How its rows are sampled goes first, so that nothing of it waits for the forward
     /// pass.
+    ///
+    /// The clock's marks are around all of it, from the first copy of its inputs to the last of its results: whatever a step
+    /// makes the device do is its own, and no captured launch has a mark in it.
     fn launch(&mut self, plan: &StepPlan) -> Result<(), StepError> {
         self.device.move_to(match plan.share {
             kvern_core::DeviceShare::Whole => DeviceShare::Whole,
             kvern_core::DeviceShare::Part => DeviceShare::Part,
         })?;
         let batch = self.batch.fill(plan)?;
-        let samples = !batch.sample_rows.is_empty();
-        if let Some(sampler) = self.sampler.as_mut().filter(|_| samples) {
+        let mut sampler = self.sampler.as_mut().filter(|_| !batch.sample_rows.is_empty());
+        if let Some(sampler) = &mut sampler {
             device_sampling::push_rows(sampler, &self.sequences, plan)?;
+        }
+        self.clock.begin(&self.device)?;
+        if let Some(sampler) = &mut sampler {
             sampler.upload(&self.device)?;
         }
         let logits = self.model.forward(&batch, &mut self.kv)?;
-        match self.sampler.as_mut().filter(|_| samples) {
-            Some(sampler) => Ok(sampler.launch(&self.device, logits)?),
-            None => Ok(()),
+        if let Some(sampler) = &mut sampler {
+            sampler.launch(&self.device, logits)?;
         }
+        Ok(self.clock.end(&self.device).inspect_err(|_| sampler.into_iter().for_each(DeviceSampler::abandon))?)
     }
 
-    /// Waits for the oldest step on the device, which is `plan`.
-    fn land(&mut self, plan: &StepPlan, output: &mut StepOutput<'_>) -> Result<(), StepError> {
-        match &mut self.sampler {
-            Some(sampler) if plan.slices.iter().any(|slice| slice.sample) => {
-                Ok(device_sampling::take_rows(sampler, &self.sequences, plan, output)?)
-            }
-            // A step is done when the device has done it; on a CPU it is.
-            _ => Ok(self.device.synchronize()?),
+    /// Waits for the oldest step on the device, which is `plan`; on a CPU it is done.
+    fn land(&mut self, plan: &StepPlan, output: &mut StepOutput<'_>, span: &mut StepSpan) -> Result<(), StepError> {
+        let taken = self.clock.take();
+        // Whatever became of the wait: results are taken in the order of their steps.
+        if let Some(sampler) = self.sampler.as_mut().filter(|_| plan.slices.iter().any(|slice| slice.sample)) {
+            device_sampling::take_rows(sampler, &self.sequences, plan, output)?;
         }
-    }
-}
-
-/// Draws a token for each slice that samples, its logits being the rows of `logits` in order.
-fn sample_rows(
-    device: &Device,
-    lanes: &[Mutex<SamplerLane>],
-    sequences: &HashMap<RequestId, Arc<SequenceSampling>>,
-    plan: &StepPlan,
-    logits: &Tensor,
-) {
-    let vocab = logits.cols();
-    let values = logits.host();
-    device.parallel_for(lanes.len(), &|index| {
-        let mut lane = lanes[index].lock().unwrap_or_else(PoisonError::into_inner);
-        let SamplerLane { scratch, draws } = &mut *lane;
-        draws.clear();
-        let sampling = plan.slices.iter().filter(|s| s.sample).enumerate();
-        for (row, slice) in sampling.skip(index).step_by(lanes.len()) {
-            let row_logits = &values[row * vocab..(row + 1) * vocab];
-            draws.push(draw_slice(row_logits, slice, sequences, scratch));
-        }
-    });
-}
-
-fn draw_slice(
-    logits: &[f32],
-    slice: &SeqSlice,
-    sequences: &HashMap<RequestId, Arc<SequenceSampling>>,
-    scratch: &mut Scratch,
-) -> Draw {
-    let position = slice.start + slice.tokens.len() as u32;
-    match sequences.get(&slice.request) {
-        Some(sequence) => sequence.draw(logits, position, scratch),
-        None => Draw { sampled: Sampled::Failed, logprobs: None },
+        *span = taken?;
+        Ok(())
     }
 }
 

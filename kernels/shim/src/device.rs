@@ -20,6 +20,7 @@
 //! device.rs          the driver's calls
 //! state.rs           streams, events, queues; which work runs when
 //! state/captures.rs  captures and graphs
+//! state/timers.rs    the device's time
 //! clock.rs           what is known to come before what
 //! memory.rs          allocations, and the checks of operands against them
 //! access.rs          who used which bytes last
@@ -45,6 +46,7 @@ mod work;
 use std::num::NonZeroU32;
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 pub use faults::Call;
 use kvern_kernels::cuda::driver::{
@@ -128,6 +130,12 @@ impl ShimDriver {
     pub fn leave_out_wait(&self, nth: u64) {
         assert!(nth > 0, "calls are counted from 1 on");
         self.state().leave_out_wait(nth);
+    }
+
+    /// Time goes by on the device in which no work runs. Else only work takes time there: a microsecond for each operation, on
+    /// whatever stream, for a graph for each of its own.
+    pub fn rest(&self, time: Duration) {
+        self.state().rest(time);
     }
 
     /// What was done, oldest first, a line each; old lines give way.
@@ -247,6 +255,12 @@ impl Driver for ShimDriver {
         state.add_event(stream)
     }
 
+    fn timer(&self, stream: Stream) -> Result<Event> {
+        let mut state = self.state();
+        state.check_there()?;
+        state.add_timer(stream)
+    }
+
     fn kernel(&self, name: &str, shared_bytes: u32) -> Result<Kernel> {
         let mut state = self.enter(Call::Kernel)?;
         if !state.kernels.is_loaded(name) {
@@ -287,6 +301,12 @@ impl Driver for ShimDriver {
 
     fn synchronize(&self, event: Event) -> Result<()> {
         self.enter(Call::Synchronize)?.synchronize(event)
+    }
+
+    fn elapsed(&self, from: Event, to: Event) -> Result<Duration> {
+        let mut state = self.state();
+        state.check_there()?;
+        state.elapsed(from, to)
     }
 
     unsafe fn copy_to_device(&self, stream: Stream, to: Ptr, from: NonNull<u8>, bytes: usize) -> Result<()> {

@@ -6,6 +6,7 @@ use std::num::NonZeroU32;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use super::driver::{
     BoxedMatrix, DeviceProperties, Driver, Event, Gemm, Graph, Kernel, LaunchShape, Layout, Part, Ptr, Stream,
@@ -122,6 +123,10 @@ impl Driver for CountingDriver {
         Ok(Event(self.handle()))
     }
 
+    fn timer(&self, _: Stream) -> Result<Event> {
+        Ok(Event(self.handle()))
+    }
+
     fn kernel(&self, _: &str, _: u32) -> Result<Kernel> {
         Ok(Kernel(self.handle()))
     }
@@ -145,6 +150,10 @@ impl Driver for CountingDriver {
 
     fn synchronize(&self, _: Event) -> Result<()> {
         Ok(())
+    }
+
+    fn elapsed(&self, _: Event, _: Event) -> Result<Duration> {
+        Ok(Duration::ZERO)
     }
 
     unsafe fn copy_to_device(&self, _: Stream, _: Ptr, _: NonNull<u8>, _: usize) -> Result<()> {

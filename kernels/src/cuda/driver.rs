@@ -7,6 +7,7 @@
 use std::fmt;
 use std::num::NonZeroU32;
 use std::ptr::NonNull;
+use std::time::Duration;
 
 pub use kvern_cuda_abi::{Layout, Ptr, TensorMap};
 
@@ -234,6 +235,9 @@ pub trait Driver: Send + Sync {
     /// An event to be recorded on this stream, or on others of its part.
     fn event(&self, stream: Stream) -> Result<Event>;
 
+    /// As [`event`](Self::event); it also keeps when the device passed it, for [`elapsed`](Self::elapsed).
+    fn timer(&self, stream: Stream) -> Result<Event>;
+
     /// A kernel by its name, for launches with up to `shared_bytes` of dynamic shared memory.
     fn kernel(&self, name: &str, shared_bytes: u32) -> Result<Kernel>;
 
@@ -254,6 +258,13 @@ pub trait Driver: Send + Sync {
 
     /// Waits, without spinning, until what `event` marked last is done.
     fn synchronize(&self, event: Event) -> Result<()>;
+
+    /// How long after `from` the device passed `to`, to about half a microsecond; both are [timers](Self::timer) on the same part
+    /// of the device, and nothing where `to` was first. Waits for nothing.
+    ///
+    /// # Errors
+    /// One of them was never recorded, or the device has not passed what it marked last.
+    fn elapsed(&self, from: Event, to: Event) -> Result<Duration>;
 
     /// # Safety
     /// Both stretches are as long as said; `from` is pinned, and nobody writes it until the copy is done.

@@ -3,6 +3,7 @@
 use std::marker::PhantomData;
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::time::Duration;
 
 use kvern_cuda_abi::Ptr;
 
@@ -188,9 +189,28 @@ pub(crate) struct Milestone {
 impl Milestone {
     /// In one of these streams.
     pub(crate) fn new(driver: &Arc<dyn Driver>, streams: impl IntoIterator<Item = Stream>) -> Result<Self> {
-        let event = |stream| Ok((stream, driver.event(stream)?));
-        let events = streams.into_iter().map(event).collect::<Result<_>>()?;
+        Milestone::with(driver, streams, |stream| driver.event(stream))
+    }
+
+    fn with(
+        driver: &Arc<dyn Driver>,
+        streams: impl IntoIterator<Item = Stream>,
+        event: impl Fn(Stream) -> Result<Event>,
+    ) -> Result<Self> {
+        let events = streams.into_iter().map(|stream| Ok((stream, event(stream)?))).collect::<Result<_>>()?;
         Ok(Milestone { events, driver: Arc::clone(driver), at: 0, passed: true })
+    }
+
+    /// As [`new`](Self::new); it also keeps when the device passed it.
+    pub(crate) fn timed(driver: &Arc<dyn Driver>, streams: impl IntoIterator<Item = Stream>) -> Result<Self> {
+        Milestone::with(driver, streams, |stream| driver.timer(stream))
+    }
+
+    /// How long after `earlier` the device passed it; `None` where they are in different streams of the worker. Both are timed,
+    /// and the device has passed them.
+    pub(crate) fn since(&self, earlier: &Milestone) -> Result<Option<Duration>> {
+        let ((from, began), (to, ended)) = (earlier.events[earlier.at], self.events[self.at]);
+        (from == to).then(|| self.driver.elapsed(began, ended)).transpose()
     }
 
     /// Work put on `stream` from now on begins when the device has passed it.

@@ -38,6 +38,7 @@ use std::ffi::{c_int, c_void};
 use std::num::NonZeroU32;
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::time::Duration;
 
 use cudarc::driver::sys::{self, CUevent_flags as EventFlags, CUresult, CUstream_flags as StreamFlags};
 
@@ -120,6 +121,22 @@ impl Gpu {
 
     fn raw_event(&self, event: Event) -> sys::CUevent {
         self.events.get(event.0).0
+    }
+
+    /// Makes an event in the context of this stream.
+    fn add_event(&self, stream: Stream, flags: u32) -> Result<Event> {
+        self.context.enter()?;
+        let create = || {
+            let mut raw = std::ptr::null_mut();
+            // SAFETY: the pointer is to a local of the type that is written.
+            let status = unsafe { sys::cuEventCreate(&raw mut raw, flags) };
+            self.context.check("cuEventCreate", status).map(|()| Raw(raw))
+        };
+        let number = self.events.add(|| match self.streams.get(stream.0).part {
+            Some(part) => self.parts.get(part).within(&self.context, create),
+            None => create(),
+        })?;
+        Ok(Event(number))
     }
 }
 
@@ -213,20 +230,12 @@ impl Driver for Gpu {
     }
 
     fn event(&self, stream: Stream) -> Result<Event> {
-        self.context.enter()?;
-        let create = || {
-            let mut raw = std::ptr::null_mut();
-            // Whoever waits sleeps instead of spinning: the cores have requests to serve.
-            let flags = EventFlags::CU_EVENT_DISABLE_TIMING as u32 | EventFlags::CU_EVENT_BLOCKING_SYNC as u32;
-            // SAFETY: as above.
-            let status = unsafe { sys::cuEventCreate(&raw mut raw, flags) };
-            self.context.check("cuEventCreate", status).map(|()| Raw(raw))
-        };
-        let number = self.events.add(|| match self.streams.get(stream.0).part {
-            Some(part) => self.parts.get(part).within(&self.context, create),
-            None => create(),
-        })?;
-        Ok(Event(number))
+        // Whoever waits sleeps instead of spinning: the cores have requests to serve.
+        self.add_event(stream, EventFlags::CU_EVENT_DISABLE_TIMING as u32 | EventFlags::CU_EVENT_BLOCKING_SYNC as u32)
+    }
+
+    fn timer(&self, stream: Stream) -> Result<Event> {
+        self.add_event(stream, EventFlags::CU_EVENT_BLOCKING_SYNC as u32)
     }
 
     fn kernel(&self, name: &str, shared_bytes: u32) -> Result<Kernel> {
@@ -262,6 +271,16 @@ impl Driver for Gpu {
         self.context.enter()?;
         // SAFETY: as above.
         self.context.check("cuEventSynchronize", unsafe { sys::cuEventSynchronize(self.raw_event(event)) })
+    }
+
+    fn elapsed(&self, from: Event, to: Event) -> Result<Duration> {
+        self.context.enter()?;
+        let mut milliseconds = 0.0_f32;
+        // SAFETY: as above.
+        let status =
+            unsafe { sys::cuEventElapsedTime_v2(&raw mut milliseconds, self.raw_event(from), self.raw_event(to)) };
+        self.context.check("cuEventElapsedTime", status)?;
+        Ok(Duration::from_secs_f64(f64::from(milliseconds.max(0.0)) / 1000.0))
     }
 
     unsafe fn copy_to_device(&self, stream: Stream, to: Ptr, from: NonNull<u8>, bytes: usize) -> Result<()> {

@@ -290,6 +290,11 @@ impl DeviceSampler {
         Ok(())
     }
 
+    /// The step that was launched last has failed after that: nobody takes its results.
+    pub fn abandon(&mut self) {
+        self.launched.pop_back();
+    }
+
     /// Waits for the oldest step under way, and gives the tokens of its rows.
     ///
     /// # Errors

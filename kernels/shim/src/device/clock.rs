@@ -29,8 +29,12 @@ impl Clock {
         self.0[stream] = number;
     }
 
+    pub(super) fn number(&self, stream: usize) -> u64 {
+        self.0.get(stream).copied().unwrap_or(0)
+    }
+
     pub(super) fn knows(&self, stamp: &Stamp) -> bool {
-        self.0.get(stamp.stream).is_some_and(|number| *number >= stamp.number)
+        self.number(stamp.stream) >= stamp.number
     }
 }
 

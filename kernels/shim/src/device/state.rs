@@ -1,9 +1,11 @@
 //! Streams, events and what is known of their order; the queues that operations wait in until they run.
 
 mod captures;
+mod timers;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Duration;
 
 use captures::{Capture, Captured};
 use kvern_kernels::cuda::driver::{Event, Part, Stream};
@@ -29,6 +31,8 @@ struct Mark {
 enum Item {
     Run(Arc<Operation>),
     Wait(Mark),
+    /// A timer, by its number, is passed.
+    Pass(usize),
 }
 
 #[derive(Default)]
@@ -49,6 +53,8 @@ struct EventState {
     /// Of the streams that it may be recorded on.
     part: Option<Part>,
     marked: Option<(Clock, Mark)>,
+    /// It is a timer, and when the device passed it last.
+    time: Option<Duration>,
 }
 
 pub(super) struct State {
@@ -60,6 +66,8 @@ pub(super) struct State {
     streams: Vec<StreamState>,
     events: Vec<EventState>,
     graphs: Vec<Captured>,
+    /// The device's time: see [`timers`].
+    now: Duration,
     /// What the host's threads know, as one.
     host: Clock,
     faults: Vec<Fault>,
@@ -82,6 +90,7 @@ impl State {
             streams: Vec::new(),
             events: Vec::new(),
             graphs: Vec::new(),
+            now: Duration::ZERO,
             host: Clock::default(),
             faults: Vec::new(),
             wait_left_out: None,
@@ -189,7 +198,7 @@ impl State {
 
     pub(super) fn add_event(&mut self, stream: Stream) -> Result<Event> {
         let index = self.stream("event", stream)?;
-        self.events.push(EventState { part: self.streams[index].part, marked: None });
+        self.events.push(EventState { part: self.streams[index].part, ..EventState::default() });
         Ok(Event(self.events.len() as u32 - 1))
     }
 
@@ -292,6 +301,9 @@ impl State {
             return Err(self.refuse("record", format!("expected e{event} on a stream of {own}, found one of {found}")));
         }
         self.note(format!("record e{event} s{index}"));
+        if self.events[event].time.is_some() {
+            return self.record_timer(event, index);
+        }
         let mut clock = self.streams[index].clock.clone();
         clock.join(&self.host);
         self.events[event].marked = Some((clock, self.end_of(index)));
@@ -344,7 +356,7 @@ impl State {
                 let stream = &self.streams[*index];
                 stream.done < needed[*index]
                     && stream.queue.front().is_some_and(|item| match item {
-                        Item::Run(_) => true,
+                        Item::Run(_) | Item::Pass(_) => true,
                         Item::Wait(mark) => is_done(mark),
                     })
             };
@@ -361,7 +373,15 @@ impl State {
     fn step(&mut self, index: usize) -> Result<()> {
         let stream = &mut self.streams[index];
         stream.done += 1;
-        let Some(Item::Run(operation)) = stream.queue.pop_front() else { return Ok(()) };
+        let operation = match stream.queue.pop_front() {
+            Some(Item::Run(operation)) => operation,
+            Some(Item::Pass(event)) => {
+                self.pass_timer(event);
+                return Ok(());
+            }
+            Some(Item::Wait(_)) | None => return Ok(()),
+        };
+        self.work_for(&operation);
         let seed = &mut self.random;
         let ran = operation.run(&self.memory, &mut || random(seed) & 1 == 1);
         ran.map_err(|problem| self.lose(operation.what.to_string(), problem))

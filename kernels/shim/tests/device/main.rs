@@ -6,6 +6,7 @@ mod memory;
 mod order;
 mod products;
 mod running;
+mod timers;
 
 use std::ptr::NonNull;
 use std::sync::Arc;

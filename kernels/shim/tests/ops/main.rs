@@ -9,11 +9,13 @@
 //! attention.rs  the cache's writes, and attention over it
 //! steps.rs      whole steps: alone, in a batch, padded, captured
 //! sampling.rs   logits to tokens
+//! clock.rs      when steps begin and end
 //! refusals.rs   what is refused, and changes nothing
 //! ```
 #![allow(clippy::unwrap_used)]
 
 mod attention;
+mod clock;
 /// The generator and the random matrices of the CPU's tests.
 #[path = "../../../tests/support/mod.rs"]
 mod matrices;

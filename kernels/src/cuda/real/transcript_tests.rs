@@ -69,6 +69,7 @@ fn inside() {
         Ok("products") => products(&*open(0).unwrap()),
         Ok("parts") => parts(&*open(1).unwrap()),
         Ok("loss") => loss(&*open(0).unwrap()),
+        Ok("timers") => timers(&*open(0).unwrap()),
         Ok(other) => panic!("expected a scenario, found {other:?}"),
         Err(_) => println!("run by the tests beside it"),
     }
@@ -209,6 +210,26 @@ fn loss(gpu: &dyn Driver) {
     said(gpu.allocate(1));
 }
 
+/// Times between records, which the stand-in puts half a millisecond apart.
+fn timers(gpu: &dyn Driver) {
+    let [part, _] = gpu.divide(4).unwrap();
+    let stream = gpu.stream(StreamPriority::Normal, Some(part)).unwrap();
+    let [began, ended] = [(); 2].map(|()| gpu.timer(stream).unwrap());
+    let plain = gpu.event(stream).unwrap();
+    said(gpu.elapsed(began, ended));
+    gpu.record(began, stream).unwrap();
+    gpu.record(plain, stream).unwrap();
+    gpu.record(ended, stream).unwrap();
+    gpu.synchronize(plain).unwrap();
+    said(gpu.elapsed(began, ended));
+    said(gpu.elapsed(began, plain));
+    gpu.synchronize(ended).unwrap();
+    said(gpu.elapsed(began, ended));
+    said(gpu.elapsed(ended, began));
+    gpu.record(began, stream).unwrap();
+    said(gpu.elapsed(ended, began));
+}
+
 /// Without kernels in the binary nothing opens, and the transcripts cannot be had.
 fn built_with_kernels() -> bool {
     let found = transcript("open", &[]);
@@ -282,6 +303,13 @@ fn parts_of_a_device_have_their_streams_and_events() {
         let expected = "= expected a GPU whose multiprocessors can be divided (green contexts), found \
                         CUDA_ERROR_NOT_SUPPORTED of cuDeviceGetDevResource\n";
         assert!(refused.contains(expected) && !refused.contains("cuGreenCtx"), "{refused}");
+    }
+}
+
+#[test]
+fn times_are_told_of_events_that_the_device_has_passed() {
+    if built_with_kernels() {
+        assert_eq!(without_libraries(&transcript("timers", &[])), include_str!("fake/timers.txt"));
     }
 }
 

@@ -8,7 +8,8 @@
 #include <string.h>
 
 enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2 };
-enum { INVALID_CONTEXT = 201, NOT_FOUND = 500, ILLEGAL_ADDRESS = 700 };
+enum { INVALID_CONTEXT = 201, INVALID_HANDLE = 400, NOT_FOUND = 500, NOT_READY = 600, ILLEGAL_ADDRESS = 700 };
+enum { DISABLE_TIMING = 2, EVENTS_MAX = 0x1000 };
 
 static __thread void *current;
 static int lost;
@@ -174,9 +175,22 @@ int cuStreamWaitEvent(void *stream, void *event, unsigned flags) {
     return SUCCESS;
 }
 
+// An event by its handle: where, and as which of all records, it was recorded last, and which of its records the host has
+// waited for; 0 is none.
+static struct event {
+    unsigned flags, recorded, reached;
+    void *stream;
+} events[EVENTS_MAX];
+static unsigned records;
+
+static struct event *event_of(void *handle) {
+    return &events[(uintptr_t)handle % EVENTS_MAX];
+}
+
 int cuEventCreate(void **event, unsigned flags) {
     IN_SOME_CONTEXT;
     *event = handle();
+    event_of(*event)->flags = flags;
     NOTE("cuEventCreate %p flags %u in %p", *event, flags, current);
     return SUCCESS;
 }
@@ -189,12 +203,34 @@ int cuEventDestroy_v2(void *event) {
 int cuEventRecord(void *event, void *stream) {
     IN_CONTEXT;
     NOTE("cuEventRecord %p on %p", event, stream);
+    event_of(event)->recorded = ++records;
+    event_of(event)->stream = stream;
     return SUCCESS;
 }
 
 int cuEventSynchronize(void *event) {
     IN_CONTEXT;
     NOTE("cuEventSynchronize %p", event);
+    // And with it what was recorded on its stream before.
+    const struct event *waited = event_of(event);
+    for (struct event *other = events; other < events + EVENTS_MAX; ++other) {
+        if (other->stream == waited->stream && other->recorded <= waited->recorded) other->reached = other->recorded;
+    }
+    return SUCCESS;
+}
+
+// Half a millisecond from one record to the next.
+int cuEventElapsedTime_v2(float *milliseconds, void *from, void *to) {
+    IN_CONTEXT;
+    NOTE("cuEventElapsedTime %p to %p", from, to);
+    const struct event *both[] = {event_of(from), event_of(to)};
+    for (int i = 0; i < 2; ++i) {
+        if (both[i]->flags & DISABLE_TIMING || both[i]->recorded == 0) return INVALID_HANDLE;
+    }
+    for (int i = 0; i < 2; ++i) {
+        if (both[i]->reached != both[i]->recorded) return NOT_READY;
+    }
+    *milliseconds = ((float)both[1]->recorded - (float)both[0]->recorded) / 2;
     return SUCCESS;
 }
 
