@@ -267,7 +267,8 @@ fn steps_go_ahead_of_the_host() {
     }
 }
 
-/// On the shim only work takes time, a microsecond each operation: all of it is within some step's marks, and none between.
+/// On the shim only work takes time, a microsecond each operation: all of it is within some step's marks, and none
+/// between.
 #[test]
 fn all_that_a_gpu_does_is_a_steps() {
     let asks: Vec<Ask> = asks().into_iter().map(unhindered).collect();
@@ -409,7 +410,8 @@ fn marks_and_waits_that_fail_are_their_steps_failures() {
         marked.insert((call.name(), log[at - 1].split(' ').next().unwrap().to_owned()));
         assert_eq!(driver.refusals(), Vec::<String>::new());
     }
-    // As many marks as a step has failed, each of another kind: after copies to and from the device, and after other marks.
+    // As many marks as a step has failed, each of another kind: after copies to and from the device, and after other
+    // marks.
     let kinds = marked.iter().filter(|(call, _)| *call == Call::Record.name()).count();
     assert!(kinds > 2, "marks and waits that failed came after {marked:?}");
 }

@@ -1,10 +1,12 @@
 //! When steps begin and end on a device: how long it is busy with each, and how long it waits from one to the next.
 //!
-//! A step has two marks, before its first work and after its last. On a GPU they are events on its stream that keep their time: they
-//! cost the stream nothing but a note of when it came there, are made once, and are read where the host has to wait for the step
-//! anyway. On a CPU, which computes where it is called, they are the host's time. O(1) a step.
+//! A step has two marks, before its first work and after its last. On a GPU they are events on its stream that keep
+//! their time: they cost the stream nothing but a note of when it came there, are made once, and are read where the
+//! host has to wait for the step anyway. On a CPU, which computes where it is called, they are the host's time. O(1) a
+//! step.
 //!
-//! Up to two steps are under way, and the end of the one before them is still needed: three pairs of marks are used in turns.
+//! Up to two steps are under way, and the end of the one before them is still needed: three pairs of marks are used in
+//! turns.
 
 use std::time::{Duration, Instant};
 

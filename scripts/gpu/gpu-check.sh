@@ -152,8 +152,8 @@ for tool in memcheck synccheck; do
     hopper "$tool-hopper" sanitize check "$tool-hopper" "$tool" --steps 2 --prefill 300
 done
 # By its release notes racecheck knows copies in bulk since 2024.4, and reported races that are none where mbarriers or
-# warpgroups order the accesses: fixes are noted in 2025.4, 2026.1 and, of the bytes that a copy completes, 2026.3. What the
-# products of warpgroups read it does not say it sees at all. So a report is to be read, and silence proves little.
+# warpgroups order the accesses: fixes are noted in 2025.4, 2026.1 and, of the bytes that a copy completes, 2026.3. What
+# the products of warpgroups read it does not say it sees at all. So a report is to be read, and silence proves little.
 hopper racecheck-hopper sanitize inform racecheck-hopper racecheck --steps 2 --prefill 300
 bench llama-3.1-8b
 bench llama-3.2-1b

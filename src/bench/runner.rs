@@ -143,7 +143,8 @@ impl Runner {
         }
     }
 
-    /// A step for each of `positions`. As in the server, the next one is put on the device before the last one's end is waited for.
+    /// A step for each of `positions`. As in the server, the next one is put on the device before the last one's end is
+    /// waited for.
     fn decode(&mut self, streams: u32, positions: Range<u32>) -> Result<Round, KernelError> {
         let mut spans: Vec<StepSpan> = Vec::with_capacity(positions.len());
         let (first, started) = (positions.start, Instant::now());

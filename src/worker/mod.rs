@@ -344,8 +344,8 @@ impl Worker {
     /// Puts a step on its share of the device. How its rows are sampled goes first, so that nothing of it waits for the forward
     /// pass.
     ///
-    /// The clock's marks are around all of it, from the first copy of its inputs to the last of its results: whatever a step
-    /// makes the device do is its own, and no captured launch has a mark in it.
+    /// The clock's marks are around all of it, from the first copy of its inputs to the last of its results: whatever a
+    /// step makes the device do is its own, and no captured launch has a mark in it.
     fn launch(&mut self, plan: &StepPlan) -> Result<(), StepError> {
         self.device.move_to(match plan.share {
             kvern_core::DeviceShare::Whole => DeviceShare::Whole,

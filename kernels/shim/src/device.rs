@@ -132,8 +132,8 @@ impl ShimDriver {
         self.state().leave_out_wait(nth);
     }
 
-    /// Time goes by on the device in which no work runs. Else only work takes time there: a microsecond for each operation, on
-    /// whatever stream, for a graph for each of its own.
+    /// Time goes by on the device in which no work runs. Else only work takes time there: a microsecond for each
+    /// operation, on whatever stream, for a graph for each of its own.
     pub fn rest(&self, time: Duration) {
         self.state().rest(time);
     }

@@ -259,8 +259,8 @@ pub trait Driver: Send + Sync {
     /// Waits, without spinning, until what `event` marked last is done.
     fn synchronize(&self, event: Event) -> Result<()>;
 
-    /// How long after `from` the device passed `to`, to about half a microsecond; both are [timers](Self::timer) on the same part
-    /// of the device, and nothing where `to` was first. Waits for nothing.
+    /// How long after `from` the device passed `to`, to about half a microsecond; both are [timers](Self::timer) on the
+    /// same part of the device, and nothing where `to` was first. Waits for nothing.
     ///
     /// # Errors
     /// One of them was never recorded, or the device has not passed what it marked last.

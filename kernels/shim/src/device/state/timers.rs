@@ -1,8 +1,8 @@
-//! The device's time, and events that keep it. It is time in which work runs, a microsecond for each operation on any stream, and what
-//! tests add; so a test can say to the microsecond how long things took.
+//! The device's time, and events that keep it. It is time in which work runs, a microsecond for each operation on any
+//! stream, and what tests add; so a test can say to the microsecond how long things took.
 //!
-//! To pass a timer is an operation of its stream: the host knows that it has been passed only from a wait for it, or for
-//! something after it.
+//! To pass a timer is an operation of its stream: the host knows that it has been passed only from a wait for it, or
+//! for something after it.
 
 use std::time::Duration;
 

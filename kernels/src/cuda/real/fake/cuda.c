@@ -175,8 +175,8 @@ int cuStreamWaitEvent(void *stream, void *event, unsigned flags) {
     return SUCCESS;
 }
 
-// An event by its handle: where, and as which of all records, it was recorded last, and which of its records the host has
-// waited for; 0 is none.
+// An event by its handle: where, and as which of all records, it was recorded last, and which of its records the host
+// has waited for; 0 is none.
 static struct event {
     unsigned flags, recorded, reached;
     void *stream;
