@@ -121,7 +121,8 @@ fn divided(decode_multiprocessors: u32) -> RuntimeOptions {
     RuntimeOptions { scheduling, ..small() }
 }
 
-/// The streams of split workers with parts, as the log calls them: prefill's on the whole and on its part, and decode's.
+/// The streams of split workers with parts, as the log calls them: prefill's on the whole and on its part, and
+/// decode's.
 fn streams_of_parts(log: &[String]) -> [String; 4] {
     let ends = [" Normal", " Normal on p1 of 6 multiprocessors", " High", " High on p0 of 4 multiprocessors"];
     // The first one on the whole is what everything was loaded on.
@@ -129,7 +130,8 @@ fn streams_of_parts(log: &[String]) -> [String; 4] {
     ends.map(|end| made(end).unwrap_or_else(|| panic!("no stream{end} in {log:?}")).to_owned())
 }
 
-/// A worker has all of the device while it is alone at work, and a part of its own beside the other; what it says is the same.
+/// A worker has all of the device while it is alone at work, and a part of its own beside the other; what it says is
+/// the same.
 #[test]
 fn split_workers_have_parts_beside_each_other_and_all_alone() {
     let (asks, alone) = (asks(), alone());

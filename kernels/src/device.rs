@@ -161,8 +161,8 @@ impl Device {
         }
     }
 
-    /// What is put on the device from now on has this share of it, and begins after all that was put there before; nobody waits
-    /// on the host. At first it is the whole.
+    /// What is put on the device from now on has this share of it, and begins after all that was put there before;
+    /// nobody waits on the host. At first it is the whole.
     ///
     /// # Errors
     /// A device without a part is asked for one; or the driver's, and then the share is what it was.

@@ -22,8 +22,8 @@ const PAIRS: u64 = UNDER_WAY_MAX + 1;
 pub struct StepSpan {
     /// From its beginning to its end. Gaps within it, as where the host is slower than the device, are part of it.
     pub busy: Duration,
-    /// From the end of the step before to its beginning; `None` of the first, where the step before failed, and where that had
-    /// another share of the device.
+    /// From the end of the step before to its beginning; `None` of the first, where the step before failed, and where
+    /// that had another share of the device.
     pub gap: Option<Duration>,
 }
 
@@ -77,7 +77,8 @@ impl Mark {
         }
     }
 
-    /// Both are marks of one device, which has passed them; `None` where it had another share at the one than at the other.
+    /// Both are marks of one device, which has passed them; `None` where it had another share at the one than at the
+    /// other.
     fn since(&self, earlier: &Mark) -> Result<Option<Duration>> {
         match (self, earlier) {
             (Mark::Host(at), Mark::Host(earlier)) => Ok(Some(at.saturating_duration_since(*earlier))),

@@ -5,8 +5,8 @@ f32: greedy tokens must be the same, but where two are as likely as each other. 
 given to transformers in f32, which is the truth, and in the same type, which is the measure: the server's
 log-probabilities may be off the truth as far as those of transformers in that type are, times a factor.
 
-With --mixed prompts come while others are answered, after one that was alone, for servers whose steps run on a part of the GPU
-beside others and on all of it alone: both must have been.
+With --mixed prompts come while others are answered, after one that was alone, for servers whose steps run on a part of
+the GPU beside others and on all of it alone: both must have been.
 """
 
 import concurrent.futures
@@ -29,7 +29,8 @@ FACTORS = (1.5, 3.0)
 FLOORS = (1e-3, 2e-2)
 # Types of 16 bits, as the server calls them and as torch does.
 HALVES = {"bf16": torch.bfloat16, "f16": torch.float16}
-# How often all prompts are asked with --mixed, and how far apart they come: a few steps, so that most come beside others.
+# How often all prompts are asked with --mixed, and how far apart they come: a few steps, so that most come beside
+# others.
 ROUNDS, APART_S = 3, 0.015
 
 
@@ -107,7 +108,8 @@ def check_shares(log: pathlib.Path) -> None:
     shares = re.findall(r'\bshare\W+(Whole|Part)\b', log.read_text(errors="replace"))
     whole, part = shares.count("Whole"), shares.count("Part")
     changes = sum(before != after for before, after in zip(shares, shares[1:]))
-    print(f"{whole} steps on all of the GPU, {part} on a part of it, {changes} times another than the step reported before")
+    print(f"{whole} steps on all of the GPU, {part} on a part of it, "
+          f"{changes} times another than the step reported before")
     if not whole or not part:
         sys.exit("expected steps on all of the GPU and on parts of it")
 

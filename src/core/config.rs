@@ -45,10 +45,11 @@ pub struct CoreConfig {
     pub quarantine: Micros,
     /// Whether decode steps are planned while the one before is in flight; see [`crate::Engine::plan_ahead`].
     pub plan_ahead: bool,
-    /// Whether workers that share a pool, and so a device, have a part each of that device, for steps beside the others': see
-    /// [`crate::DeviceShare`]. Where not, every step has the whole.
+    /// Whether workers that share a pool, and so a device, have a part each of that device, for steps beside the
+    /// others': see [`crate::DeviceShare`]. Where not, every step has the whole.
     pub device_parts: bool,
-    /// What a step costs, as measured at start; corrected while running. Of a step beside others where devices have parts.
+    /// What a step costs, as measured at start; corrected while running. Of a step beside others where devices have
+    /// parts.
     pub cost: CostModel,
 }
 

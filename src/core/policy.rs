@@ -79,19 +79,19 @@ pub(crate) fn duty(role: Role, has_prefill: bool, has_decode: bool, ride_along_t
     }
 }
 
-/// How much of its device a worker's next step has, where the workers of a device have a part each: the whole while none of the
-/// others has requests running or a step in flight, else the worker's part.
+/// How much of its device a worker's next step has, where the workers of a device have a part each: the whole while
+/// none of the others has requests running or a step in flight, else the worker's part.
 ///
-/// A step keeps what it was planned with. So a step on the whole may run beside another worker's, but of any two that do the
-/// one that was planned later is on its part: nobody waits for the device to be divided, and who goes on alone has all of it
-/// from its next plan on.
+/// A step keeps what it was planned with. So a step on the whole may run beside another worker's, but of any two that
+/// do the one that was planned later is on its part: nobody waits for the device to be divided, and who goes on alone
+/// has all of it from its next plan on.
 pub(crate) fn share(has_parts: bool, are_others_at_work: bool) -> DeviceShare {
     if has_parts && are_others_at_work { DeviceShare::Part } else { DeviceShare::Whole }
 }
 
-/// Whether the cost model learns from a step. Where workers have parts it is measured on those, and stays a model of steps beside
-/// others: what it predicts decides on admission and on prompts beside decodes, when others are at work. Only who has nobody
-/// left to be beside learns from steps on the whole.
+/// Whether the cost model learns from a step. Where workers have parts it is measured on those, and stays a model of
+/// steps beside others: what it predicts decides on admission and on prompts beside decodes, when others are at work.
+/// Only who has nobody left to be beside learns from steps on the whole.
 pub(crate) fn teaches(has_parts: bool, share: DeviceShare, has_others: bool) -> bool {
     !has_parts || share == DeviceShare::Part || !has_others
 }

@@ -6,7 +6,8 @@
 //!   split, apart     the same with a pool each, and a thread that copies blocks from one to the other
 //! ```
 //!
-//! On a GPU split workers may have a part each of its multiprocessors, for steps beside the other's; alone they have all.
+//! On a GPU split workers may have a part each of its multiprocessors, for steps beside the other's; alone they have
+//! all.
 
 use super::{PoolLayout, SchedulingConfig, StartError, WorkerLayout, calibrate};
 use crate::admission::LOGPROBS_MAX;
@@ -131,8 +132,9 @@ impl Team {
         decoding.map(|member| member.device.shares().len()).sum()
     }
 
-    /// Runs each kind of step once on each worker, captures decode steps where that gains something, all with each share of the
-    /// device, and measures what steps cost, beside others where that is another share. `progress` hears how many are captured.
+    /// Runs each kind of step once on each worker, captures decode steps where that gains something, all with each
+    /// share of the device, and measures what steps cost, beside others where that is another share. `progress` hears
+    /// how many are captured.
     pub(super) fn warm(
         mut self,
         limits: StepLimits,

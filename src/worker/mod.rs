@@ -341,8 +341,8 @@ impl Worker {
 }
 
 impl Worker {
-    /// Puts a step on its share of the device. How its rows are sampled goes first, so that nothing of it waits for the forward
-    /// pass.
+    /// Puts a step on its share of the device. How its rows are sampled goes first, so that nothing of it waits for the
+    /// forward pass.
     ///
     /// The clock's marks are around all of it, from the first copy of its inputs to the last of its results: whatever a
     /// step makes the device do is its own, and no captured launch has a mark in it.

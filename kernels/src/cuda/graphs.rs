@@ -1,5 +1,5 @@
-//! Launches of decode steps, captured once for each of a ladder of batch sizes, and for each share of the device that a step may
-//! have: a step is then one launch for the host.
+//! Launches of decode steps, captured once for each of a ladder of batch sizes, and for each share of the device that a
+//! step may have: a step is then one launch for the host.
 
 use super::CudaDevice;
 use super::driver::Graph;

@@ -206,8 +206,8 @@ impl Milestone {
         Milestone::with(driver, streams, |stream| driver.timer(stream))
     }
 
-    /// How long after `earlier` the device passed it; `None` where they are in different streams of the worker. Both are timed,
-    /// and the device has passed them.
+    /// How long after `earlier` the device passed it; `None` where they are in different streams of the worker. Both
+    /// are timed, and the device has passed them.
     pub(crate) fn since(&self, earlier: &Milestone) -> Result<Option<Duration>> {
         let ((from, began), (to, ended)) = (earlier.events[earlier.at], self.events[self.at]);
         (from == to).then(|| self.driver.elapsed(began, ended)).transpose()

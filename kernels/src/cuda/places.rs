@@ -1,5 +1,5 @@
-//! Where a worker's work goes on a GPU: a stream on all of it and, where the worker has a part of the multiprocessors, one on
-//! that.
+//! Where a worker's work goes on a GPU: a stream on all of it and, where the worker has a part of the multiprocessors,
+//! one on that.
 //!
 //! ```text
 //!   whole   [ step 1 ]            wait [ step 4 ]
@@ -7,8 +7,8 @@
 //!   part             wait [ step 2 ][ step 3 ]
 //! ```
 //!
-//! Work is put on one of the two at a time, and what moves to the other one waits there for what was left behind, on the
-//! device. So all work of a worker has one order, and whoever waits for the last of it has waited for all.
+//! Work is put on one of the two at a time, and what moves to the other one waits there for what was left behind, on
+//! the device. So all work of a worker has one order, and whoever waits for the last of it has waited for all.
 //!
 //! Owner: the device. What is made for one stream alone, events, captured work and what is cut for a number of
 //! multiprocessors, is there once for each place, in the order of [`DeviceShare`].
@@ -77,7 +77,8 @@ impl Places {
         self.all.iter().find_map(|place| place.part)
     }
 
-    /// Work is put there from now on, and begins after all that was put elsewhere. Nothing happens where it is there already.
+    /// Work is put there from now on, and begins after all that was put elsewhere. Nothing happens where it is there
+    /// already.
     ///
     /// # Errors
     /// There is no part; or the driver's, and then work stays where it was.

@@ -1,5 +1,5 @@
-//! A worker whose steps have all of a GPU or a part of it, as each step is told: the tokens are the CPU's, what moves waits for what it
-//! left behind, also ahead of the host, and a wait that is forgotten is found.
+//! A worker whose steps have all of a GPU or a part of it, as each step is told: the tokens are the CPU's, what moves
+//! waits for what it left behind, also ahead of the host, and a wait that is forgotten is found.
 
 use std::collections::HashMap;
 

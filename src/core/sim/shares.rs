@@ -1,5 +1,6 @@
-//! What of its device each step has, where devices are divided: the whole only where nobody else is at work there when it is planned, and then always. So
-//! of two steps that are in flight on one device, of different workers, the later one is on its part.
+//! What of its device each step has, where devices are divided: the whole only where nobody else is at work there when
+//! it is planned, and then always. So of two steps that are in flight on one device, of different workers, the later
+//! one is on its part.
 
 use super::run::Run;
 use super::{Failure, check};

@@ -62,8 +62,8 @@ impl Server {
     }
 }
 
-/// The shares of a prompt alone, its decodes alone, a second prompt beside them, a decode that was planned ahead before that came
-/// and one after, and of decodes alone again.
+/// The shares of a prompt alone, its decodes alone, a second prompt beside them, a decode that was planned ahead before
+/// that came and one after, and of decodes alone again.
 fn shares(device_parts: bool) -> Vec<DeviceShare> {
     let mut server = Server::new(device_parts);
     server.submit(1);
@@ -106,7 +106,8 @@ fn who_runs_between_two_steps_is_at_work() {
     assert_eq!(server.plan(DECODE).share, DeviceShare::Whole);
 }
 
-/// Predictions are of steps beside others: one that had the whole says nothing of them, unless it has nobody to be beside.
+/// Predictions are of steps beside others: one that had the whole says nothing of them, unless it has nobody to be
+/// beside.
 #[test]
 fn steps_on_the_whole_teach_who_is_alone_only() {
     const SLOW_US: u64 = 1_000_000;
