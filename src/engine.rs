@@ -213,7 +213,8 @@ impl EngineLoop {
         }
         self.telemetry.on_step(plan.tokens.len());
         self.telemetry.on_device_time(worker, busy, idle);
-        tracing::trace!(step = plan.step.0, slices = plan.slices.len(), tokens = plan.tokens.len(), device_us, "step");
+        let StepPlan { step, share, slices, tokens, .. } = &plan;
+        tracing::trace!(step = step.0, ?share, slices = slices.len(), tokens = tokens.len(), device_us, "step");
         self.streams.attach_logprobs(logprobs);
         let sampled = match error {
             None => {

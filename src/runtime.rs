@@ -260,9 +260,9 @@ fn spawn(
     limits: CoreLimits,
     account: &MemoryAccount,
 ) -> Result<Running, StartError> {
-    let ReadyTeam { workers, specs, pools, mover, cost, .. } = team;
+    let ReadyTeam { workers, specs, pools, mover, cost, has_parts, .. } = team;
     let telemetry = Arc::new(Telemetry::new(&telemetry_info(options, limits.max_model_len, account, &specs)));
-    let config = core_config(options, limits, CoreShape { specs, pools, cost });
+    let config = core_config(options, limits, CoreShape { specs, pools, cost, has_parts });
     let recorder = options.record.as_ref().map(|record| {
         let failed = |source| StartError::Record { path: record.path.display().to_string(), source };
         Recorder::start(record, &config).map_err(failed)
@@ -340,6 +340,7 @@ struct CoreShape {
     specs: Vec<WorkerSpec>,
     pools: Vec<u32>,
     cost: CostModel,
+    has_parts: bool,
 }
 
 fn core_config(options: &RuntimeOptions, limits: CoreLimits, shape: CoreShape) -> CoreConfig {
@@ -357,6 +358,7 @@ fn core_config(options: &RuntimeOptions, limits: CoreLimits, shape: CoreShape) -
         classes: options.scheduling.classes.iter().map(promise).collect(),
         cost: shape.cost,
         plan_ahead: limits.plan_ahead,
+        device_parts: shape.has_parts,
         ..CoreConfig::mixed(1, options.engine.block_size)
     }
 }

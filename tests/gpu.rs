@@ -6,7 +6,7 @@ mod support;
 
 use kvern::config::{Config, DeviceConfig, Environment, PoolLayout, WorkerLayout};
 use kvern::request::{Engine, TokenEvent};
-use kvern::runtime::{self, Runtime, StartError};
+use kvern::runtime::{self, Runtime, StartError, StartProgress};
 use kvern_core::FinishReason;
 use kvern_cuda_shim::device::{Call, Options, ShimDriver};
 use kvern_kernels::{CpuOptions, Device, Element, GpuOptions, KvDType, Precision};
@@ -96,9 +96,8 @@ fn alone() -> Vec<Answer> {
 fn a_gpu_says_what_the_cpu_says() {
     let (asks, alone) = (asks(), alone());
     let split = SchedulingConfig { workers: WorkerLayout::Split, ..SchedulingConfig::default() };
-    let parts = SchedulingConfig { decode_multiprocessors: Some(1), ..split.clone() };
-    for scheduling in [SchedulingConfig::default(), split, parts] {
-        let layout = (scheduling.workers, scheduling.decode_multiprocessors);
+    for scheduling in [SchedulingConfig::default(), split] {
+        let layout = scheduling.workers;
         let (driver, runtime) = on_gpu(&RuntimeOptions { scheduling, ..small() });
         driver.clear_log();
         assert_eq!(tokens(&together(&runtime, &asks)), tokens(&alone), "{layout:?}, cold");
@@ -112,42 +111,93 @@ fn a_gpu_says_what_the_cpu_says() {
     }
 }
 
-/// Each worker's stream is on a part of its own, and everything that runs on it is told so.
-#[test]
-fn a_decode_worker_has_multiprocessors_of_its_own() {
-    let divided = |decode_multiprocessors| {
-        let scheduling = SchedulingConfig {
-            workers: WorkerLayout::Split,
-            decode_multiprocessors: Some(decode_multiprocessors),
-            ..SchedulingConfig::default()
-        };
-        RuntimeOptions { scheduling, ..small() }
+/// The split layout with so many multiprocessors for decode beside prefill.
+fn divided(decode_multiprocessors: u32) -> RuntimeOptions {
+    let scheduling = SchedulingConfig {
+        workers: WorkerLayout::Split,
+        decode_multiprocessors: Some(decode_multiprocessors),
+        ..SchedulingConfig::default()
     };
-    // Rounded up by the device.
-    let (driver, runtime) = on_gpu_like(&divided(3), Options { multiprocessors: 10, ..Options::default() });
-    let expected = "prefill on shim (sm_80, f32, 6 of 10 multiprocessors), \
-                    decode on shim (sm_80, f32, 4 of 10 multiprocessors)";
-    assert_eq!(runtime.account.device, expected);
-    let started = driver.log();
-    let stream = |place: &str| {
-        let made = started.iter().find_map(|line| line.strip_prefix("stream ")?.strip_suffix(place));
-        made.unwrap_or_else(|| panic!("no stream {place} in {started:?}")).to_owned()
-    };
-    let [prefill, decode] = [" Normal on p1 of 6 multiprocessors", " High on p0 of 4 multiprocessors"].map(stream);
-    // What is loaded for a worker it waits for on its own stream.
-    for own in [&prefill, &decode] {
-        assert!(started.iter().any(|line| line.starts_with("wait ") && line.ends_with(&format!(" {own}"))), "{own}");
-    }
-    driver.clear_log();
-    let asks = asks();
-    together(&runtime, &asks);
-    runtime.join();
-    let ran = |what: &str, stream: &str| {
-        driver.log().iter().any(|line| line.starts_with(what) && line.split(' ').any(|word| word == stream))
-    };
-    assert!(ran("launch", &prefill) && ran("gemm", &prefill) && ran("graph", &decode) && !ran("graph", &prefill));
-    assert_eq!(driver.refusals(), Vec::<String>::new());
+    RuntimeOptions { scheduling, ..small() }
+}
 
+/// The streams of split workers with parts, as the log calls them: prefill's on the whole and on its part, and
+/// decode's.
+fn streams_of_parts(log: &[String]) -> [String; 4] {
+    let ends = [" Normal", " Normal on p1 of 6 multiprocessors", " High", " High on p0 of 4 multiprocessors"];
+    // The first one on the whole is what everything was loaded on.
+    let made = |end| log.iter().rev().find_map(|line| line.strip_prefix("stream ")?.strip_suffix(end));
+    ends.map(|end| made(end).unwrap_or_else(|| panic!("no stream{end} in {log:?}")).to_owned())
+}
+
+/// A worker has all of the device while it is alone at work, and a part of its own beside the other; what it says is
+/// the same.
+#[test]
+fn split_workers_have_parts_beside_each_other_and_all_alone() {
+    let (asks, alone) = (asks(), alone());
+    let lone = Ask { prompt: (0..30).collect(), sampling: greedy(), max_new_tokens: 8 };
+    for (seed, lazy) in [(0, false), (1, true)] {
+        let shim = Options { multiprocessors: 10, seed, lazy, ..Options::default() };
+        // Rounded up by the device.
+        let (driver, runtime) = on_gpu_like(&divided(3), shim);
+        let expected = "prefill on shim (sm_80, f32, all or 6 of 10 multiprocessors), \
+                        decode on shim (sm_80, f32, all or 4 of 10 multiprocessors)";
+        assert_eq!(runtime.account.device, expected);
+        let streams = streams_of_parts(&driver.log());
+        // What is loaded for a worker it waits for on a stream of its own.
+        for own in [&streams[0], &streams[2]] {
+            let end = format!(" {own}");
+            assert!(driver.log().iter().any(|line| line.starts_with("wait ") && line.ends_with(&end)), "{own}");
+        }
+        let works = |stream: &String| {
+            let is_work = |line: &&String| ["launch ", "gemm ", "graph ", "copy_"].iter().any(|w| line.starts_with(w));
+            driver.log().iter().filter(is_work).any(|line| line.split(' ').any(|word| word == stream))
+        };
+        driver.clear_log();
+        let answers: Vec<_> = (0..3).map(|_| collect(submit(&runtime.handle, &lone))).collect();
+        assert!(answers.iter().all(|answer| answer.tokens.len() == 8 && answer.tokens == answers[0].tokens));
+        assert_eq!(streams.each_ref().map(works), [true, false, true, false], "one at a time: {:?}", driver.log());
+
+        driver.clear_log();
+        for cached in [false, true] {
+            assert_eq!(tokens(&together(&runtime, &asks)), tokens(&alone), "seed {seed}, prefixes cached: {cached}");
+        }
+        runtime.join();
+        assert_eq!(streams.each_ref().map(works), [true; 4], "{streams:?}");
+        let log = driver.log();
+        let allocations: Vec<_> = log.iter().filter(|line| line.starts_with("allocate")).collect();
+        assert!(allocations.is_empty(), "nothing allocates after the start: {allocations:?}");
+        assert_eq!(driver.refusals(), Vec::<String>::new());
+    }
+}
+
+/// Decode steps are captured with each share of the device, and counted so.
+#[test]
+fn decode_steps_are_captured_for_both_shares() {
+    let totals = |options: &RuntimeOptions| {
+        let mut heard = Vec::new();
+        let device = Device::gpu(ShimDriver::new(Options::default()) as _, Element::F32).unwrap();
+        let runtime = runtime::start_on(device, &model(), options, &mut |progress| match progress {
+            StartProgress::Capture { done, total } => heard.push((done, total)),
+            StartProgress::Weights(_) => {}
+        });
+        let runtime = runtime.unwrap_or_else(|error| panic!("{error}"));
+        let row = |purpose: &str| runtime.account.table.iter().find(|(name, _)| name.starts_with(purpose)).unwrap().1;
+        let reserve = row("captured steps");
+        runtime.join();
+        (heard, reserve)
+    };
+    // For 1, 2, 4 and 6 sequences.
+    let split = SchedulingConfig { workers: WorkerLayout::Split, ..SchedulingConfig::default() };
+    let (heard, reserve) = totals(&RuntimeOptions { scheduling: split, ..small() });
+    assert_eq!(heard, (0..=4).map(|done| (done, 4)).collect::<Vec<_>>());
+    let (heard, both) = totals(&divided(1));
+    assert_eq!(heard, (0..=8).map(|done| (done, 8)).collect::<Vec<_>>());
+    assert!(both > reserve, "{both} bytes, without parts {reserve}");
+}
+
+#[test]
+fn a_division_that_cannot_be_made_is_refused() {
     let refused = |options: &RuntimeOptions, device: Device| {
         runtime::start_on(device, &model(), options, &mut |_| {}).err().unwrap().to_string()
     };

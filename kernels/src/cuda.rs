@@ -7,6 +7,7 @@
 //! ```text
 //! account.rs    a GPU that only counts what is allocated on it
 //! driver.rs     what is asked of a GPU: the trait that the real driver and the tests' one implement
+//! places.rs     a worker's streams, on all of the device and on a part of it
 //! memory.rs     device memory, pinned memory, arrays that are filled for each step
 //! kernels.rs    the kernels by their names
 //! ops.rs        one launch, or a few, per op
@@ -30,6 +31,7 @@ pub(crate) mod inputs;
 mod kernels;
 pub(crate) mod memory;
 mod ops;
+pub(crate) mod places;
 mod prefix;
 mod products;
 pub(crate) mod sampling;
@@ -44,9 +46,11 @@ use kernels::Kernels;
 use kvern_cuda_abi::KernelParams;
 use memory::{DeviceMemory, Milestone};
 pub(crate) use ops::{add_rms_norm, attention, embed, gather_rows, rms_norm, rope_and_store, silu_mul};
+use places::{Places, SHARES};
 pub(crate) use products::matmul;
 use weights::Loader;
 
+use crate::device::DeviceShare;
 use crate::{GpuOptions, KernelError, Result};
 
 /// What [`PrefillKernel::Auto`] is: the kernel for sm_90a has not run on a GPU yet.
@@ -91,15 +95,13 @@ impl PrefillKernel {
     }
 }
 
-/// One stream of a GPU, and what its launches need; cloning shares it.
+/// A GPU as one worker has it, and what its launches need; cloning shares it.
 #[derive(Clone)]
 pub(crate) struct CudaDevice(Arc<Gpu>);
 
 pub(crate) struct Gpu {
     pub(crate) driver: Arc<dyn Driver>,
-    pub(crate) stream: Stream,
-    /// What of the device the stream has, where that is not all.
-    pub(super) part: Option<Part>,
+    places: Places,
     /// Of activations, of weights that are not quantized, and of K and V.
     pub(crate) element: Element,
     pub(crate) kernels: Kernels,
@@ -126,9 +128,9 @@ impl std::ops::Deref for CudaDevice {
 impl CudaDevice {
     pub(crate) fn new(driver: Arc<dyn Driver>, options: GpuOptions) -> Result<Self> {
         let kernels = Kernels::new(driver.as_ref(), options.element)?;
-        let stream = driver.stream(StreamPriority::Normal, None)?;
-        let loader = Arc::new(Mutex::new(Loader::new(&driver, stream)?));
-        CudaDevice::on_stream(driver, options, kernels, loader, (stream, None))
+        let places = Places::new(driver.as_ref(), StreamPriority::Normal, None)?;
+        let loader = Arc::new(Mutex::new(Loader::new(&driver, places.current().stream)?));
+        CudaDevice::with_places(driver, options, kernels, loader, places)
     }
 
     /// A device whose driver only counts, and tells what.
@@ -144,29 +146,28 @@ impl CudaDevice {
         self.counter.as_ref().map(|counter| counter.allocations())
     }
 
-    /// The same GPU, or a part of it, with a stream of its own, for a second worker.
+    /// The same GPU with streams of its own, one of them on `part`, for a second worker.
     pub(crate) fn second(&self, priority: StreamPriority, part: Option<Part>) -> Result<Self> {
         let Gpu { driver, kernels, loader, .. } = &*self.0;
-        let place = (driver.stream(priority, part)?, part);
-        CudaDevice::on_stream(Arc::clone(driver), self.options(), kernels.clone(), Arc::clone(loader), place)
+        let places = Places::new(driver.as_ref(), priority, part)?;
+        CudaDevice::with_places(Arc::clone(driver), self.options(), kernels.clone(), Arc::clone(loader), places)
     }
 
-    fn on_stream(
+    fn with_places(
         driver: Arc<dyn Driver>,
         options: GpuOptions,
         kernels: Kernels,
         loader: Arc<Mutex<Loader>>,
-        (stream, part): (Stream, Option<Part>),
+        places: Places,
     ) -> Result<Self> {
         let GpuOptions { element, programmatic_launches: early, prefill } = options;
         let is_prefill_hopper = prefill.is_hopper(driver.properties().compute_capability)?;
         let workspace = DeviceMemory::new(&driver, "workspace of products", WORKSPACE_BYTES)?;
         let widened = DeviceMemory::new(&driver, "workspace of products", WIDENED_BYTES)?;
-        let idle = Mutex::new(Milestone::new(&driver, stream)?);
+        let idle = Mutex::new(Milestone::new(&driver, places.iter().map(|place| place.stream))?);
         Ok(CudaDevice(Arc::new(Gpu {
             driver,
-            stream,
-            part,
+            places,
             element,
             kernels,
             early,
@@ -185,7 +186,7 @@ impl CudaDevice {
         let (major, minor) = properties.compute_capability;
         let prefill = if self.is_prefill_hopper { ", prefill by wgmma" } else { "" };
         let all = properties.multiprocessors;
-        let part = self.part.map(|part| format!(", {} of {all} multiprocessors", part.multiprocessors));
+        let part = self.places.part().map(|part| format!(", all or {} of {all} multiprocessors", part.multiprocessors));
         format!("{} (sm_{major}{minor}, {}{prefill}{})", properties.name, self.element, part.unwrap_or_default())
     }
 }
@@ -197,12 +198,51 @@ impl Gpu {
         GpuOptions { element: self.element, programmatic_launches: self.early, prefill }
     }
 
-    /// That work on the stream runs on.
-    pub(super) fn multiprocessors(&self) -> usize {
-        self.part.map_or(self.driver.properties().multiprocessors, |part| part.multiprocessors as usize)
+    /// The shares of the device that there are.
+    pub(crate) fn shares(&self) -> &'static [DeviceShare] {
+        &SHARES[..self.places.len()]
     }
 
-    /// Puts a launch on the stream.
+    /// What is put on the device from now on has this share of it, and begins after all that was put there before.
+    ///
+    /// # Errors
+    /// As of [`Device::move_to`](crate::Device::move_to).
+    pub(crate) fn move_to(&self, share: DeviceShare) -> Result<()> {
+        self.places.move_to(self.driver.as_ref(), share)
+    }
+
+    /// The number of the share that work has now.
+    pub(super) fn share(&self) -> usize {
+        self.places.at()
+    }
+
+    /// What work is put on now.
+    pub(crate) fn stream(&self) -> Stream {
+        self.places.current().stream
+    }
+
+    /// What of the device work has now, where that is not all.
+    pub(super) fn part(&self) -> Option<Part> {
+        self.places.current().part
+    }
+
+    /// What work runs on, by share.
+    pub(super) fn multiprocessors(&self) -> impl Iterator<Item = usize> {
+        let all = self.driver.properties().multiprocessors;
+        self.places.iter().map(move |place| place.part.map_or(all, |part| part.multiprocessors as usize))
+    }
+
+    /// A place in the work that is put on the device.
+    pub(super) fn milestone(&self) -> Result<Milestone> {
+        Milestone::new(&self.driver, self.places.iter().map(|place| place.stream))
+    }
+
+    /// As [`milestone`](Self::milestone); it also keeps when the device passed it.
+    pub(crate) fn timed_milestone(&self) -> Result<Milestone> {
+        Milestone::timed(&self.driver, self.places.iter().map(|place| place.stream))
+    }
+
+    /// Puts a launch on the device.
     ///
     /// # Safety
     /// Shape and parameters are what the kernel takes, and memory that they name lives until the launch has run.
@@ -211,13 +251,13 @@ impl Gpu {
         let bytes = unsafe { std::slice::from_raw_parts(std::ptr::from_ref(params).cast(), size_of::<P>()) };
         let shape = LaunchShape { early: self.early, ..shape };
         // SAFETY: the caller's promise.
-        unsafe { self.driver.launch(self.stream, kernel, shape, bytes, &P::LAYOUT) }
+        unsafe { self.driver.launch(self.stream(), kernel, shape, bytes, &P::LAYOUT) }
     }
 
-    /// Waits until all that is on the stream is done.
+    /// Waits until all that was put on the device is done.
     pub(crate) fn synchronize(&self) -> Result<()> {
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
-        idle.set(self.stream)?;
+        idle.set(self.stream())?;
         idle.wait()
     }
 

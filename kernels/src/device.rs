@@ -6,6 +6,7 @@ use crate::cpu::CpuDevice;
 use crate::cuda::PrefillKernel;
 use crate::cuda::account::{Allocations, CountingDriver};
 use crate::cuda::driver::{Driver, Element, Part, StreamPriority};
+use crate::cuda::places::no_part;
 use crate::reference::Products;
 use crate::{KernelError, Result, cuda, cuda_driver};
 
@@ -52,14 +53,24 @@ impl From<Element> for GpuOptions {
     }
 }
 
+/// How much of its GPU a worker's work has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum DeviceShare {
+    /// All multiprocessors, and others' work may be among it.
+    #[default]
+    Whole,
+    /// The worker's part, where it has one.
+    Part,
+}
+
 /// What a worker beside another one gets of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Share {
+pub struct BesideOptions {
     /// Of a CPU.
     pub threads: usize,
     /// On a GPU, its work goes first.
     pub is_urgent: bool,
-    /// Of a GPU, where it does not get all; from [`Device::divide`].
+    /// Of a GPU, where the worker has a part of its own beside the whole; from [`Device::divide`].
     pub part: Option<Part>,
 }
 
@@ -128,16 +139,38 @@ impl Device {
         }
     }
 
-    /// A device for a second worker beside this one: on a GPU, a stream of its own over the same memory; on the CPU,
+    /// A device for a second worker beside this one: on a GPU, streams of its own over the same memory; on the CPU,
     /// threads of its own at the same level.
-    pub fn beside(&self, share: Share) -> Result<Device> {
-        let Share { threads, is_urgent, part } = share;
+    pub fn beside(&self, options: BesideOptions) -> Result<Device> {
+        let BesideOptions { threads, is_urgent, part } = options;
         match &self.backend {
             Backend::Cpu(cpu) => Device::cpu(CpuOptions { threads: Some(threads), isa: Some(cpu.isa.level) }),
             Backend::Cuda(gpu) => {
                 let priority = if is_urgent { StreamPriority::High } else { StreamPriority::Normal };
                 Ok(Device { backend: Backend::Cuda(gpu.second(priority, part)?) })
             }
+        }
+    }
+
+    /// The shares of the device that work can be given: on a GPU with a part for its worker both, elsewhere the whole.
+    #[must_use]
+    pub fn shares(&self) -> &'static [DeviceShare] {
+        match &self.backend {
+            Backend::Cpu(_) => &[DeviceShare::Whole],
+            Backend::Cuda(gpu) => gpu.shares(),
+        }
+    }
+
+    /// What is put on the device from now on has this share of it, and begins after all that was put there before;
+    /// nobody waits on the host. At first it is the whole.
+    ///
+    /// # Errors
+    /// A device without a part is asked for one; or the driver's, and then the share is what it was.
+    pub fn move_to(&self, share: DeviceShare) -> Result<()> {
+        match (&self.backend, share) {
+            (Backend::Cpu(_), DeviceShare::Whole) => Ok(()),
+            (Backend::Cpu(cpu), DeviceShare::Part) => Err(no_part(&cpu.describe())),
+            (Backend::Cuda(gpu), share) => gpu.move_to(share),
         }
     }
 

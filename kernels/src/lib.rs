@@ -44,7 +44,7 @@ pub use cuda::PrefillKernel;
 pub use cuda::account::Allocations;
 pub use cuda::driver::Element;
 pub use cuda::sampling::{DeviceSampler, SampleBias, SampleCount, SampleRow, SampledRow};
-pub use device::{CpuIsa, CpuOptions, Device, GpuOptions, Share};
+pub use device::{BesideOptions, CpuIsa, CpuOptions, Device, DeviceShare, GpuOptions};
 pub use error::{KernelError, Result};
 pub use format::{Format, dequantize};
 pub use kv_cache::{KvCache, KvDType, KvShape};

@@ -22,7 +22,8 @@ const PAIRS: u64 = UNDER_WAY_MAX + 1;
 pub struct StepSpan {
     /// From its beginning to its end. Gaps within it, as where the host is slower than the device, are part of it.
     pub busy: Duration,
-    /// From the end of the step before to its beginning; `None` of the first, and where the step before failed.
+    /// From the end of the step before to its beginning; `None` of the first, where the step before failed, and where
+    /// that had another share of the device.
     pub gap: Option<Duration>,
 }
 
@@ -53,7 +54,7 @@ impl Mark {
     fn new(device: &Device) -> Result<Self> {
         Ok(match &device.backend {
             Backend::Cpu(_) => Mark::Host(Instant::now()),
-            Backend::Cuda(gpu) => Mark::Device(Milestone::timed(&gpu.driver, gpu.stream)?),
+            Backend::Cuda(gpu) => Mark::Device(gpu.timed_milestone()?),
         })
     }
 
@@ -64,7 +65,7 @@ impl Mark {
                 *at = Instant::now();
                 Ok(())
             }
-            (Mark::Device(at), Backend::Cuda(gpu)) => at.set(gpu.stream),
+            (Mark::Device(at), Backend::Cuda(gpu)) => at.set(gpu.stream()),
             _ => Err(KernelError::shape("step clock", "the device that it was made for", device.describe())),
         }
     }
@@ -76,10 +77,11 @@ impl Mark {
         }
     }
 
-    /// Both are marks of one device, which has passed them.
-    fn since(&self, earlier: &Mark) -> Result<Duration> {
+    /// Both are marks of one device, which has passed them; `None` where it had another share at the one than at the
+    /// other.
+    fn since(&self, earlier: &Mark) -> Result<Option<Duration>> {
         match (self, earlier) {
-            (Mark::Host(at), Mark::Host(earlier)) => Ok(at.saturating_duration_since(*earlier)),
+            (Mark::Host(at), Mark::Host(earlier)) => Ok(Some(at.saturating_duration_since(*earlier))),
             (Mark::Device(at), Mark::Device(earlier)) => at.since(earlier),
             _ => unreachable!("a clock's marks are all of one kind"),
         }
@@ -150,7 +152,7 @@ impl StepClock {
         self.pair(step).ended.wait()?;
         let at = |step: u64| &self.pairs[(step % PAIRS) as usize];
         let busy = at(step).ended.since(&at(step).began)?;
-        let gap = (step > self.first).then(|| at(step).began.since(&at(step - 1).ended)).transpose()?;
-        Ok(StepSpan { busy, gap })
+        let gap = (step > self.first).then(|| at(step).began.since(&at(step - 1).ended)).transpose()?.flatten();
+        Ok(StepSpan { busy: busy.unwrap_or_default(), gap })
     }
 }

@@ -18,7 +18,7 @@ impl StepGraphs {
     }
 
     /// Batch sizes to run a decode step of each between [`begin_capture`](Self::begin_capture) and
-    /// [`end_capture`](Self::end_capture); none where there is nothing to gain.
+    /// [`end_capture`](Self::end_capture), with each share of the device; none where there is nothing to gain.
     #[must_use]
     pub fn ladder(&self) -> Vec<usize> {
         self.0.as_ref().map_or_else(Vec::new, DeviceGraphs::ladder)
@@ -36,14 +36,14 @@ impl StepGraphs {
 
     /// Rows that the step shall be laid out for: that of its captured likeness, or its own (`None`).
     #[must_use]
-    pub fn padded_rows(&self, batch: &SequenceBatch<'_>, kv: &KvCache) -> Option<usize> {
-        let graphs = self.0.as_ref()?;
+    pub fn padded_rows(&self, device: &Device, batch: &SequenceBatch<'_>, kv: &KvCache) -> Option<usize> {
+        let (Some(graphs), Backend::Cuda(gpu)) = (&self.0, &device.backend) else { return None };
         let sequences = batch.context_lens.len();
         let decode = batch.cu_seqlens_q.iter().enumerate().all(|(row, &first)| first as usize == row);
         if !decode || sequences == 0 {
             return None;
         }
-        graphs.rung(sequences, kv.on_device().ok()?.layer(0).0)
+        graphs.rung(gpu, sequences, kv.on_device().ok()?.layer(0).0)
     }
 
     /// Runs `work`, the launches of a step laid out for `padded` rows, or what was captured of it.

@@ -121,7 +121,7 @@ impl Tensor {
         };
         let mut pinned = Pinned::<u8>::new(&gpu.driver, self.len() * element.bytes())?;
         // SAFETY: the tensor is as long; the copy is waited for.
-        unsafe { pinned.copy_from(gpu.stream, memory.ptr(), 0, self.len() * element.bytes())? };
+        unsafe { pinned.copy_from(gpu.stream(), memory.ptr(), 0, self.len() * element.bytes())? };
         gpu.synchronize()?;
         Ok(element.widen(pinned.read()?))
     }

@@ -71,7 +71,8 @@ pub trait Model: Send {
     fn sampled_tokens(&self) -> SampledTokens;
 
     /// Readies decode steps over `kv` to be put on the device as one, where that gains something: then each of a ladder of batch
-    /// sizes is run and captured, and `progress` hears how many are done of how many. What `kv` holds is lost.
+    /// sizes is run and captured, with each [share](Device::shares) of the device, and `progress` hears how many are
+    /// done of how many. What `kv` holds is lost, and the share that work has is any.
     fn capture(&mut self, kv: &mut KvCache, progress: &mut dyn FnMut(usize, usize)) -> Result<(), KernelError>;
 }
 

@@ -10,6 +10,8 @@ mod common;
 mod paged;
 #[path = "gpu/quantized.rs"]
 mod quantized;
+#[path = "gpu/shares.rs"]
+mod shares;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -4,9 +4,16 @@
 f32: greedy tokens must be the same, but where two are as likely as each other. bf16 and f16: the server's own tokens are
 given to transformers in f32, which is the truth, and in the same type, which is the measure: the server's
 log-probabilities may be off the truth as far as those of transformers in that type are, times a factor.
+
+With --mixed prompts come while others are answered, after one that was alone, for servers whose steps run on a part of
+the GPU beside others and on all of it alone: both must have been.
 """
 
+import concurrent.futures
+import pathlib
+import re
 import sys
+import time
 
 import torch
 import transformers
@@ -22,6 +29,9 @@ FACTORS = (1.5, 3.0)
 FLOORS = (1e-3, 2e-2)
 # Types of 16 bits, as the server calls them and as torch does.
 HALVES = {"bf16": torch.bfloat16, "f16": torch.float16}
+# How often all prompts are asked with --mixed, and how far apart they come: a few steps, so that most come beside
+# others.
+ROUNDS, APART_S = 3, 0.015
 
 
 def load(folder, dtype: torch.dtype):
@@ -68,8 +78,40 @@ def logprobs(model, prompt: "list[int]", answer: "list[int]") -> torch.Tensor:
 def ask(options, dtype: str, prompts: "list[list[int]]") -> "list[dict]":
     flags = ["--device", options.device, "--dtype", dtype, *options.flag]
     log = options.logs / f"server-agree-{dtype}.log"
+    if options.mixed:
+        flags.append("--log-level=kvern=trace")
     with server.running(options.kvern, options.model, flags, log) as running:
-        return [running.complete(prompt, TOKENS, 1)["logprobs"] for prompt in prompts]
+        def one(prompt: "list[int]") -> dict:
+            return running.complete(prompt, TOKENS, 1)["logprobs"]
+
+        found = mixed(one, prompts) if options.mixed else [one(prompt) for prompt in prompts]
+    if options.mixed:
+        check_shares(log)
+    return found
+
+
+def mixed(one, prompts: "list[list[int]]") -> "list[dict]":
+    """One prompt alone, then rounds in which prompts come while others are answered; the last round's answers."""
+    one(prompts[0])
+    with concurrent.futures.ThreadPoolExecutor(len(prompts)) as pool:
+        for _ in range(ROUNDS):
+            answers = []
+            for prompt in prompts:
+                answers.append(pool.submit(one, prompt))
+                time.sleep(APART_S)
+            found = [answer.result() for answer in answers]
+    return found
+
+
+def check_shares(log: pathlib.Path) -> None:
+    """Steps ran on all of the GPU and on parts of it."""
+    shares = re.findall(r'\bshare\W+(Whole|Part)\b', log.read_text(errors="replace"))
+    whole, part = shares.count("Whole"), shares.count("Part")
+    changes = sum(before != after for before, after in zip(shares, shares[1:]))
+    print(f"{whole} steps on all of the GPU, {part} on a part of it, "
+          f"{changes} times another than the step reported before")
+    if not whole or not part:
+        sys.exit("expected steps on all of the GPU and on parts of it")
 
 
 def check_f32(options, truth, vocabulary: Vocabulary, prompts: "list[list[int]]") -> bool:
@@ -119,7 +161,9 @@ def check_16_bits(options, dtype: str, truth, vocabulary: Vocabulary, prompts: "
 
 
 def main() -> None:
-    options = server.arguments(__doc__.splitlines()[0]).parse_args()
+    parser = server.arguments(__doc__.splitlines()[0])
+    parser.add_argument("--mixed", action="store_true", help="prompts come while others are answered")
+    options = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
     vocabulary = Vocabulary(transformers.AutoTokenizer.from_pretrained(options.model))
     prompts = [vocabulary.prompt(text) for text in server.PROMPTS]

@@ -132,7 +132,9 @@ answers serves 300 "$PYTHON" "$scripts/server.py" "${served[@]}"
 answers cuda-and-cpu 900 "$PYTHON" "$scripts/devices.py" "${served[@]}"
 answers transformers 900 "$PYTHON" "$scripts/agree.py" "${served[@]}"
 answers early-launches 900 "$PYTHON" "$scripts/agree.py" "${served[@]}" --flag=--programmatic-launches=on
-answers parts 900 "$PYTHON" "$scripts/agree.py" "${served[@]}" --flag=--workers=split --flag=--decode-multiprocessors=48
+# A lone prompt, and many beside each other: steps go to and fro between a part of the GPU and all of it.
+answers parts 900 "$PYTHON" "$scripts/agree.py" "${served[@]}" --mixed --flag=--workers=split \
+    --flag=--decode-multiprocessors=48 --flag=--no-enable-prefix-caching
 # sanitize check|inform NAME TOOL RUN...: a short run under a tool of compute-sanitizer.
 sanitize() {
     local how=$1 name=$2 tool=$3

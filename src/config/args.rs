@@ -244,7 +244,7 @@ pub(super) struct SchedulingArgs {
     /// Compute threads of the decode worker of --workers split, out of --threads [default: half]
     #[arg(long, value_name = "N", value_parser = parse_count)]
     pub(super) decode_threads: Option<u32>,
-    /// Multiprocessors of the GPU for the decode worker of --workers split alone, the others for prefill
+    /// Multiprocessors of the GPU for the decode worker of --workers split beside prefill, which has the others
     #[arg(long, value_name = "N", hide = true, value_parser = parse_count)]
     pub(super) decode_multiprocessors: Option<u32>,
     /// Seconds without a finished step, while there is work, after which /health/live fails

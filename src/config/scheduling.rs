@@ -15,8 +15,8 @@ pub struct SchedulingConfig {
     pub pools: PoolLayout,
     /// Compute threads of the decode worker of a split layout; `None`: half of all.
     pub decode_threads: Option<usize>,
-    /// Multiprocessors of a GPU that the decode worker of a split layout has to itself, the prefill worker the others;
-    /// `None`: both have all.
+    /// Multiprocessors of a GPU that the decode worker of a split layout has while the prefill worker is at work, which
+    /// then has the others; alone each has all. `None`: both always have all.
     pub decode_multiprocessors: Option<u32>,
     /// Without a finished step for this long while there is work, the server is not live.
     pub stall_timeout: Duration,

@@ -22,13 +22,16 @@ use crate::request::{Phase, Request, RequestIndex};
 use crate::scheduler::StepFiller;
 use crate::start::Start;
 use crate::worker::{PlannedSlice, Worker};
-use crate::{Effect, Engine, LAST_SAMPLED, Micros, RequestId, Sampled, SeqSlice, StepId, StepPlan, WorkerId, policy};
+use crate::{
+    DeviceShare, Effect, Engine, LAST_SAMPLED, Micros, RequestId, Sampled, SeqSlice, StepId, StepPlan, WorkerId, policy,
+};
 
 /// The step ahead of the one in flight.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Ahead {
     /// `None` when there is none, and once it is the step in flight.
     pub(crate) step: Option<StepId>,
+    pub(crate) share: DeviceShare,
     /// Its slices, of requests that are in the step before it, too, in the same order.
     pub(crate) planned: Vec<PlannedSlice>,
     pub(crate) work: StepWork,
@@ -39,7 +42,7 @@ impl Worker {
     /// The step in flight was reported: the one ahead of it, if any, is in flight now.
     pub(crate) fn advance(&mut self, now: Micros) {
         if let Some(step) = self.ahead.step.take() {
-            self.step = Some(step);
+            (self.step, self.share) = (Some(step), self.ahead.share);
             // What was planned before is done, and its vector empty.
             std::mem::swap(&mut self.planned, &mut self.ahead.planned);
             self.note_step(self.ahead.work, self.ahead.predicted_us, now);
@@ -77,9 +80,10 @@ impl Engine {
             return false;
         }
         self.fill_ahead(worker, missing, plan);
-        plan.worker = worker;
+        (plan.worker, plan.share) = (worker, self.share(worker));
         plan.step = self.new_step();
-        self.workers[usize::from(worker.0)].ahead.step = Some(plan.step);
+        let ahead = &mut self.workers[usize::from(worker.0)].ahead;
+        (ahead.step, ahead.share) = (Some(plan.step), plan.share);
         true
     }
 

@@ -51,7 +51,7 @@ impl Engine {
         let mut planned = self.take_planned(worker, step);
         let state = &self.workers[usize::from(worker.0)];
         let pool = state.pool();
-        if device_us > 0 {
+        if device_us > 0 && self.teaches(worker) {
             self.estimator.correct(&state.work, device_us);
         }
         let hands_off = self.duty(worker).hands_off;

@@ -45,7 +45,11 @@ pub struct CoreConfig {
     pub quarantine: Micros,
     /// Whether decode steps are planned while the one before is in flight; see [`crate::Engine::plan_ahead`].
     pub plan_ahead: bool,
-    /// What a step costs, as measured at start; corrected while running.
+    /// Whether workers that share a pool, and so a device, have a part each of that device, for steps beside the
+    /// others': see [`crate::DeviceShare`]. Where not, every step has the whole.
+    pub device_parts: bool,
+    /// What a step costs, as measured at start; corrected while running. Of a step beside others where devices have
+    /// parts.
     pub cost: CostModel,
 }
 
@@ -72,6 +76,7 @@ impl CoreConfig {
             ride_along_tokens_max: 64,
             quarantine: Micros(60_000_000),
             plan_ahead: false,
+            device_parts: false,
             cost: CostModel::default(),
         }
     }

@@ -8,6 +8,7 @@
 //! [`Engine::recycle_sampled`], the vectors of its `StepDone`s.
 
 use crate::cost::Estimator;
+use crate::fault::planted;
 use crate::invariants::InvariantId;
 use crate::kv::KvPool;
 use crate::prefill::Prefill;
@@ -19,8 +20,8 @@ use crate::tenants::Tenants;
 use crate::visitors::Visitors;
 use crate::worker::Worker;
 use crate::{
-    ClassId, CoreConfig, Effect, Input, Micros, RequestId, Role, Sampled, StepId, StepPlan, TenantSpec, Timed,
-    TransferId, WorkerId, policy,
+    ClassId, CoreConfig, DeviceShare, Effect, Input, Micros, RequestId, Role, Sampled, StepId, StepPlan, TenantSpec,
+    Timed, TransferId, WorkerId, policy,
 };
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -176,6 +177,7 @@ impl Engine {
         plan.blocks.reserve(state.num_running());
         self.pools[state.pool()].choose_anew();
         self.num_plans += 1;
+        let share = self.share(worker);
         StepFiller::new(self, worker, plan, effects).fill();
         if plan.slices.is_empty() {
             self.assert_nothing_to_run(worker);
@@ -183,9 +185,10 @@ impl Engine {
         }
         let (taken, budget) = (plan.tokens.len(), self.config.step_tokens_max);
         assert!(taken <= budget as usize, "{}: {taken} tokens in a step of {budget}", InvariantId::Sch1);
-        plan.worker = worker;
+        (plan.worker, plan.share) = (worker, share);
         plan.step = self.new_step();
-        self.workers[usize::from(worker.0)].step = Some(plan.step);
+        let state = &mut self.workers[usize::from(worker.0)];
+        (state.step, state.share) = (Some(plan.step), share);
         true
     }
 
@@ -212,6 +215,29 @@ impl Engine {
         }
         let (has_prefill, has_decode) = (is_there(Role::Prefill), is_there(Role::Decode));
         policy::duty(role, has_prefill, has_decode, self.config.ride_along_tokens_max)
+    }
+
+    /// The other workers of a worker's device, as far as they are alive.
+    fn beside(&self, id: WorkerId) -> impl Iterator<Item = &Worker> {
+        let (at, pool) = (usize::from(id.0), self.workers[usize::from(id.0)].pool());
+        let others = self.workers.iter().enumerate().filter(move |(other, _)| *other != at);
+        others.map(|(_, worker)| worker).filter(move |worker| worker.is_alive && worker.pool() == pool)
+    }
+
+    /// How much of its device a worker's next step has, as others are at work now.
+    pub(crate) fn share(&self, id: WorkerId) -> DeviceShare {
+        if planted!(self, IgnoreOthers) {
+            return DeviceShare::Whole;
+        }
+        let is_at_work = |worker: &Worker| worker.step.is_some() || worker.num_running() > 0;
+        let are_others = self.beside(id).any(is_at_work) || planted!(self, KeepToPart);
+        policy::share(self.config.device_parts, are_others)
+    }
+
+    /// Whether the cost model learns from the step that a worker reports.
+    pub(crate) fn teaches(&self, id: WorkerId) -> bool {
+        let share = self.workers[usize::from(id.0)].share;
+        policy::teaches(self.config.device_parts, share, self.beside(id).next().is_some())
     }
 
     /// Whether a decode on this pool waits for a block.

@@ -114,6 +114,10 @@ pub(crate) enum Fault {
     AheadOfTokens,
     /// Steps are planned ahead although somebody could start.
     AheadOfWaiting,
+    /// Steps have the whole device whoever else is at work on it.
+    IgnoreOthers,
+    /// Steps keep to their part of the device although nobody else is at work on it.
+    KeepToPart,
 }
 
 /// Whether `fault` is planted in `$owner`, which has a field `fault: Option<Fault>` in tests.

@@ -6,11 +6,23 @@ use std::ops::Range;
 /// Stands in [`StepPlan::tokens`] for a token that is not known yet: see [`SeqSlice::last_sampled`].
 pub const LAST_SAMPLED: TokenId = TokenId::MAX;
 
+/// How much of a device with several workers a step runs on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+pub enum DeviceShare {
+    /// All of it, and others' work may be among the step's.
+    #[default]
+    Whole,
+    /// The worker's part; only where [`crate::CoreConfig::device_parts`] says that workers have one.
+    Part,
+}
+
 /// One step of one worker. Slices index into the flat `tokens` and `blocks`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StepPlan {
     pub step: StepId,
     pub worker: WorkerId,
+    /// What of the worker's device the step runs on; the step before it may have had the other.
+    pub share: DeviceShare,
     pub slices: Vec<SeqSlice>,
     /// Input tokens of all slices, in the order of the slices.
     pub tokens: Vec<TokenId>,
@@ -56,10 +68,18 @@ impl StepPlan {
     /// An empty plan to be filled by [`crate::Engine::plan`].
     #[must_use]
     pub fn empty() -> Self {
-        StepPlan { step: StepId(0), worker: WorkerId(0), slices: Vec::new(), tokens: Vec::new(), blocks: Vec::new() }
+        StepPlan {
+            step: StepId(0),
+            worker: WorkerId(0),
+            share: DeviceShare::Whole,
+            slices: Vec::new(),
+            tokens: Vec::new(),
+            blocks: Vec::new(),
+        }
     }
 
     pub(crate) fn clear(&mut self) {
+        self.share = DeviceShare::Whole;
         self.slices.clear();
         self.tokens.clear();
         self.blocks.clear();

@@ -12,7 +12,7 @@
 //!   room for a token that is then made.
 
 use crate::request::Arrival;
-use crate::{ClassId, CoreConfig, Role};
+use crate::{ClassId, CoreConfig, DeviceShare, Role};
 
 /// Most requests that run at once on a worker: each must be able to get a token in each step.
 pub(crate) fn running_max(config: &CoreConfig) -> usize {
@@ -79,7 +79,51 @@ pub(crate) fn duty(role: Role, has_prefill: bool, has_decode: bool, ride_along_t
     }
 }
 
+/// How much of its device a worker's next step has, where the workers of a device have a part each: the whole while
+/// none of the others has requests running or a step in flight, else the worker's part.
+///
+/// A step keeps what it was planned with. So a step on the whole may run beside another worker's, but of any two that
+/// do the one that was planned later is on its part: nobody waits for the device to be divided, and who goes on alone
+/// has all of it from its next plan on.
+pub(crate) fn share(has_parts: bool, are_others_at_work: bool) -> DeviceShare {
+    if has_parts && are_others_at_work { DeviceShare::Part } else { DeviceShare::Whole }
+}
+
+/// Whether the cost model learns from a step. Where workers have parts it is measured on those, and stays a model of
+/// steps beside others: what it predicts decides on admission and on prompts beside decodes, when others are at work.
+/// Only who has nobody left to be beside learns from steps on the whole.
+pub(crate) fn teaches(has_parts: bool, share: DeviceShare, has_others: bool) -> bool {
+    !has_parts || share == DeviceShare::Part || !has_others
+}
+
 /// How many of `remaining` tokens a request computes in a step that has `budget` tokens left.
 pub(crate) fn chunk(remaining: u32, budget: u32) -> u32 {
     remaining.min(budget)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_step_has_the_whole_device_unless_others_are_at_work() {
+        let cases = [
+            ((false, false), DeviceShare::Whole),
+            ((false, true), DeviceShare::Whole),
+            ((true, false), DeviceShare::Whole),
+            ((true, true), DeviceShare::Part),
+        ];
+        for ((has_parts, others), expected) in cases {
+            assert_eq!(share(has_parts, others), expected, "parts {has_parts}, others at work {others}");
+        }
+    }
+
+    #[test]
+    fn the_cost_model_is_of_steps_beside_others() {
+        for share in [DeviceShare::Whole, DeviceShare::Part] {
+            assert!(teaches(false, share, true) && teaches(false, share, false), "undivided: {share:?}");
+            assert!(teaches(true, share, false), "nobody else: {share:?}");
+            assert_eq!(teaches(true, share, true), share == DeviceShare::Part);
+        }
+    }
 }

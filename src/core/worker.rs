@@ -6,7 +6,7 @@ use crate::ahead::Ahead;
 use crate::cost::StepWork;
 use crate::request::{Arrival, Request, RequestIndex};
 use crate::tenants::TenantSlot;
-use crate::{ClassId, Micros, StepId, WorkerSpec};
+use crate::{ClassId, DeviceShare, Micros, StepId, WorkerSpec};
 
 /// One request's share of the step in flight.
 #[derive(Clone, Copy, Debug)]
@@ -26,6 +26,8 @@ pub(crate) struct Worker {
     pub(crate) num_arriving: u32,
     /// The step in flight, which is reported next; `None` when the worker is idle.
     pub(crate) step: Option<StepId>,
+    /// What of its device that step has or, when idle, the last one had.
+    pub(crate) share: DeviceShare,
     /// The slices of the step in flight; empty when the worker is idle.
     pub(crate) planned: Vec<PlannedSlice>,
     pub(crate) ahead: Ahead,
@@ -61,6 +63,7 @@ impl Worker {
             running: Vec::new(),
             num_arriving: 0,
             step: None,
+            share: DeviceShare::Whole,
             planned: Vec::new(),
             ahead: Ahead::default(),
             has_failed: false,

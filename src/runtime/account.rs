@@ -13,8 +13,9 @@ use std::fmt::Write as _;
 
 /// Slots are 32-bit on every backend.
 const BLOCKS_MAX: u64 = 1 << 24;
-/// What captured steps and the library of products take at their first use, about.
-const RESERVED_BYTES: u64 = 192 << 20;
+/// What the library of products takes at its first use, and what each ladder of captured steps does, about.
+const LIBRARY_BYTES: u64 = 128 << 20;
+const LADDER_BYTES: u64 = 64 << 20;
 /// The purpose under which the cache counts itself.
 const KV_PURPOSE: &str = "the KV cache";
 /// What the account leaves to others.
@@ -115,7 +116,6 @@ impl Wanted<'_> {
         let free = gpu.free_bytes()?.unwrap_or(0) as u64;
         let budget = free / 1000 * u64::from(engine.device.memory_utilization);
         let Fixed { mut table, block_bytes } = self.fixed(gpu, self.load.limits)?;
-        table.push(("captured steps, library of products (reserve)".to_owned(), RESERVED_BYTES));
         let fixed: u64 = table.iter().map(|(_, bytes)| bytes).sum();
         let left = budget.saturating_sub(fixed);
         let asked = engine.kv_cache_memory_bytes;
@@ -154,11 +154,13 @@ impl Wanted<'_> {
         let load = LoadOptions { limits, ..self.load };
         let loaded = kvern_models::load(&counting, self.files, &load, &mut |_| {})?;
         let shape = self.shape(&loaded, 1);
-        Team::new(counting.clone(), loaded, shape, &self.options.scheduling, limits)?;
+        let team = Team::new(counting.clone(), loaded, shape, &self.options.scheduling, limits)?;
+        let reserve = LIBRARY_BYTES + LADDER_BYTES * team.ladders() as u64;
+        let reserve = ("captured steps, library of products (reserve)".to_owned(), reserve);
         let purposes = counting.allocations().map_or_else(Vec::new, |counted| counted.purposes);
         let table = purposes.into_iter().filter(|(purpose, _)| purpose != KV_PURPOSE);
         Ok(Fixed {
-            table: table.map(|(purpose, bytes)| (purpose, bytes as u64)).collect(),
+            table: table.map(|(purpose, bytes)| (purpose, bytes as u64)).chain([reserve]).collect(),
             block_bytes: shape.block_bytes() as u64,
         })
     }
@@ -171,7 +173,7 @@ impl Wanted<'_> {
             let tokens_max = if sequences == asked.sequences_max { asked.tokens_max } else { sequences.max(512) };
             let limits = StepLimits { sequences_max: sequences, tokens_max: tokens_max.min(asked.tokens_max), ..asked };
             let fixed: u64 = self.fixed(gpu, limits)?.table.iter().map(|(_, bytes)| bytes).sum();
-            let left = budget.saturating_sub(fixed + RESERVED_BYTES);
+            let left = budget.saturating_sub(fixed);
             let tokens = (left / block_bytes).saturating_sub(1) * u64::from(self.options.engine.block_size);
             if tokens > 0 {
                 let context = tokens.min(u64::from(self.max_model_len));

@@ -8,6 +8,8 @@
 //!   prefill q tokens,    long context       ... + q x context x per token  -> prefill context
 //! ```
 //!
+//! With the share of the device that steps beside another worker's have: the model decides when both are at work.
+//!
 //! A tenth of a second for a small model on two cores; the core corrects the rest while it runs. What K and V hold does not
 //! matter, so the cache is used as it is: nothing in it is in use yet.
 

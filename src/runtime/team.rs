@@ -5,12 +5,15 @@
 //!   split, shared    two devices with threads of their own, one set of weights, one pool
 //!   split, apart     the same with a pool each, and a thread that copies blocks from one to the other
 //! ```
+//!
+//! On a GPU split workers may have a part each of its multiprocessors, for steps beside the other's; alone they have
+//! all.
 
 use super::{PoolLayout, SchedulingConfig, StartError, WorkerLayout, calibrate};
 use crate::admission::LOGPROBS_MAX;
 use crate::worker::{Mover, Worker, WorkerParts};
 use kvern_core::{CostModel, PoolId, Role, WorkerSpec};
-use kvern_kernels::{Device, DeviceSampler, KvCache, KvShape, Share, StepClock};
+use kvern_kernels::{BesideOptions, Device, DeviceSampler, KernelError, KvCache, KvShape, StepClock};
 use kvern_models::{ForwardBatch, LoadedModel, Model, StepLimits};
 
 /// Workers before their first step.
@@ -40,6 +43,8 @@ pub(super) struct ReadyTeam {
     pub(super) cost: CostModel,
     /// Of a GPU's memory, after all kinds of steps have run.
     pub(super) free_bytes: Option<usize>,
+    /// Workers have a part each of their device.
+    pub(super) has_parts: bool,
 }
 
 impl Team {
@@ -83,8 +88,9 @@ impl Team {
         // A thread at least, even where there is only one: then the two take turns.
         let prefill_threads = threads.saturating_sub(decode_threads).max(1);
         let parts = wanted.decode_multiprocessors.map(|multiprocessors| device.divide(multiprocessors)).transpose()?;
-        let prefill = Share { threads: prefill_threads, is_urgent: false, part: parts.map(|[_, rest]| rest) };
-        let decode = Share { threads: decode_threads, is_urgent: true, part: parts.map(|[first, _]| first) };
+        let part = |at: usize| parts.map(|parts| parts[at]);
+        let prefill = BesideOptions { threads: prefill_threads, is_urgent: false, part: part(1) };
+        let decode = BesideOptions { threads: decode_threads, is_urgent: true, part: part(0) };
         let devices = [device.beside(prefill)?, device.beside(decode)?];
         let (caches, pools, mover) = match wanted.pools {
             PoolLayout::Shared => {
@@ -122,8 +128,15 @@ impl Team {
         self.members.iter().map(one).collect::<Vec<_>>().join(", ")
     }
 
-    /// Runs each kind of step once on each worker, captures decode steps where that gains something, and measures what steps
-    /// cost. `progress` hears how many are captured.
+    /// Ladders of decode steps that [`warm`](Self::warm) captures, where it does.
+    pub(super) fn ladders(&self) -> usize {
+        let decoding = self.members.iter().filter(|member| member.spec.role != Role::Prefill);
+        decoding.map(|member| member.device.shares().len()).sum()
+    }
+
+    /// Runs each kind of step once on each worker, captures decode steps where that gains something, all with each
+    /// share of the device, and measures what steps cost, beside others where that is another share. `progress` hears
+    /// how many are captured.
     pub(super) fn warm(
         mut self,
         limits: StepLimits,
@@ -136,6 +149,7 @@ impl Team {
             if member.spec.role != Role::Prefill {
                 member.model.capture(&mut member.kv, progress).map_err(StartError::WarmUp)?;
             }
+            member.move_beside().map_err(StartError::WarmUp)?;
             costs.push(calibrate::measure(member, limits).map_err(StartError::WarmUp)?);
         }
         // Decode as the last worker does it, prefill as the first.
@@ -147,17 +161,31 @@ impl Team {
         };
         tracing::debug!(?cost, "measured");
         let free_bytes = self.members[0].device.free_bytes().map_err(StartError::WarmUp)?;
+        let has_parts = self.members.iter().any(|member| member.device.shares().len() > 1);
         let specs = self.members.iter().map(|member| member.spec).collect();
         let workers = self.members.into_iter().map(|member| member.worker(limits, plan_ahead));
         let workers = workers.collect::<Result<_, _>>()?;
-        Ok(ReadyTeam { workers, specs, pools: self.pools, mover: self.mover, cost, free_bytes })
+        Ok(ReadyTeam { workers, specs, pools: self.pools, mover: self.mover, cost, has_parts, free_bytes })
     }
 }
 
 impl Member {
+    fn warm(&mut self, limits: StepLimits) -> Result<(), KernelError> {
+        for share in self.device.shares() {
+            self.device.move_to(*share)?;
+            self.warm_share(limits)?;
+        }
+        Ok(())
+    }
+
+    /// Steps have the share of the device now that they have beside another worker's.
+    fn move_beside(&self) -> Result<(), KernelError> {
+        self.device.shares().last().map_or(Ok(()), |share| self.device.move_to(*share))
+    }
+
     /// Prompts of a block and of one token; on a GPU of all doublings up to the longest step, as each size may be another kernel
     /// of the library of products, which takes time and memory at its first use.
-    fn warm(&mut self, limits: StepLimits) -> Result<(), kvern_kernels::KernelError> {
+    fn warm_share(&mut self, limits: StepLimits) -> Result<(), KernelError> {
         let KvShape { blocks, block_size, .. } = self.kv.shape();
         let longest = limits.tokens_max.min(limits.context_max).min(blocks * block_size);
         let most = if self.is_gpu() { longest } else { longest.min(block_size) };
@@ -169,7 +197,7 @@ impl Member {
     }
 
     /// A step, to its end.
-    pub(super) fn forward(&mut self, batch: &ForwardBatch<'_>) -> Result<(), kvern_kernels::KernelError> {
+    pub(super) fn forward(&mut self, batch: &ForwardBatch<'_>) -> Result<(), KernelError> {
         self.model.forward(batch, &mut self.kv)?;
         self.device.synchronize()
     }

@@ -19,7 +19,7 @@ use crate::request::{SamplingParams, TokenLogprobs};
 use batch::{BatchBuffers, BatchError};
 use host_sampling::{SamplerLane, sample_rows};
 use kvern_core::{RequestId, Sampled, StepPlan, TokenId};
-use kvern_kernels::{Device, DeviceSampler, KernelError, KvCache, StepClock, StepSpan};
+use kvern_kernels::{Device, DeviceSampler, DeviceShare, KernelError, KvCache, StepClock, StepSpan};
 use kvern_models::{Model, StepLimits};
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -341,11 +341,16 @@ impl Worker {
 }
 
 impl Worker {
-    /// Puts a step on the device. How its rows are sampled goes first, so that nothing of it waits for the forward pass.
+    /// Puts a step on its share of the device. How its rows are sampled goes first, so that nothing of it waits for the
+    /// forward pass.
     ///
     /// The clock's marks are around all of it, from the first copy of its inputs to the last of its results: whatever a
     /// step makes the device do is its own, and no captured launch has a mark in it.
     fn launch(&mut self, plan: &StepPlan) -> Result<(), StepError> {
+        self.device.move_to(match plan.share {
+            kvern_core::DeviceShare::Whole => DeviceShare::Whole,
+            kvern_core::DeviceShare::Part => DeviceShare::Part,
+        })?;
         let batch = self.batch.fill(plan)?;
         let mut sampler = self.sampler.as_mut().filter(|_| !batch.sample_rows.is_empty());
         if let Some(sampler) = &mut sampler {

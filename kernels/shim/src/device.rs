@@ -11,7 +11,7 @@
 //! its threads, as if every value passed between them ordered them: a thread that relies on what another one waited
 //! for, without having heard of it, is not found. Where a kernel's extents depend on data, the first byte of an operand
 //! stands for all of it. KV caches are exempt from order, not from being alive: the scheduler keeps blocks apart. As on
-//! a GPU, an event that was never recorded is done.
+//! a GPU, an event that was never recorded is done. What was captured on a part of the device is launched there alone.
 //!
 //! Work runs at once, or, with [`Options::lazy`], when the host waits for it, streams taking turns by a seed: what is
 //! read too early is then poison. Launches run in either order of threads, by the same seed.
@@ -121,6 +121,15 @@ impl ShimDriver {
     pub fn fail(&self, call: Call, nth: u64, text: &str, lost: bool) {
         assert!(nth > 0, "calls are counted from 1 on");
         self.state().plant(Fault { call, left: nth, text: text.to_owned(), lost });
+    }
+
+    /// Leaves out the `nth` wait of a stream from now on (1 is the next one), as if the code had forgotten it.
+    ///
+    /// # Panics
+    /// If `nth` is 0.
+    pub fn leave_out_wait(&self, nth: u64) {
+        assert!(nth > 0, "calls are counted from 1 on");
+        self.state().leave_out_wait(nth);
     }
 
     /// Time goes by on the device in which no work runs. Else only work takes time there: a microsecond for each

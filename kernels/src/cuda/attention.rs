@@ -50,8 +50,8 @@ struct WindowPlan {
 pub(crate) struct DevicePlan {
     kernels: AttentionKernels,
     heads: HeadLayout,
-    /// Blocks of decode per KV head.
-    workers: u32,
+    /// Blocks of decode per KV head, by share of the device.
+    workers: Vec<u32>,
     /// Query rows of a tile of the portable kernel.
     tile_rows: u32,
     /// The step's tiles are for the kernel for sm_90a.
@@ -78,11 +78,14 @@ pub(crate) struct DevicePlan {
 }
 
 impl AttentionKernels {
-    fn new(gpu: &CudaDevice, heads: HeadLayout) -> Result<(Self, u32)> {
+    fn new(gpu: &CudaDevice, heads: HeadLayout) -> Result<(Self, Vec<u32>)> {
         let (driver, element, dim) = (gpu.driver.as_ref(), gpu.element, heads.head_dim);
         if element == Element::F32 {
             check_head("attention plan", dim)?;
-            return Ok((AttentionKernels::F32 { attention: driver.kernel("kvern_attention_f32", 0)? }, 1));
+            return Ok((
+                AttentionKernels::F32 { attention: driver.kernel("kvern_attention_f32", 0)? },
+                vec![1; gpu.shares().len()],
+            ));
         }
         if !HEAD_DIMS.contains(&dim) || heads.group() > launch::prefill_rows(dim) {
             let expected = format!(
@@ -95,13 +98,13 @@ impl AttentionKernels {
         let named = |op: &str, shared| driver.kernel(&format!("kvern_{op}_{element}_d{dim}"), shared);
         let decode = named("decode", shared)?;
         let fit = driver.blocks_per_multiprocessor(decode, launch::DECODE_THREADS as u32, shared)?.get() as usize;
-        let blocks = fit * gpu.multiprocessors();
-        let workers = launch::decode_workers(blocks, heads.kv_heads, heads.group());
+        let workers = |multiprocessors| launch::decode_workers(fit * multiprocessors, heads.kv_heads, heads.group());
+        let workers = gpu.multiprocessors().map(|count| workers(count) as u32).collect();
         let (merge, prefill) = (named("decode_merge", 0)?, named("prefill", launch::prefill_shared_bytes(dim) as u32)?);
         let cascade = named("cascade", launch::cascade_shared_bytes(dim) as u32)?;
         let hopper = || named("prefill_hopper", launch::prefill_hopper_shared_bytes(dim) as u32);
         let prefill_hopper = gpu.is_prefill_hopper.then(hopper).transpose()?;
-        Ok((AttentionKernels::Tiles { decode, merge, prefill, prefill_hopper, cascade }, workers as u32))
+        Ok((AttentionKernels::Tiles { decode, merge, prefill, prefill_hopper, cascade }, workers))
     }
 }
 
@@ -115,6 +118,7 @@ impl DevicePlan {
         };
         let AttentionLimits { tokens_max, sequences_max, context_max, windows, shared_prefix_bytes } = *limits;
         let pieces = pieces_max(context_max);
+        let workers_max = workers.iter().copied().max().unwrap_or(0) as usize;
         let partials = match kernels {
             AttentionKernels::F32 { .. } => 0,
             AttentionKernels::Tiles { .. } => PARTIALS_MAX.max(pieces).min(pieces * sequences_max),
@@ -125,7 +129,7 @@ impl DevicePlan {
                 window: *window,
                 plan: DecodePlan::with_partials_max(partials as u32),
                 items: StepArray::new(driver, WHAT, partials + sequences_max)?,
-                starts: StepArray::new(driver, WHAT, workers as usize + 1)?,
+                starts: StepArray::new(driver, WHAT, workers_max + 1)?,
                 merges: StepArray::new(driver, WHAT, sequences_max)?,
                 cascade_rows: StepArray::new(driver, WHAT, sequences_max)?,
                 // A piece of a prefix is a partial result of each of its rows, and tiles are of some rows.
@@ -153,7 +157,7 @@ impl DevicePlan {
             tables: StepArray::new(driver, "block tables", table_entries)?,
             sums: DeviceMemory::new(driver, "partial results of attention", partial_values * 2 * 4)?,
             values: DeviceMemory::new(driver, "partial results of attention", partial_values * heads.head_dim * 4)?,
-            copied: Milestone::new(driver, gpu.stream)?,
+            copied: gpu.milestone()?,
             prefixes: SharedPrefixes::default(),
             shared_prefix_bytes,
             cascade_rows: (launch::cascade_rows(heads.head_dim) / heads.group()) as u32,
@@ -263,32 +267,33 @@ impl DevicePlan {
             AttentionKernels::Tiles { .. } => tiles.len(),
         };
         let tile = |at: usize| tiles.get(at).copied().unwrap_or(no_tile);
+        let workers = self.workers[gpu.share()];
         // SAFETY: the last copies are done, as `copied` says, and the arrays are this stream's own. Here and below.
         unsafe {
-            self.tables.fill(gpu.stream, self.table_entries.iter().copied())?;
-            self.tiles.fill(gpu.stream, (0..tile_count).map(tile))?;
+            self.tables.fill(gpu.stream(), self.table_entries.iter().copied())?;
+            self.tiles.fill(gpu.stream(), (0..tile_count).map(tile))?;
         }
         for own in &mut self.windows {
             let WindowPlan { window, plan, items, starts, merges, cascade_rows, cascade_tiles } = own;
             let prefixes = self.prefixes.found.as_slice();
             if window.is_none() && !prefixes.is_empty() {
-                plan.update_shared(&self.decode_queries, prefixes, self.cascade_rows, self.workers);
+                plan.update_shared(&self.decode_queries, prefixes, self.cascade_rows, workers);
             } else {
-                plan.update(&self.decode_queries, *window, self.workers);
+                plan.update(&self.decode_queries, *window, workers);
             }
             let merge_count = if self.decode_queries.is_empty() { 0 } else { padded.unwrap_or(plan.merges.len()) };
             let no_merge = DecodeMerge { row: 0, first: 0, count: 0 };
             let merge = |at: usize| plan.merges.get(at).copied().unwrap_or(no_merge);
             // SAFETY: as above.
             unsafe {
-                items.fill(gpu.stream, plan.items.iter().copied())?;
-                starts.fill(gpu.stream, plan.starts.iter().copied())?;
-                merges.fill(gpu.stream, (0..merge_count).map(merge))?;
-                cascade_rows.fill(gpu.stream, plan.cascade_rows.iter().copied())?;
-                cascade_tiles.fill(gpu.stream, plan.cascade_tiles.iter().copied())?;
+                items.fill(gpu.stream(), plan.items.iter().copied())?;
+                starts.fill(gpu.stream(), plan.starts.iter().copied())?;
+                merges.fill(gpu.stream(), (0..merge_count).map(merge))?;
+                cascade_rows.fill(gpu.stream(), plan.cascade_rows.iter().copied())?;
+                cascade_tiles.fill(gpu.stream(), plan.cascade_tiles.iter().copied())?;
             }
         }
-        self.copied.set(gpu.stream)
+        self.copied.set(gpu.stream())
     }
 
     pub(crate) fn launch(
@@ -375,7 +380,7 @@ impl DevicePlan {
             self.launch_cascade(gpu, cascade, own, &params, args.heads)?;
         }
         let tiles = launch::decode_head_tiles(args.heads.group());
-        let grid = [self.workers as usize, kv_heads * tiles];
+        let grid = [self.workers[gpu.share()] as usize, kv_heads * tiles];
         let decode_shape = with_shared(shape(grid, launch::DECODE_THREADS), launch::decode_shared_bytes(head_dim));
         // SAFETY: as of the tiles; partial results are within what was allocated, as the plan was told.
         unsafe {
@@ -496,7 +501,7 @@ mod tests {
     use crate::cuda::account::CountingDriver;
     use crate::cuda::driver::{DeviceProperties, StreamPriority};
 
-    /// A plan has as many blocks of decode as fit the part of the device that its stream is on.
+    /// A plan has as many blocks of decode as fit what its stream is on: all of the device, and the part of it.
     #[test]
     fn decode_is_cut_for_the_part_of_the_device() {
         let like = DeviceProperties {
@@ -517,12 +522,13 @@ mod tests {
             windows: &[None],
             shared_prefix_bytes: u64::MAX,
         };
-        let workers = |gpu: &CudaDevice| DevicePlan::new(gpu, heads, &limits).unwrap().workers as usize;
-        assert_eq!(workers(&whole), launch::decode_workers(132, 8, 4));
+        let workers = |gpu: &CudaDevice| DevicePlan::new(gpu, heads, &limits).unwrap().workers;
+        let all = launch::decode_workers(132, 8, 4) as u32;
+        assert_eq!(workers(&whole), [all]);
         for part in whole.driver.divide(48).unwrap() {
             let gpu = whole.second(StreamPriority::High, Some(part)).unwrap();
-            assert_eq!(workers(&gpu), launch::decode_workers(part.multiprocessors as usize, 8, 4), "{part:?}");
-            assert!(workers(&gpu) < workers(&whole), "{part:?}");
+            let own = launch::decode_workers(part.multiprocessors as usize, 8, 4) as u32;
+            assert!(workers(&gpu) == [all, own] && own < all, "{part:?}");
         }
     }
 

@@ -1,7 +1,9 @@
-//! Launches of decode steps, captured once for each of a ladder of batch sizes: a step is then one launch for the host.
+//! Launches of decode steps, captured once for each of a ladder of batch sizes, and for each share of the device that a
+//! step may have: a step is then one launch for the host.
 
 use super::CudaDevice;
 use super::driver::Graph;
+use super::places::SHARES;
 use crate::Result;
 use kvern_cuda_abi::Ptr;
 
@@ -20,14 +22,15 @@ pub(crate) struct DeviceGraphs {
 
 struct Rung {
     rows: usize,
-    graph: Option<Graph>,
+    /// By share: what was captured stays on the multiprocessors that it was captured for.
+    graphs: [Option<Graph>; SHARES.len()],
 }
 
 impl DeviceGraphs {
     /// For steps of at most `sequences_max` rows.
     pub(crate) fn new(sequences_max: usize) -> Self {
         let below = LADDER.into_iter().take_while(|&rows| rows < sequences_max);
-        let rungs = below.chain([sequences_max]).map(|rows| Rung { rows, graph: None }).collect();
+        let rungs = below.chain([sequences_max]).map(|rows| Rung { rows, graphs: [None; SHARES.len()] }).collect();
         DeviceGraphs { rungs, capturing: false, cache: Ptr::NULL }
     }
 
@@ -36,10 +39,10 @@ impl DeviceGraphs {
         self.rungs.iter().map(|rung| rung.rows).collect()
     }
 
-    /// The rung for a decode step of `rows` rows over this cache.
-    pub(crate) fn rung(&self, rows: usize, cache: Ptr) -> Option<usize> {
+    /// The rung for a decode step of `rows` rows over this cache, with the share of the device that work has now.
+    pub(crate) fn rung(&self, gpu: &CudaDevice, rows: usize, cache: Ptr) -> Option<usize> {
         let rung = self.rungs.iter().find(|rung| rung.rows >= rows)?;
-        (self.capturing || (rung.graph.is_some() && self.cache == cache)).then_some(rung.rows)
+        (self.capturing || (rung.graphs[gpu.share()].is_some() && self.cache == cache)).then_some(rung.rows)
     }
 
     /// Replays the rung of exactly `rows` rows, or captures `work` as it.
@@ -51,18 +54,19 @@ impl DeviceGraphs {
         work: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
         let Some(rung) = self.rungs.iter_mut().find(|rung| rung.rows == rows) else { return work() };
-        let graph = match rung.graph {
+        let own = &mut rung.graphs[gpu.share()];
+        let graph = match *own {
             Some(graph) => graph,
             None => {
-                gpu.driver.begin_capture(gpu.stream)?;
+                gpu.driver.begin_capture(gpu.stream())?;
                 let done = work();
-                let graph = gpu.driver.end_capture(gpu.stream);
+                let graph = gpu.driver.end_capture(gpu.stream());
                 done?;
                 self.cache = cache;
-                *rung.graph.insert(graph?)
+                *own.insert(graph?)
             }
         };
         // SAFETY: the graph was captured over this workspace and, as `rung` said, this cache, which live on.
-        unsafe { gpu.driver.launch_graph(graph, gpu.stream) }
+        unsafe { gpu.driver.launch_graph(graph, gpu.stream()) }
     }
 }

@@ -43,7 +43,7 @@ impl DeviceInputs {
             slots: memory(tokens_max)?,
             context_lens: memory(sequences_max)?,
             sampled_tokens: Arc::new(memory(sequences_max)?),
-            copied: Milestone::new(&gpu.driver, gpu.stream)?,
+            copied: gpu.milestone()?,
             new_slices: Vec::with_capacity(sequences_max),
             block_tables: Ptr::NULL,
             block_size: 1,
@@ -81,11 +81,11 @@ impl DeviceInputs {
         let entry = |values: &[u32], row: usize| values.get(row).copied().unwrap_or(0);
         // SAFETY: the last copies are done, as `copied` says, and the arrays are this stream's own.
         unsafe {
-            self.ids.fill(gpu.stream, (0..count).map(|row| entry(ids, row)))?;
-            self.sample_rows.fill(gpu.stream, (0..sampled).map(|row| entry(sample_rows, row)))?;
-            self.slices.fill(gpu.stream, self.new_slices.iter().copied())?;
+            self.ids.fill(gpu.stream(), (0..count).map(|row| entry(ids, row)))?;
+            self.sample_rows.fill(gpu.stream(), (0..sampled).map(|row| entry(sample_rows, row)))?;
+            self.slices.fill(gpu.stream(), self.new_slices.iter().copied())?;
         }
-        self.copied.set(gpu.stream)?;
+        self.copied.set(gpu.stream())?;
         (self.block_tables, self.block_size) = (plan.tables(), plan.block_size() as u32);
         Ok(StepIndices {
             ids: Indices::device(self.ids.ptr(), count),

@@ -176,44 +176,60 @@ impl<T: Copy> StepArray<T> {
     }
 }
 
-/// A place in a stream up to which the host can wait.
+/// A place in the work of a worker up to which the host, and streams, can wait.
 pub(crate) struct Milestone {
     driver: Arc<dyn Driver>,
-    event: Event,
+    /// For each of the worker's streams: an event belongs to what its stream is on.
+    events: Vec<(Stream, Event)>,
+    /// Which was set last.
+    at: usize,
     passed: bool,
 }
 
 impl Milestone {
-    /// In this stream, or others of its part of the device.
-    pub(crate) fn new(driver: &Arc<dyn Driver>, stream: Stream) -> Result<Self> {
-        Ok(Milestone { event: driver.event(stream)?, driver: Arc::clone(driver), passed: true })
+    /// In one of these streams.
+    pub(crate) fn new(driver: &Arc<dyn Driver>, streams: impl IntoIterator<Item = Stream>) -> Result<Self> {
+        Milestone::with(driver, streams, |stream| driver.event(stream))
+    }
+
+    fn with(
+        driver: &Arc<dyn Driver>,
+        streams: impl IntoIterator<Item = Stream>,
+        event: impl Fn(Stream) -> Result<Event>,
+    ) -> Result<Self> {
+        let events = streams.into_iter().map(|stream| Ok((stream, event(stream)?))).collect::<Result<_>>()?;
+        Ok(Milestone { events, driver: Arc::clone(driver), at: 0, passed: true })
     }
 
     /// As [`new`](Self::new); it also keeps when the device passed it.
-    pub(crate) fn timed(driver: &Arc<dyn Driver>, stream: Stream) -> Result<Self> {
-        Ok(Milestone { event: driver.timer(stream)?, driver: Arc::clone(driver), passed: true })
+    pub(crate) fn timed(driver: &Arc<dyn Driver>, streams: impl IntoIterator<Item = Stream>) -> Result<Self> {
+        Milestone::with(driver, streams, |stream| driver.timer(stream))
     }
 
-    /// How long after `earlier` the device passed it. Both are timed, and the device has passed them.
-    pub(crate) fn since(&self, earlier: &Milestone) -> Result<Duration> {
-        self.driver.elapsed(earlier.event, self.event)
+    /// How long after `earlier` the device passed it; `None` where they are in different streams of the worker. Both
+    /// are timed, and the device has passed them.
+    pub(crate) fn since(&self, earlier: &Milestone) -> Result<Option<Duration>> {
+        let ((from, began), (to, ended)) = (earlier.events[earlier.at], self.events[self.at]);
+        (from == to).then(|| self.driver.elapsed(began, ended)).transpose()
     }
 
     /// Work put on `stream` from now on begins when the device has passed it.
     pub(crate) fn hold(&self, stream: Stream) -> Result<()> {
-        self.driver.wait(stream, self.event)
+        self.driver.wait(stream, self.events[self.at].1)
     }
 
-    /// Is now at the end of what is on the stream.
+    /// Is now at the end of what is on the stream, one of its own.
     pub(crate) fn set(&mut self, stream: Stream) -> Result<()> {
+        let known = self.events.iter().position(|(own, _)| *own == stream);
+        self.at = known.expect("a milestone is made for all streams of whoever sets it");
         self.passed = false;
-        self.driver.record(self.event, stream)
+        self.driver.record(self.events[self.at].1, stream)
     }
 
     /// Waits until the device has passed it.
     pub(crate) fn wait(&mut self) -> Result<()> {
         if !self.passed {
-            self.driver.synchronize(self.event)?;
+            self.driver.synchronize(self.events[self.at].1)?;
             self.passed = true;
         }
         Ok(())

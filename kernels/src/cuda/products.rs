@@ -135,12 +135,12 @@ fn product(gpu: &CudaDevice, sides: &Sides, w: Ptr, first: usize, rows: usize) -
         n: rows,
         k: sides.inner,
         out_stride: sides.out_stride,
-        multiprocessors: gpu.part.map_or(0, |part| part.multiprocessors),
+        multiprocessors: gpu.part().map_or(0, |part| part.multiprocessors),
         workspace: gpu.workspace.ptr(),
         workspace_bytes: gpu.workspace.bytes(),
     };
     // SAFETY: as of the product of few rows.
-    unsafe { gpu.driver.gemm(gpu.stream, &gemm) }
+    unsafe { gpu.driver.gemm(gpu.stream(), &gemm) }
 }
 
 fn offset(at: Ptr, bytes: usize) -> Ptr {

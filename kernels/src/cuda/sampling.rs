@@ -86,7 +86,7 @@ impl Results {
             tokens: Pinned::new(&gpu.driver, rows_max)?,
             logprobs: Pinned::new(&gpu.driver, rows_max * (top_max + 1))?,
             top_tokens: Pinned::new(&gpu.driver, (rows_max * top_max).max(1))?,
-            done: Milestone::new(&gpu.driver, gpu.stream)?,
+            done: gpu.milestone()?,
         })
     }
 }
@@ -114,7 +114,7 @@ impl DeviceSampler {
             rows: StepArray::new(&gpu.driver, INPUTS, rows_max)?,
             biases: StepArray::new(&gpu.driver, INPUTS, entries)?,
             counts: StepArray::new(&gpu.driver, INPUTS, entries)?,
-            copied: Milestone::new(&gpu.driver, gpu.stream)?,
+            copied: gpu.milestone()?,
             new_rows: Vec::with_capacity(rows_max),
             new_biases: Vec::new(),
             new_counts: Vec::new(),
@@ -223,11 +223,11 @@ impl DeviceSampler {
         self.copied.wait()?;
         // SAFETY: the last copies are done, and the arrays are this stream's own.
         unsafe {
-            self.rows.fill(gpu.stream, rows)?;
-            self.biases.fill(gpu.stream, biases.iter().copied())?;
-            self.counts.fill(gpu.stream, counts.iter().copied())?;
+            self.rows.fill(gpu.stream(), rows)?;
+            self.biases.fill(gpu.stream(), biases.iter().copied())?;
+            self.counts.fill(gpu.stream(), counts.iter().copied())?;
         }
-        self.copied.set(gpu.stream)
+        self.copied.set(gpu.stream())
     }
 
     /// Samples what was pushed, of the first rows of `logits`.
@@ -252,7 +252,7 @@ impl DeviceSampler {
             self.launch_staged(gpu, logits, results, with_logprobs)?;
             self.stage(gpu)?;
         }
-        self.results[results].done.set(gpu.stream)?;
+        self.results[results].done.set(gpu.stream())?;
         self.launched.push_back(Launched { results, rows, with_logprobs });
         Ok(())
     }
@@ -281,10 +281,10 @@ impl DeviceSampler {
         // `rows_max`, and a launch's are different. Nobody touches the host's results before `done`.
         unsafe {
             gpu.launch(gpu.kernels.sample, shape([count, 1], launch::SAMPLE_THREADS), &params)?;
-            to_tokens.copy_from(gpu.stream, tokens, first, count)?;
+            to_tokens.copy_from(gpu.stream(), tokens, first, count)?;
             if with_logprobs {
-                to_logprobs.copy_from(gpu.stream, logprobs, first * stride, count * stride)?;
-                to_top.copy_from(gpu.stream, top_tokens, first * self.top_max, count * self.top_max)?;
+                to_logprobs.copy_from(gpu.stream(), logprobs, first * stride, count * stride)?;
+                to_top.copy_from(gpu.stream(), top_tokens, first * self.top_max, count * self.top_max)?;
             }
         }
         Ok(())

@@ -75,7 +75,7 @@ impl DeviceWeight {
         let mut at = 0;
         for view in views {
             let (to, rows) = (memory.at(at), view.rows);
-            gpu.loader().write(gpu.stream, to, rows, row_bytes(view), &|row, out| {
+            gpu.loader().write(gpu.stream(), to, rows, row_bytes(view), &|row, out| {
                 let stored_row = view.row(view.row_order.stored_row(row, rows));
                 match stored {
                     Stored::Dense => convert(view.format, stored_row, gpu.element, out),
@@ -118,10 +118,10 @@ pub(crate) fn upload(gpu: &CudaDevice, what: &str, values: &[f32], element: Elem
     let (rows, rest) = values.as_chunks::<ROW>();
     let mut loader = gpu.loader();
     let row_bytes = ROW * element.bytes();
-    loader.write(gpu.stream, memory.ptr(), rows.len(), row_bytes, &|row, out| narrow(&rows[row], element, out))?;
+    loader.write(gpu.stream(), memory.ptr(), rows.len(), row_bytes, &|row, out| narrow(&rows[row], element, out))?;
     let at = memory.at(rows.len() * row_bytes);
     let fill = |_: usize, out: &mut [u8]| narrow(rest, element, out);
-    loader.write(gpu.stream, at, usize::from(!rest.is_empty()), rest.len() * element.bytes(), &fill)?;
+    loader.write(gpu.stream(), at, usize::from(!rest.is_empty()), rest.len() * element.bytes(), &fill)?;
     Ok(memory)
 }
 
@@ -212,7 +212,7 @@ impl Loader {
         let cores = std::thread::available_parallelism().map_or(1, |n| n.get().min(THREADS_MAX));
         let threads = if driver.counts_only() { 1 } else { cores };
         let stage = || {
-            let (pinned, copied) = (Pinned::new(driver, STAGE_BYTES)?, Milestone::new(driver, stream)?);
+            let (pinned, copied) = (Pinned::new(driver, STAGE_BYTES)?, Milestone::new(driver, [stream])?);
             Ok::<_, KernelError>(Stage { pinned, copied })
         };
         Ok(Loader {

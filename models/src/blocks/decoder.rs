@@ -186,7 +186,7 @@ impl Model for Decoder {
             sample_rows: batch.sample_rows,
             last_sampled: batch.last_sampled,
         };
-        let padded = graphs.padded_rows(&sequences, kv);
+        let padded = graphs.padded_rows(device, &sequences, kv);
         let padded = plan.update(device, &sequences, kv, padded)?;
         let indices = inputs.update(device, &rows, &sequences, plan, padded)?;
         let step = Step { device, rope, plan, inputs: indices };
@@ -203,31 +203,41 @@ impl Model for Decoder {
     }
 
     fn capture(&mut self, kv: &mut KvCache, progress: &mut dyn FnMut(usize, usize)) -> Result<(), KernelError> {
-        let ladder = self.graphs.ladder();
+        let (ladder, shares) = (self.graphs.ladder(), self.device.shares());
+        let total = ladder.len() * shares.len();
         // The largest first: what it needs serves the others.
-        for (done, &rows) in ladder.iter().rev().enumerate() {
-            progress(done, ladder.len());
-            let (zeros, ones) = (vec![0; rows], vec![1; rows]);
-            let ends: Vec<u32> = (0..=rows as u32).collect();
-            let batch = ForwardBatch {
-                input_ids: &zeros,
-                positions: &zeros,
-                slot_mapping: &zeros,
-                cu_seqlens_q: &ends,
-                context_lens: &ones,
-                block_tables: &zeros,
-                block_table_stride: 1,
-                sample_rows: &ends[..rows],
-                last_sampled: &[],
-            };
-            // Once as it is, because what is loaded at first use cannot be loaded during a capture.
-            self.forward(&batch, kv)?;
-            self.graphs.begin_capture();
-            let captured = self.forward(&batch, kv).map(|_| ());
-            self.graphs.end_capture();
-            captured?;
+        let steps = shares.iter().flat_map(|share| ladder.iter().rev().map(|rows| (*share, *rows)));
+        for (done, (share, rows)) in steps.enumerate() {
+            progress(done, total);
+            self.device.move_to(share)?;
+            self.capture_step(rows, kv)?;
         }
-        progress(ladder.len(), ladder.len());
+        progress(total, total);
         self.device.synchronize()
+    }
+}
+
+impl Decoder {
+    /// Runs and captures a decode step of so many sequences, with the share of the device that work has now.
+    fn capture_step(&mut self, rows: usize, kv: &mut KvCache) -> Result<(), KernelError> {
+        let (zeros, ones) = (vec![0; rows], vec![1; rows]);
+        let ends: Vec<u32> = (0..=rows as u32).collect();
+        let batch = ForwardBatch {
+            input_ids: &zeros,
+            positions: &zeros,
+            slot_mapping: &zeros,
+            cu_seqlens_q: &ends,
+            context_lens: &ones,
+            block_tables: &zeros,
+            block_table_stride: 1,
+            sample_rows: &ends[..rows],
+            last_sampled: &[],
+        };
+        // Once as it is, because what is loaded at first use cannot be loaded during a capture.
+        self.forward(&batch, kv)?;
+        self.graphs.begin_capture();
+        let captured = self.forward(&batch, kv).map(|_| ());
+        self.graphs.end_capture();
+        captured
     }
 }

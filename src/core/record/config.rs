@@ -29,7 +29,7 @@ pub(super) fn put_config(out: &mut Vec<u8>, config: &CoreConfig) {
     let CostModel { step_ps, prefill_token_ps, prefill_context_ps, decode_sequence_ps, decode_context_ps } =
         config.cost;
     let cost = [step_ps, prefill_token_ps, prefill_context_ps, decode_sequence_ps, decode_context_ps];
-    let flags = [config.prefix_caching, config.plan_ahead].map(u64::from);
+    let flags = [config.prefix_caching, config.plan_ahead, config.device_parts].map(u64::from);
     let wide = [config.queue_tokens_max, config.quarantine.0].into_iter().chain(flags);
     wide.chain(cost).for_each(|field| put_varint(out, field));
 }
@@ -71,6 +71,7 @@ pub(super) fn read_config(body: &mut Reader<'_>) -> Result<CoreConfig, RecordErr
         quarantine: Micros(body.varint()?),
         prefix_caching: body.flag()?,
         plan_ahead: body.flag()?,
+        device_parts: body.flag()?,
         cost: CostModel {
             step_ps: body.varint()?,
             prefill_token_ps: body.varint()?,

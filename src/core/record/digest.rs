@@ -43,7 +43,7 @@ impl Digest {
 
     /// Adds a step that was planned: its slices without their tokens.
     pub fn plan(&mut self, plan: &StepPlan) {
-        self.words([1, plan.step.0, plan.worker.0.into(), plan.slices.len() as u64]);
+        self.words([1, plan.step.0, plan.worker.0.into(), plan.share as u64, plan.slices.len() as u64]);
         for slice in &plan.slices {
             let blocks = plan.slice_blocks(slice);
             let num_tokens = u64::from(slice.tokens.end - slice.tokens.start);
@@ -112,7 +112,7 @@ impl Digest {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{BlockId, Micros, RequestId, SeqSlice, StepId, TransferId, Usage, WorkerId};
+    use crate::{BlockId, DeviceShare, Micros, RequestId, SeqSlice, StepId, TransferId, Usage, WorkerId};
     use std::collections::HashSet;
 
     fn digest(effect: &Effect) -> u64 {
@@ -171,7 +171,7 @@ mod tests {
 
     #[test]
     fn a_plan_counts_without_its_tokens() {
-        let plan = |start, sample, tokens: &[u32], blocks: &[u32], table_len| {
+        let on = |share, start, sample, tokens: &[u32], blocks: &[u32], table_len| {
             let (sample, last_sampled) = sample;
             let slice = SeqSlice {
                 request: RequestId(1),
@@ -186,11 +186,15 @@ mod tests {
             digest.plan(&StepPlan {
                 step: StepId(4),
                 worker: WorkerId(0),
+                share,
                 slices: vec![slice],
                 tokens: tokens.to_vec(),
                 blocks: blocks.iter().copied().map(BlockId).collect(),
             });
             digest.value()
+        };
+        let plan = |start, sample, tokens: &[u32], blocks: &[u32], table_len| {
+            on(DeviceShare::Whole, start, sample, tokens, blocks, table_len)
         };
         let base = plan(0, (true, false), &[1, 2], &[3, 4, 5], 6);
         assert_eq!(base, plan(0, (true, false), &[8, 9], &[3, 4, 5], 6));
@@ -203,6 +207,7 @@ mod tests {
             plan(0, (true, false), &[1, 2], &[3, 4, 6], 6),
             plan(0, (true, false), &[1, 2], &[3, 4], 6),
             plan(0, (true, false), &[1, 2], &[3, 4, 5], 5),
+            on(DeviceShare::Part, 0, (true, false), &[1, 2], &[3, 4, 5], 6),
         ];
         for other in others {
             assert_ne!(base, other);

@@ -36,7 +36,7 @@ use std::fmt;
 
 const MAGIC: &[u8; 8] = b"KVERNREC";
 /// Raised whenever the meaning of the bytes changes.
-const VERSION: u32 = 6;
+const VERSION: u32 = 7;
 
 /// One thing that was done to the core, or what it made of it.
 #[derive(Clone, Debug, PartialEq, Eq)]

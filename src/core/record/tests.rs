@@ -25,6 +25,7 @@ fn config() -> CoreConfig {
         chunk_tokens_min: 5,
         ride_along_tokens_max: 6,
         plan_ahead: true,
+        device_parts: true,
         cost: CostModel {
             step_ps: 1,
             prefill_token_ps: 2,
@@ -251,10 +252,10 @@ fn errors_say_what_is_wrong() {
     write_entry(&mut long_list, |out| out.extend_from_slice(&[2, 0, 0, 0, 0, 0xff, 0xff, 0xff, 0x7f]));
     let table: [(&[u8], &str); 5] = [
         (b"", "expected a recording that starts with KVERNREC, found other bytes"),
-        (&other_version, "expected a recording of version 6, found 9"),
-        (&good[..good.len() - 1], "expected a whole entry at byte 90, found the end"),
+        (&other_version, "expected a recording of version 7, found 9"),
+        (&good[..good.len() - 1], "expected a whole entry at byte 91, found the end"),
         (&unusable, "the recorded configuration is unusable: expected 1 to 4294967295 tokens in a block, found 0"),
-        (&long_list, "expected a list within the entry in the entry at byte 90, found something else"),
+        (&long_list, "expected a list within the entry in the entry at byte 91, found something else"),
     ];
     for (bytes, expected) in table {
         assert_eq!(decode(bytes).unwrap_err().to_string(), expected);

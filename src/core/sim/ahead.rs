@@ -3,6 +3,7 @@
 
 use super::device::Step;
 use super::run::Run;
+use super::shares::Others;
 use super::watch::Before;
 use super::{Failure, check};
 use crate::{Effect, Engine, Input, Sampled, StepPlan, WorkerId};
@@ -22,6 +23,7 @@ impl Run {
             let (stats, found) = (engine.stats(), self.engine.stats());
             return check(stats == found, "step ahead", || format!("none, yet {stats:?} became {found:?}"));
         }
+        self.check_share(&plan, &Others::new(&engine, worker))?;
         self.check_step_ahead(engine, &plan)?;
         before.check_evictions(&self.engine, worker, &[])?;
         self.coverage.steps_ahead += 1;

@@ -34,6 +34,9 @@ pub(crate) struct Coverage {
     pub(crate) failed_over: u64,
     pub(crate) dropped_ahead: u64,
     pub(crate) lost_ahead: u64,
+    /// Steps on a part, and steps of workers that are not alone on the device that have the whole of it.
+    pub(crate) on_parts: u64,
+    pub(crate) on_wholes: u64,
     /// By reason.
     refused: [u64; 7],
 }
@@ -72,6 +75,8 @@ impl Coverage {
             ("slices ahead of their request's failure", &mut self.failed_over),
             ("steps ahead of a failure", &mut self.dropped_ahead),
             ("steps ahead that were lost", &mut self.lost_ahead),
+            ("steps on a part of their device", &mut self.on_parts),
+            ("steps on the whole of a divided device", &mut self.on_wholes),
         ];
         counts.extend(REFUSALS.into_iter().zip(&mut self.refused));
         counts

@@ -5,7 +5,7 @@ use crate::fault::Fault;
 
 /// Each fault and the checks that may see it first, running the seeds from 0: several where a fault breaks several promises
 /// and the seed decides which shows.
-const FAULTS: [(Fault, &[&str]); 54] = [
+const FAULTS: [(Fault, &[&str]); 56] = [
     (Fault::SkipTokenCheck, &["KV-5", "K/V read"]),
     (Fault::SkipParentCheck, &["K/V read", "KV-5"]),
     (Fault::IgnoreSalt, &["K/V read", "KV-5"]),
@@ -60,6 +60,8 @@ const FAULTS: [(Fault, &[&str]); 54] = [
     (Fault::KeepAheadOfFailed, &["output", "K/V read", "sample mark"]),
     (Fault::AheadOfTokens, &["step ahead"]),
     (Fault::AheadOfWaiting, &["step ahead"]),
+    (Fault::IgnoreOthers, &["device share"]),
+    (Fault::KeepToPart, &["device share"]),
 ];
 
 /// Seeds within which a fault must be seen.

@@ -3,9 +3,10 @@
 //! A run submits, cancels, changes the tenants' settings, loses workers, and completes steps and transfers late and out of
 //! order, some of them not at all, and checks on every turn: all invariants, every K/V read of the fake devices
 //! (`device.rs`), every effect against a run of the request alone (`client.rs`), the order of the waiting (`order.rs`), what
-//! `policy.rs` promises of every step and every victim (`watch.rs`), and at the end that nothing leaked. Two seeds of five
-//! plan steps ahead, on workers with a queue of two (`ahead.rs`). `faults.rs` proves that planted mistakes are seen, `replay.rs`
-//! that a recorded run repeats itself.
+//! `policy.rs` promises of every step and every victim (`watch.rs`), what of its device each step has (`shares.rs`),
+//! and at the end that nothing leaked. Two seeds of five plan steps ahead, on workers with a queue of two (`ahead.rs`),
+//! and two of seven divide devices into parts. `faults.rs` proves that planted mistakes are seen, `replay.rs` that a
+//! recorded run repeats itself.
 //!
 //! `KVERN_SIM_SEEDS=100000 cargo test -p kvern-core --release sim` runs more seeds, `KVERN_SIM_SEED=n` exactly one.
 
@@ -18,6 +19,7 @@ mod order;
 mod replay;
 pub(crate) mod rng;
 mod run;
+mod shares;
 mod visits;
 mod watch;
 mod workload;

@@ -6,6 +6,7 @@ use super::device::{Device, LastSampled, Step, Tables};
 use super::order::Ledger;
 use super::replay::Log;
 use super::rng::Rng;
+use super::shares::Others;
 use super::watch::{Before, Right, check_ceilings};
 use super::workload::Workload;
 use super::{Failure, check};
@@ -55,7 +56,7 @@ pub(crate) struct Run {
 impl Run {
     pub(crate) fn new(seed: u64, fault: Option<Fault>) -> Self {
         let mut rng = Rng::new(seed);
-        let workload = Workload::new(&mut rng, Rng::new(!seed), seed % 5 < 2);
+        let workload = Workload::new(&mut rng, Rng::new(!seed), seed % 5 < 2, seed % 7 > 4);
         let config = &workload.config;
         let mut engine = Engine::new(config.clone());
         engine.fault = fault;
@@ -417,7 +418,7 @@ impl Run {
 
     fn plan(&mut self, worker: WorkerId) -> Result<(), Failure> {
         let mut plan = StepPlan::empty();
-        let before = Before::new(&self.engine, worker);
+        let (before, others) = (Before::new(&self.engine, worker), Others::new(&self.engine, worker));
         let is_planned = self.engine.plan(worker, &mut plan, &mut self.effects);
         check(is_planned != plan.slices.is_empty(), "plan", || format!("{is_planned} with {plan:?}"))?;
         if let Some(log) = &mut self.log {
@@ -428,6 +429,7 @@ impl Run {
             before.check_step(&self.engine, &plan, &self.effects)?;
             self.coverage.steps += 1;
             self.coverage.stalls += u64::from(self.engine.workers[usize::from(worker.0)].is_stalled);
+            self.check_share(&plan, &others)?;
         }
         match before.check_rights(&self.engine, &self.effects)? {
             Some(Right::Place) => self.coverage.places_claimed += 1,

@@ -59,12 +59,12 @@ fn tokens(rng: &mut Rng, len: u32) -> Vec<TokenId> {
 }
 
 impl Workload {
-    pub(crate) fn new(rng: &mut Rng, mut later: Rng, plans_ahead: bool) -> Self {
+    pub(crate) fn new(rng: &mut Rng, mut later: Rng, plans_ahead: bool, has_parts: bool) -> Self {
         let mut ahead = Rng::new(later.seed().rotate_left(32));
         let stems = (0..3).map(|_| tokens(rng, 40)).collect();
         let is_split = rng.percent(50);
         Workload {
-            config: CoreConfig { plan_ahead: plans_ahead, ..config(rng) },
+            config: CoreConfig { plan_ahead: plans_ahead, device_parts: has_parts, ..config(rng) },
             num_requests: u64::from(8 + rng.below(24)),
             cancels: rng.pick(&[0, 10, 40]),
             failures: rng.pick(&[0, 0, 2]),
@@ -185,6 +185,7 @@ fn config(rng: &mut Rng) -> CoreConfig {
         ride_along_tokens_max: rng.pick(&[0, 4, 1_000]),
         quarantine: Micros(rng.pick(&[0, 20_000, u64::MAX])),
         plan_ahead: false,
+        device_parts: false,
         cost: CostModel { step_ps: u64::from(rng.below(1_000_000_000)), ..CostModel::default() },
     }
 }

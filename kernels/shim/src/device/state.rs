@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
-use captures::Capture;
+use captures::{Capture, Captured};
 use kvern_kernels::cuda::driver::{Event, Part, Stream};
 use kvern_kernels::{KernelError, Result};
 
@@ -65,12 +65,14 @@ pub(super) struct State {
     parts: Vec<Part>,
     streams: Vec<StreamState>,
     events: Vec<EventState>,
-    graphs: Vec<Arc<Operation>>,
+    graphs: Vec<Captured>,
     /// The device's time: see [`timers`].
     now: Duration,
     /// What the host's threads know, as one.
     host: Clock,
     faults: Vec<Fault>,
+    /// Waits until the one that is left out, that one included.
+    wait_left_out: Option<u64>,
     /// The call after which there is no device, and why.
     lost: Option<(String, String)>,
     log: VecDeque<String>,
@@ -91,6 +93,7 @@ impl State {
             now: Duration::ZERO,
             host: Clock::default(),
             faults: Vec::new(),
+            wait_left_out: None,
             lost: None,
             log: VecDeque::new(),
             refusals: Vec::new(),
@@ -139,6 +142,10 @@ impl State {
 
     pub(super) fn plant(&mut self, fault: Fault) {
         self.faults.push(fault);
+    }
+
+    pub(super) fn leave_out_wait(&mut self, nth: u64) {
+        self.wait_left_out = Some(nth);
     }
 
     pub(super) fn note(&mut self, line: String) {
@@ -290,7 +297,6 @@ impl State {
         let (event, index) = (self.event("record", event)?, self.stream("record", stream)?);
         self.refuse_in_captures("record", |captured, _| captured == index)?;
         if self.events[event].part != self.streams[index].part {
-            let place = |part: Option<Part>| part.map_or("the whole device".into(), |part| format!("p{}", part.number));
             let (own, found) = (place(self.events[event].part), place(self.streams[index].part));
             return Err(self.refuse("record", format!("expected e{event} on a stream of {own}, found one of {found}")));
         }
@@ -308,6 +314,11 @@ impl State {
         let (index, event) = (self.stream("wait", stream)?, self.event("wait", event)?);
         self.refuse_in_captures("wait", |captured, _| captured == index)?;
         self.note(format!("wait e{event} s{index}"));
+        self.wait_left_out = self.wait_left_out.map(|left| left - 1);
+        if self.wait_left_out.take_if(|left| *left == 0).is_some() {
+            self.note("planted: the wait is left out".to_owned());
+            return Ok(());
+        }
         let Some((clock, mark)) = &self.events[event].marked else { return Ok(()) };
         let stream = &mut self.streams[index];
         stream.clock.join(clock);
@@ -380,6 +391,11 @@ impl State {
     pub(super) fn finish(&mut self) -> Result<()> {
         (0..self.streams.len()).try_for_each(|index| self.advance(self.end_of(index)))
     }
+}
+
+/// What a stream is on, in words.
+fn place(part: Option<Part>) -> String {
+    part.map_or_else(|| "the whole device".to_owned(), |part| format!("p{}", part.number))
 }
 
 /// SplitMix64 (Steele, Lea and Flood, 2014).

@@ -28,6 +28,20 @@ fn a_read_needs_an_event_after_the_write() {
 }
 
 #[test]
+fn a_wait_that_is_left_out_orders_nothing() {
+    let rig = Rig::new();
+    let (x, out) = (rig.device(2 * COLUMNS), rig.device(COLUMNS));
+    rig.fill(0, x, 1).unwrap();
+    rig.record(0, 0);
+    rig.driver.leave_out_wait(2);
+    rig.wait(0, 0);
+    rig.wait(1, 0);
+    refused(rig.gate(1, x, out), &["x: expected to be read after kvern_fill_f32 on s0"]);
+    rig.wait(1, 0);
+    rig.gate(1, x, out).unwrap();
+}
+
+#[test]
 fn a_write_needs_an_event_after_reads_and_writes() {
     let rig = Rig::new();
     let (x, out) = (rig.device(2 * COLUMNS), rig.device(COLUMNS));

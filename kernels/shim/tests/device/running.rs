@@ -308,6 +308,17 @@ fn parts_have_streams_and_events_of_their_own() {
     rig.gate(1, x, out).unwrap();
     rig.record(1, 1);
     rig.synchronize(1).unwrap();
+    // A graph keeps to the part that it was captured for.
+    rig.driver.begin_capture(first).unwrap();
+    rig.fill(0, x, 2).unwrap();
+    let graph = rig.driver.end_capture(first).unwrap();
+    let whole = rig.driver.stream(StreamPriority::High, None).unwrap();
+    for (stream, found) in [(second, "found one of p1"), (whole, "found one of the whole device")] {
+        // SAFETY: it is to be refused.
+        refused(unsafe { rig.driver.launch_graph(graph, stream) }, &["g0 on a stream of p0", found]);
+    }
+    // SAFETY: what was captured is as it was.
+    unsafe { rig.driver.launch_graph(graph, first) }.unwrap();
     let log = rig.driver.log();
     for line in ["part p0 of 2 multiprocessors", "stream s3 High on p1 of 2 multiprocessors"] {
         assert!(log.iter().any(|found| found == line), "{line:?} is not in {log:?}");

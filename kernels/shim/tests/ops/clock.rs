@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kvern_cuda_shim::device::{Call, Options, ShimDriver};
-use kvern_kernels::{CpuOptions, Device, Element, StepClock, StepSpan, Tensor, ops};
+use kvern_kernels::cuda::driver::{Driver, StreamPriority};
+use kvern_kernels::{BesideOptions, CpuOptions, Device, DeviceShare, Element, StepClock, StepSpan, Tensor, ops};
 
 const fn us(number: u64) -> Duration {
     Duration::from_micros(number)
@@ -27,6 +28,10 @@ impl Steps {
     fn new(options: Options) -> Steps {
         let shim = ShimDriver::new(options);
         let device = Device::gpu(Arc::clone(&shim) as _, Element::F32).unwrap();
+        Steps::on(shim, device)
+    }
+
+    fn on(shim: Arc<ShimDriver>, device: Device) -> Steps {
         let clock = StepClock::new(&device).unwrap();
         let x = Tensor::from_f32(&device, 64, &[1.0; 64]).unwrap();
         let out = Tensor::zeros(&device, 1, 32).unwrap();
@@ -47,6 +52,33 @@ impl Steps {
         self.work(launches);
         self.clock.end(&self.device).unwrap();
     }
+}
+
+/// What lies between two steps is known by one stream's marks alone.
+#[test]
+fn a_gap_between_shares_of_the_device_is_not_told() {
+    let shim = ShimDriver::new(Options { multiprocessors: 8, ..Options::default() });
+    let gpu = Device::gpu(Arc::clone(&shim) as _, Element::F32).unwrap();
+    let [part, _] = gpu.divide(2).unwrap();
+    let device = gpu.beside(BesideOptions { threads: 1, is_urgent: true, part: Some(part) }).unwrap();
+    let mut steps = Steps::on(shim, device);
+    let shares = [(DeviceShare::Whole, None), (DeviceShare::Part, None), (DeviceShare::Part, Some(7))];
+    for (share, gap) in shares.into_iter().chain([(DeviceShare::Whole, None), (DeviceShare::Whole, Some(7))]) {
+        steps.shim.rest(us(7));
+        steps.device.move_to(share).unwrap();
+        steps.step(2);
+        assert_eq!(steps.clock.take().unwrap(), span(2, gap), "{share:?}");
+    }
+    assert_eq!(steps.shim.refusals(), Vec::<String>::new());
+    let [whole, part] = [None, Some(part)].map(|part| steps.shim.stream(StreamPriority::High, part).unwrap());
+    let timers = [whole, part].map(|stream| {
+        let timer = steps.shim.timer(stream).unwrap();
+        steps.shim.record(timer, stream).unwrap();
+        steps.shim.synchronize(timer).unwrap();
+        timer
+    });
+    let text = steps.shim.elapsed(timers[0], timers[1]).unwrap_err().to_string();
+    assert!(text.contains("timers of one part of the device, found those of the whole device and of p0"), "{text}");
 }
 
 #[test]

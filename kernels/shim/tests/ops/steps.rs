@@ -94,7 +94,8 @@ impl Layer {
         let sample_rows: Vec<u32> = sums[1..].iter().rev().map(|end| end - 1).collect();
         let rows =
             StepRows { ids: &ids, positions: &positions, slots: &slots, sample_rows: &sample_rows, last_sampled: &[] };
-        let padded = if padding == Padding::None { None } else { self.graphs.padded_rows(&batch, &self.kv) };
+        let padded =
+            if padding == Padding::None { None } else { self.graphs.padded_rows(&rig.device, &batch, &self.kv) };
         assert!(padding == Padding::None || padded.is_some_and(|padded| padded >= sequences.len()), "{padded:?}");
         assert_eq!(self.plan.update(&rig.device, &batch, &self.kv, padded).unwrap(), padded);
         let at = self.inputs.update(&rig.device, &rows, &batch, &self.plan, padded).unwrap();
@@ -202,7 +203,7 @@ fn only_decode_steps_are_padded() {
             block_tables: &tables[..sequences],
             block_table_stride: 1,
         };
-        graphs.padded_rows(&batch, &layer.kv)
+        graphs.padded_rows(&rig.device, &batch, &layer.kv)
     };
     assert_eq!(padded(&graphs, &[0, 1]), None, "nothing is captured");
     graphs.begin_capture();

@@ -185,6 +185,19 @@ fn parts(gpu: &dyn Driver) {
     gpu.wait(other, event).unwrap();
     gpu.record(there, other).unwrap();
     gpu.synchronize(there).unwrap();
+    // A worker goes from all of the device to its part, where a graph is captured and launched.
+    let whole = gpu.stream(StreamPriority::High, None).unwrap();
+    let left = gpu.event(whole).unwrap();
+    // SAFETY: as in `whole`.
+    unsafe { gpu.launch(whole, kernel, SHAPE, params(), &LAYOUT) }.unwrap();
+    gpu.record(left, whole).unwrap();
+    gpu.wait(stream, left).unwrap();
+    gpu.begin_capture(stream).unwrap();
+    // SAFETY: as in `whole`.
+    unsafe { gpu.launch(stream, kernel, SHAPE, params(), &LAYOUT) }.unwrap();
+    let graph = gpu.end_capture(stream).unwrap();
+    // SAFETY: as in `whole`.
+    unsafe { gpu.launch_graph(graph, stream) }.unwrap();
 }
 
 fn loss(gpu: &dyn Driver) {

@@ -4,9 +4,9 @@ use std::sync::Arc;
 use std::thread::ThreadId;
 
 use kvern_kernels::Result;
-use kvern_kernels::cuda::driver::{Graph, Stream};
+use kvern_kernels::cuda::driver::{Graph, Part, Stream};
 
-use super::State;
+use super::{State, place};
 use crate::device::faults::Call;
 use crate::device::work::Operation;
 
@@ -16,6 +16,12 @@ pub(super) struct Capture {
     pub(super) thread: ThreadId,
     /// A call that is not allowed during a capture, after which there is no graph.
     broken: Option<String>,
+}
+
+/// A graph, and the part of the device whose multiprocessors its launches were captured for.
+pub(super) struct Captured {
+    operation: Arc<Operation>,
+    part: Option<Part>,
 }
 
 impl State {
@@ -73,17 +79,24 @@ impl State {
         }
         let graph = self.graphs.len();
         self.note(format!("end_capture g{graph} s{index} [{} operations]", capture.operations.len()));
-        self.graphs.push(Arc::new(Operation::graph(graph, capture.operations)));
+        let operation = Arc::new(Operation::graph(graph, capture.operations));
+        self.graphs.push(Captured { operation, part: self.streams[index].part });
         Ok(Graph(graph as u32))
     }
 
     pub(in crate::device) fn launch_graph(&mut self, graph: Graph, stream: Stream) -> Result<()> {
         let index = self.stream("launch_graph", stream)?;
         self.refuse_in_captures("launch_graph", |captured, _| captured == index)?;
-        let Some(operation) = self.graphs.get(graph.0 as usize).map(Arc::clone) else {
+        let Some(Captured { operation, part }) = self.graphs.get(graph.0 as usize) else {
             let found = format!("expected one of {} graphs, found {}", self.graphs.len(), graph.0);
             return Err(self.refuse("launch_graph", found));
         };
+        let (operation, captured, found) = (Arc::clone(operation), *part, self.streams[index].part);
+        if captured != found {
+            let [captured, found] = [captured, found].map(place);
+            let text = format!("expected g{} on a stream of {captured}, found one of {found}", graph.0);
+            return Err(self.refuse("launch_graph", text));
+        }
         let line = format!("{} s{index} [{} operations]", operation.what, operation.parts());
         self.submit(Call::LaunchGraph, index, operation, line)
     }

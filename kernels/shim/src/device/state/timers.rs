@@ -9,7 +9,7 @@ use std::time::Duration;
 use kvern_kernels::Result;
 use kvern_kernels::cuda::driver::{Event, Stream};
 
-use super::{EventState, Item, State};
+use super::{EventState, Item, State, place};
 use crate::device::clock::Stamp;
 use crate::device::work::Operation;
 
@@ -50,7 +50,13 @@ impl State {
     }
 
     pub(in crate::device) fn elapsed(&mut self, from: Event, to: Event) -> Result<Duration> {
+        let places = [from, to].map(|event| self.events.get(event.0 as usize).and_then(|event| event.part));
         let [from, to] = [self.time_of(from)?, self.time_of(to)?];
+        if places[0] != places[1] {
+            let [first, second] = places.map(place);
+            let text = format!("expected timers of one part of the device, found those of {first} and of {second}");
+            return Err(self.refuse("elapsed", text));
+        }
         Ok(to.saturating_sub(from))
     }
 
