@@ -133,11 +133,12 @@ if command -v compute-sanitizer >/dev/null; then
 else
     skip memcheck-hopper "no compute-sanitizer"
 fi
-bench llama-3.1-8b
+bench llama-3.1-8b --aims
 bench llama-3.2-1b
 bench qwen3-0.6b
 peers=(--kvern "$KVERN" --model "$scripts/shapes/llama-3.1-8b" --device "$DEVICE")
 check attention-llama-3.1-8b 900 "$PYTHON" "$scripts/attention.py" "${peers[@]}" --out "$OUT/attention-llama-3.1-8b.json"
+check prompts-llama-3.1-8b 900 "$PYTHON" "$scripts/prompts.py" "${peers[@]}" "${prefills[@]}" --out "$OUT/prompts-llama-3.1-8b.json"
 check compiled-llama-3.1-8b 900 "$PYTHON" "$scripts/compiled.py" "${peers[@]}" --flag=--load-format=dummy \
     --flag=--max-num-batched-tokens=8192 --out "$OUT/compiled-llama-3.1-8b.json"
 launches llama-3.1-8b
