@@ -63,9 +63,10 @@ bench-serve: model ## Load the server: fairness, overload, latency, split worker
 cuda: ## Compile the CUDA kernels (no GPU needed) and compare their resources; ARGS=--accept takes new ones
 	$(PYTHON) scripts/cuda_kernels.py $(ARGS)
 
-cuda-driver: ## Check and test the driver behind the feature cuda, as far as that goes without a GPU
+cuda-driver: ## Check and test the driver behind the feature cuda, and the HTTP API beside it, as far as that goes without a GPU
 	$(CARGO) $(QUICK) clippy -p kvern-kernels --features cuda --all-targets -- -D warnings
 	$(CARGO) $(QUICK) test -p kvern-kernels --features cuda --lib cuda_driver
+	$(CARGO) $(QUICK) test -p kvern --features cuda --test http
 
 gpu-bundle: ## Build target/gpu-bundle: server, kernels and scripts for a check on a machine with a GPU (docs/gpu/README.md)
 	$(PYTHON) scripts/gpu_bundle.py $(ARGS)
