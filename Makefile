@@ -11,7 +11,7 @@ QUICK = --config 'profile.dev.package."*".opt-level=0' --config profile.dev.pack
 BENCHES ?= forward plan prefix kernels frontend text
 
 .DEFAULT_GOAL := help
-.PHONY: help serve model test unit clients sim simulate lint test-levels bench bench-peer bench-scaling bench-serve openapi doc cuda cuda-driver gpu-bundle docker-lint
+.PHONY: help serve model test unit test-scripts clients sim simulate lint test-levels bench bench-peer bench-scaling bench-serve openapi doc cuda cuda-driver gpu-bundle docker-lint
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,10 +22,13 @@ serve: model ## Serve the default model (or MODEL=...) on port 8000
 model: ## Fetch the default model, check its sha256; does nothing when it is there
 	$(PYTHON) scripts/fetch_model.py
 
-test: unit clients ## Run all tests
+test: unit test-scripts clients ## Run all tests
 
 unit: model ## Run the Rust tests
 	$(CARGO) test --workspace
+
+test-scripts: ## Test the scripts
+	PYTHONPATH=scripts:scripts/gpu $(PYTHON) -m unittest discover -s tests/scripts
 
 clients: model ## Run openai-python and openai-node, as published, against a running server
 	scripts/run_clients.sh
@@ -60,9 +63,10 @@ bench-serve: model ## Load the server: fairness, overload, latency, split worker
 cuda: ## Compile the CUDA kernels (no GPU needed) and compare their resources; ARGS=--accept takes new ones
 	$(PYTHON) scripts/cuda_kernels.py $(ARGS)
 
-cuda-driver: ## Check and test the driver behind the feature cuda, as far as that goes without a GPU
+cuda-driver: ## Check and test the driver behind the feature cuda, and the HTTP API beside it, as far as that goes without a GPU
 	$(CARGO) $(QUICK) clippy -p kvern-kernels --features cuda --all-targets -- -D warnings
 	$(CARGO) $(QUICK) test -p kvern-kernels --features cuda --lib cuda_driver
+	$(CARGO) $(QUICK) test -p kvern --features cuda --test http
 
 gpu-bundle: ## Build target/gpu-bundle: server, kernels and scripts for a check on a machine with a GPU (docs/gpu/README.md)
 	$(PYTHON) scripts/gpu_bundle.py $(ARGS)

@@ -4,9 +4,10 @@
 Each file becomes target/cuda/fatbin/NAME.fatbin with machine code for sm_80 and sm_90a and PTX for compute_80, from which the
 driver makes code for any later GPU. A file is compiled again when its text, a header, the flags or the compiler's version change.
 
-What the compiler says of every kernel is compared with kernels/cuda/resources.txt: more registers than there, any spill, or the loss of
-128-bit loads (wide) or stores, matrix instructions (mma, wgmma) or asynchronous copies (async, tma) is an error. --accept writes that
-table anew. So is an access to memory before a kernel has waited for the launches before it.
+What the compiler says of every kernel is compared with kernels/cuda/resources.txt: more registers or static shared memory than there, any
+spill, or the loss of 128-bit loads (wide) or stores, matrix instructions (mma, wgmma) or asynchronous copies (async, tma) is an error.
+--accept writes that table anew. So is an access to memory before a kernel has waited for the launches before it, and a remark of the
+assembler that wgmma runs one at a time. Dynamic shared memory is the launch's: a test of kvern-cuda-abi adds it to this table's.
 
 Without a compiler, and with no way to install one, this warns and does nothing, unless KVERN_REQUIRE_CUDA=1.
 """
@@ -55,6 +56,9 @@ FEATURES = {
 # Where a launch may begin early a kernel waits for those before, and touches no memory until then but by prefetches.
 TURN = "griddepcontrol.wait;"
 ACCESS = re.compile(r"^\s*(?:@!?%p\d+\s+)?((?:ld|st|red|atom|cp)\.(?!param|const|shared)\S+)", re.MULTILINE)
+# Remarks of the assembler on wgmma, such as C7510: its instructions are serialized. They are information, no warnings, but a kernel that
+# waits for each product is not the one that was meant.
+SERIALIZED = re.compile(r"^.*\bC75\d\d\b.*$", re.MULTILINE)
 HEADER = f"# {'kernel':40} {'target':8} {'registers':>9} {'shared':>7} {'spills':>6}  features"
 
 
@@ -62,7 +66,8 @@ def digest(source):
     """Of everything that the result depends on."""
     parts = [source, *sorted(SOURCES.glob("*.h"))]
     text = b"".join(part.name.encode() + b"\0" + part.read_bytes() + b"\0" for part in parts)
-    return hashlib.sha256(text + repr((TARGETS, FLAGS, FEATURES, TURN, ACCESS, cuda_toolchain.PINS)).encode()).hexdigest()
+    settings = (TARGETS, FLAGS, FEATURES, TURN, ACCESS, SERIALIZED, cuda_toolchain.PINS)
+    return hashlib.sha256(text + repr(settings).encode()).hexdigest()
 
 
 def features(ptx):
@@ -85,6 +90,11 @@ def out_of_turn(ptx):
             yield f"{name} does not wait for the launches before"
         elif access := ACCESS.search(before):
             yield f"{name} has {access[1]} before it waits for the launches before"
+
+
+def serialized(log):
+    """Remarks in ptxas' report that wgmma does not run as it was written."""
+    return [line.strip() for line in SERIALIZED.findall(log)]
 
 
 def resources(log):
@@ -115,10 +125,16 @@ def compile_one(nvcc, source):
     keep.mkdir(parents=True)
     started = time.monotonic()
     target = FATBINS / f"{name}.fatbin"
-    command = [nvcc, *FLAGS, *TARGETS, "--keep", f"--keep-dir={keep}", "-o", target, source]
+    # What was refused must not be there for the server's build to take.
+    target.unlink(missing_ok=True)
+    made = keep / "made.fatbin"
+    command = [nvcc, *FLAGS, *TARGETS, "--keep", f"--keep-dir={keep}", "-o", made, source]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise SystemExit(f"{source.name} does not compile:\n{done.stdout}{done.stderr}")
+    log = done.stdout + done.stderr
+    if remarks := serialized(log):
+        raise SystemExit(f"{source.name}:\n  " + "\n  ".join(remarks))
     holds = {}
     for ptx in keep.glob("*.ptx"):
         text = ptx.read_text()
@@ -127,10 +143,11 @@ def compile_one(nvcc, source):
         made_for = re.search(r"^\.target (sm_\w+)", text, re.MULTILINE)[1]
         for kernel, found in features(text).items():
             holds[kernel, made_for] = found
-    shutil.rmtree(keep)
-    rows = [[*row, holds[row[0], row[1]]] for row in resources(done.stdout + done.stderr)]
+    rows = [[*row, holds[row[0], row[1]]] for row in resources(log)]
     if not rows:
         raise SystemExit(f"{source.name}: expected a report on kernels, found none")
+    made.replace(target)
+    shutil.rmtree(keep)
     report.write_text(json.dumps({"digest": fingerprint, "rows": rows}))
     print(f"{source.name}: {len(rows)} kernels in {time.monotonic() - started:.0f} s, {target.stat().st_size} bytes")
     return rows
@@ -142,9 +159,9 @@ def format_row(row):
 
 
 def parse_table(text):
-    """(kernel, target) -> (registers, features)."""
+    """(kernel, target) -> (registers, static shared bytes, features)."""
     rows = (line.split() for line in text.splitlines() if line and not line.startswith("#"))
-    return {(row[0], row[1]): (int(row[2]), set(row[5:]) - {"-"}) for row in rows}
+    return {(row[0], row[1]): (int(row[2]), int(row[3]), set(row[5:]) - {"-"}) for row in rows}
 
 
 def complaints(rows, table):
@@ -152,15 +169,17 @@ def complaints(rows, table):
     found = {(row[0], row[1]) for row in rows}
     for kernel, target in sorted(table.keys() - found):
         yield f"{kernel} for {target} is in the table and was not compiled"
-    for kernel, target, registers, _, spills, holds in rows:
+    for kernel, target, registers, shared, spills, holds in rows:
         if spills:
             yield f"{kernel} for {target} spills {spills} bytes"
         if (kernel, target) not in table:
             yield f"{kernel} for {target} is not in the table"
             continue
-        limit, needed = table[kernel, target]
-        if registers > limit:
-            yield f"{kernel} for {target}: expected at most {limit} registers, found {registers}"
+        registers_max, shared_max, needed = table[kernel, target]
+        if registers > registers_max:
+            yield f"{kernel} for {target}: expected at most {registers_max} registers, found {registers}"
+        if shared > shared_max:
+            yield f"{kernel} for {target}: expected at most {shared_max} bytes of static shared memory, found {shared}"
         if lost := needed - set(holds):
             yield f"{kernel} for {target} has lost: {', '.join(sorted(lost))}"
 

@@ -26,6 +26,8 @@ import cuda_toolchain
 ROOT = cuda_toolchain.ROOT
 BUNDLE = ROOT / "target" / "gpu-bundle"
 SCRIPTS = ROOT / "scripts" / "gpu"
+# The scripts that Dockerfile.cuda runs.
+IMAGE = ROOT / "scripts" / "docker"
 # What they use that others use too.
 SHARED = [ROOT / "scripts" / "streaming.py"]
 MIB = 1 << 20
@@ -33,21 +35,20 @@ BINARY_BYTES_MAX = 45 * MIB
 BUNDLE_BYTES_MAX = 60 * MIB
 
 
-def run(*command, **options) -> str:
+def run(*command) -> str:
     """What a command prints; its failure is this script's."""
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False, **options)
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
         sys.exit(f"{' '.join(map(str, command))} ended with {done.returncode}")
     return done.stdout.strip()
 
 
 def build() -> pathlib.Path:
-    """The release build with all kernels in it."""
-    needed = {**os.environ, "KVERN_REQUIRE_CUDA": "1"}
-    print(run(sys.executable, ROOT / "scripts" / "cuda_kernels.py", "--quiet", env=needed))
-    cargo = os.environ.get("CARGO", "cargo")
-    run(cargo, "build", "--release", "--locked", "--package", "kvern", "--features", "cuda", env=needed)
-    return pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "release" / "kvern"
+    """The release build with all kernels in it, made as for the image."""
+    print(run(IMAGE / "kernels.sh"))
+    with_cuda = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "with-cuda"
+    print(run(IMAGE / "build.sh", with_cuda))
+    return with_cuda / "kvern"
 
 
 def parity() -> pathlib.Path:

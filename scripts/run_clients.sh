@@ -54,6 +54,9 @@ start_server() {
         tail -n 40 "$WORK/server.log" >&2
         exit 1
     }
+    # As the image does.
+    KVERN_PORT=$port scripts/docker/health.sh
+    PORT=$port
 }
 
 stop_server() {
@@ -64,6 +67,10 @@ stop_server() {
     if [ "$status" -ne 0 ]; then
         tail -n 40 "$WORK/server.log" >&2
         echo "expected the server to end with 0 after SIGTERM, found $status" >&2
+        return 1
+    fi
+    if KVERN_PORT=$PORT scripts/docker/health.sh 2>/dev/null; then
+        echo "expected health.sh to fail after the server's end" >&2
         return 1
     fi
     echo "server: ended with 0 after SIGTERM"

@@ -14,7 +14,7 @@ fn bench(args: &[&str]) -> String {
         "--steps=2",
         "--prefill=24",
         "--decode=1x20,3x5",
-        "--attention=1x30+2x9",
+        "--attention=1x30+2x9,40",
         "--max-num-batched-tokens=16",
     ];
     let run = Command::new(env!("CARGO_BIN_EXE_kvern"))
@@ -35,8 +35,8 @@ fn json_has_a_line_for_each_workload_and_limit() {
     let lines: Vec<Value> = output.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     let name = |line: &Value| line["workload"].as_str().unwrap().to_owned();
     let names: Vec<String> = lines.iter().map(name).collect();
-    assert_eq!(names[..4], ["prefill 24", "decode 1x20", "decode 3x5", "attention 1x30+2x9"]);
-    assert_eq!(names[4..6], ["limit read", "limit fma f32"]);
+    assert_eq!(names[..5], ["prefill 24", "decode 1x20", "decode 3x5", "attention 1x30+2x9", "attention 40"]);
+    assert_eq!(names[5..7], ["limit read", "limit fma f32"]);
     for line in &lines {
         let rounds: Vec<f64> = line["rounds"].as_array().unwrap().iter().map(|rate| rate.as_f64().unwrap()).collect();
         assert_eq!(rounds.len(), 2, "{line}");
@@ -50,7 +50,8 @@ fn json_has_a_line_for_each_workload_and_limit() {
     }
     let share = |line: &Value| line["limit_share"].as_f64();
     assert!(share(&lines[0]).unwrap() > 0.0 && share(&lines[1]).unwrap() > 0.0 && share(&lines[2]).is_none());
-    assert!(share(&lines[3]).unwrap() > 0.0);
+    assert!(share(&lines[3]).unwrap() > 0.0 && share(&lines[4]).unwrap() > 0.0);
+    assert_eq!((&lines[4]["tokens"], &lines[4]["read_bytes"]), (&80.into(), &Value::Null));
     let idle: Vec<Option<f64>> = lines.iter().map(|line| line["idle_share"].as_f64()).collect();
     assert!(idle[1..3].iter().all(|share| share.is_some_and(|share| share > 0.0 && share < 1.0)), "{idle:?}");
     assert!(idle[0].is_none() && idle[3..].iter().all(Option::is_none), "only decoding has steps one after the other");
@@ -60,9 +61,10 @@ fn json_has_a_line_for_each_workload_and_limit() {
 fn the_table_names_machine_and_workloads() {
     let table = bench(&["--cpu-isa=scalar"]);
     let lines: Vec<&str> = table.lines().collect();
-    assert_eq!(lines.len(), 6, "{table}");
+    assert_eq!(lines.len(), 7, "{table}");
     assert!(lines[0].contains("cpu (scalar, 2 threads)"), "{table}");
-    for (line, start) in lines[2..].iter().zip(["prefill 24 ", "decode 1x20 ", "decode 3x5 ", "attention 1x30+2x9 "]) {
+    let starts = ["prefill 24 ", "decode 1x20 ", "decode 3x5 ", "attention 1x30+2x9 ", "attention 40 "];
+    for (line, start) in lines[2..].iter().zip(starts) {
         assert!(line.starts_with(start), "{table}");
         assert_eq!(line.contains("% idle between steps"), start.starts_with("decode"), "{table}");
     }

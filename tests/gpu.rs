@@ -457,6 +457,9 @@ fn what_does_not_fit_is_refused_before_it_is_taken() {
     };
     let text = asked(1 << 30).unwrap();
     assert!(text.contains("--kv-cache-memory-bytes 1073741824 is more than the"), "{text}");
+    let would_fit =
+        "with what is left, --max-model-len 72 would fit with --max-num-seqs 6 and --max-num-batched-tokens";
+    assert!(text.contains(would_fit), "{text}");
     let text = asked(1 << 14).unwrap();
     assert!(text.starts_with("the KV cache gets") && text.contains("raise --kv-cache-memory-bytes"), "{text}");
 

@@ -70,8 +70,8 @@ pub enum PrefillKernel {
     Auto,
     /// The one that any GPU can run.
     Portable,
-    /// The one for compute capability 9.0, where heads are of 64, 96, 128 or 256 values and blocks of a multiple of 8 positions that
-    /// makes whole tiles; the portable one elsewhere.
+    /// The one for compute capability 9.0: heads of 64, 96, 128 or 256 values of 16 bits, in blocks of a multiple of 8
+    /// positions that makes whole tiles. Anything else is refused.
     Hopper,
 }
 
@@ -79,17 +79,20 @@ impl PrefillKernel {
     /// Whether it is the one for 9.0.
     ///
     /// # Errors
-    /// It was asked for, and the device is another.
-    fn is_hopper(self, compute_capability: (u32, u32)) -> Result<bool> {
-        let has_it = compute_capability == (9, 0);
+    /// It was asked for, and the device or the type of activations is another.
+    fn is_hopper(self, compute_capability: (u32, u32), element: Element) -> Result<bool> {
+        let has_it = compute_capability == (9, 0) && element != Element::F32;
         match self {
             PrefillKernel::Auto => Ok(has_it && AUTO_PREFILL == PrefillKernel::Hopper),
             PrefillKernel::Portable => Ok(false),
             PrefillKernel::Hopper if has_it => Ok(true),
             PrefillKernel::Hopper => {
-                let (major, minor) = compute_capability;
-                let text = format!("expected compute capability 9.0 for attention by wgmma, found {major}.{minor}");
-                Err(KernelError::Unsupported(text))
+                let found = match compute_capability {
+                    (9, 0) => format!("activations in {element}"),
+                    (major, minor) => format!("compute capability {major}.{minor}"),
+                };
+                let expected = "expected compute capability 9.0, and activations in bf16 or f16";
+                Err(KernelError::Unsupported(format!("{expected}, for attention by wgmma, found {found}")))
             }
         }
     }
@@ -107,6 +110,8 @@ pub(crate) struct Gpu {
     pub(crate) kernels: Kernels,
     /// Launches may begin while the one before ends.
     pub(super) early: bool,
+    /// As asked.
+    prefill: PrefillKernel,
     /// Prompts' attention is by the kernel for sm_90a, where heads and blocks fit it.
     pub(crate) is_prefill_hopper: bool,
     /// Of products.
@@ -161,7 +166,7 @@ impl CudaDevice {
         places: Places,
     ) -> Result<Self> {
         let GpuOptions { element, programmatic_launches: early, prefill } = options;
-        let is_prefill_hopper = prefill.is_hopper(driver.properties().compute_capability)?;
+        let is_prefill_hopper = prefill.is_hopper(driver.properties().compute_capability, element)?;
         let workspace = DeviceMemory::new(&driver, "workspace of products", WORKSPACE_BYTES)?;
         let widened = DeviceMemory::new(&driver, "workspace of products", WIDENED_BYTES)?;
         let idle = Mutex::new(Milestone::new(&driver, places.iter().map(|place| place.stream))?);
@@ -171,6 +176,7 @@ impl CudaDevice {
             element,
             kernels,
             early,
+            prefill,
             is_prefill_hopper,
             workspace,
             widened,
@@ -184,7 +190,11 @@ impl CudaDevice {
     pub(crate) fn describe(&self) -> String {
         let properties = self.driver.properties();
         let (major, minor) = properties.compute_capability;
-        let prefill = if self.is_prefill_hopper { ", prefill by wgmma" } else { "" };
+        let prefill = match (self.is_prefill_hopper, self.prefill) {
+            (true, PrefillKernel::Hopper) => ", prefill by wgmma",
+            (true, _) => ", prefill by wgmma where blocks fit",
+            (false, _) => "",
+        };
         let all = properties.multiprocessors;
         let part = self.places.part().map(|part| format!(", all or {} of {all} multiprocessors", part.multiprocessors));
         format!("{} (sm_{major}{minor}, {}{prefill}{})", properties.name, self.element, part.unwrap_or_default())
@@ -194,8 +204,12 @@ impl CudaDevice {
 impl Gpu {
     /// For a device like this one.
     pub(crate) fn options(&self) -> GpuOptions {
-        let prefill = if self.is_prefill_hopper { PrefillKernel::Hopper } else { PrefillKernel::Portable };
-        GpuOptions { element: self.element, programmatic_launches: self.early, prefill }
+        GpuOptions { element: self.element, programmatic_launches: self.early, prefill: self.prefill }
+    }
+
+    /// Whether prompts' attention has to be by the kernel for sm_90a, and another one is no answer.
+    pub(crate) fn needs_hopper(&self) -> bool {
+        self.prefill == PrefillKernel::Hopper
     }
 
     /// The shares of the device that there are.

@@ -20,7 +20,8 @@ pub enum KernelError {
     #[error("{call}: {status}")]
     Driver { call: String, status: String },
     /// The device is of no use to this process any more: no later call can succeed.
-    #[error("the GPU is lost: {call}: {status}")]
+    /// What ended it may be older than the call that found it out: work on a device goes on by itself.
+    #[error("the GPU is lost, as {call} found: {status}")]
     DeviceLost { call: String, status: String },
     /// The machine cannot do what was asked.
     #[error("{0}")]
@@ -31,6 +32,17 @@ pub enum KernelError {
 pub type Result<T, E = KernelError> = std::result::Result<T, E>;
 
 impl KernelError {
+    /// The same error of a call that was part of `what`.
+    pub(crate) fn within(self, what: impl Display) -> Self {
+        match self {
+            KernelError::Driver { call, status } => KernelError::Driver { call: format!("{call} in {what}"), status },
+            KernelError::DeviceLost { call, status } => {
+                KernelError::DeviceLost { call: format!("{call} in {what}"), status }
+            }
+            other => other,
+        }
+    }
+
     pub(crate) fn shape(op: &'static str, expected: impl Display, found: impl Display) -> Self {
         KernelError::Shape { op, expected: expected.to_string(), found: found.to_string() }
     }

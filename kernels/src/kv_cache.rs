@@ -160,7 +160,15 @@ impl DeviceKv {
         let memory = Arc::new(memory);
         let mut cache = DeviceKv { memory, plane_bytes, maps: None };
         let takes = launch::prefill_hopper_takes(shape.head_dim, shape.block_size) && i32::try_from(rows).is_ok();
-        if gpu.is_prefill_hopper && gpu.element != Element::F32 && takes {
+        if gpu.needs_hopper() && !takes {
+            let tiles = if shape.head_dim > 128 { 64 } else { 128 };
+            let expected = format!(
+                "for attention by wgmma, heads of 64, 96, 128 or 256 values in less than 2^31 rows, and blocks of 8 \
+                 to {tiles} positions, by powers of two"
+            );
+            return Err(KernelError::shape("kv cache", expected, format!("{shape:?}")));
+        }
+        if gpu.is_prefill_hopper && takes {
             cache.maps =
                 Some((0..shape.layers).map(|layer| cache.map(gpu, shape, rows, layer)).collect::<Result<_>>()?);
         }

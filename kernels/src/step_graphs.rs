@@ -57,7 +57,8 @@ impl StepGraphs {
         match (&mut self.0, &device.backend, padded) {
             (Some(graphs), Backend::Cuda(gpu), Some(rows)) => {
                 let cache = kv.on_device()?.layer(0).0;
-                graphs.run(gpu, rows, cache, || work(kv))
+                let done = graphs.run(gpu, rows, cache, || work(kv));
+                done.map_err(|error| error.within(format_args!("a graph of {rows} rows")))
             }
             _ => work(kv),
         }

@@ -3,7 +3,7 @@
 set -eu
 
 folder=$1
-KVERN_REQUIRE_CUDA=1 cargo build --release --locked --package kvern --features cuda
+KVERN_REQUIRE_CUDA=1 "${CARGO:-cargo}" build --release --locked --package kvern --features cuda
 mkdir -p "$folder"
-strip --strip-all -o "$folder/kvern" "${CARGO_TARGET_DIR:-target}/release/kvern"
+"${STRIP:-strip}" --strip-all -o "$folder/kvern" "${CARGO_TARGET_DIR:-target}/release/kvern"
 "$folder/kvern" --version

@@ -155,11 +155,12 @@ done
 # warpgroups order the accesses: fixes are noted in 2025.4, 2026.1 and, of the bytes that a copy completes, 2026.3. What
 # the products of warpgroups read it does not say it sees at all. So a report is to be read, and silence proves little.
 hopper racecheck-hopper sanitize inform racecheck-hopper racecheck --steps 2 --prefill 300
-bench llama-3.1-8b
+bench llama-3.1-8b --aims
 bench llama-3.2-1b
 bench qwen3-0.6b
 peers=(--kvern "$KVERN" --model "$scripts/shapes/llama-3.1-8b" --device "$DEVICE")
 check attention-llama-3.1-8b 900 "$PYTHON" "$scripts/attention.py" "${peers[@]}" --out "$OUT/attention-llama-3.1-8b.json"
+check prompts-llama-3.1-8b 900 "$PYTHON" "$scripts/prompts.py" "${peers[@]}" "${prefills[@]}" --out "$OUT/prompts-llama-3.1-8b.json"
 check compiled-llama-3.1-8b 900 "$PYTHON" "$scripts/compiled.py" "${peers[@]}" --flag=--load-format=dummy \
     --flag=--max-num-batched-tokens=8192 --out "$OUT/compiled-llama-3.1-8b.json"
 launches llama-3.1-8b

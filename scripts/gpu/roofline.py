@@ -6,6 +6,9 @@ of random bf16 matrices (the best of several sizes). What a step must read and m
 configuration: weights once, K and V of every stream, two operations per weight and token, and attention. The floor of
 a step is the longer of the two times; the last column says how many floors it took.
 
+With --aims the output says of each aim for a model of 8B whether it was met, and a missed one fails; of a prompt that was
+computed with several kernels of attention the fastest counts, and what was not measured is missed.
+
 With --again NAME=FLAG decoding alone is measured under a further flag of the bench, between two runs without it, so
 that what the flag changes can be told from what the machine's clocks do: a row each, called before, NAME and after.
 """
@@ -23,6 +26,15 @@ STEPS = 32
 DECODE = ["1x1024", "32x4096", "256x1024"]
 PREFILL = ["2048", "8192"]
 ROUNDS = 20
+# Aims for a model of 8B: the share of its limit that a workload has to reach, and the aim in words. The limit is its floor; of
+# prompts, whose floor is that of their products and their attention's, it is the rate of products.
+AIMS = {
+    "decode 1x1024": (1 / 1.15, "at most 1.15 floors"),
+    "decode 32x4096": (0.80, "at least 80% of the roofline"),
+    "decode 256x1024": (0.80, "at least 80% of the roofline"),
+    "prefill 2048": (0.65, "at least 65% of the rate of products"),
+    "prefill 8192": (0.65, "at least 65% of the rate of products"),
+}
 SIZES = [(8192, 8192, 8192), (4096, 28672, 4096), (8192, 6144, 4096), (16384, 4096, 14336)]
 
 
@@ -169,6 +181,7 @@ def main() -> None:
                         help="a further flag of kvern bench, as --flag=--load-format=dummy")
     parser.add_argument("--again", metavar="NAME=FLAG",
                         help="measure decoding alone, without, with and without this flag")
+    parser.add_argument("--aims", action="store_true", help="fail where an aim for a model of 8B is missed")
     parser.add_argument("--out", type=pathlib.Path, help="file for all figures, as JSON")
     options = parser.parse_args()
     if options.limits_only:
@@ -185,10 +198,30 @@ def main() -> None:
     product = max(max(side["product"].values()) for side in (before, after))
     if options.out:
         options.out.write_text(json.dumps({"before": before, "after": after, "rows": rows}, indent=1))
-    report(options.model, rows, before["gpu"], read, product)
+    shares = report(options.model, rows, before["gpu"], read, product)
+    if options.aims:
+        lines, missed = judged(shares)
+        print("\n".join(lines))
+        if missed:
+            sys.exit(f"{missed} of {len(lines)} aims missed")
 
 
-def report(folder: pathlib.Path, rows: "list[dict]", gpu: str, read: float, product: float) -> None:
+def judged(shares: "list[tuple[str, float]]") -> "tuple[list[str], int]":
+    """A line for each aim, and how many were missed, by workloads and the shares of their floors' pace that they reached."""
+    lines, missed = [], 0
+    for workload, (least, words) in AIMS.items():
+        # The name of a prompt's kernel comes after its tokens.
+        reached = max((share for name, share in shares if f"{name} ".startswith(f"{workload} ")), default=None)
+        is_met = reached is not None and reached >= least
+        missed += not is_met
+        found = "found none" if reached is None else f"found {reached:.1%}, {1 / reached:.2f} floors"
+        lines.append(f"aim: {workload}: {words}, {found}: {'met' if is_met else 'MISSED'}")
+    return lines, missed
+
+
+def report(folder: pathlib.Path, rows: "list[dict]", gpu: str, read: float, product: float) -> "list[tuple[str, float]]":
+    """Prints the table; workloads with the share of their floors' pace that they reached."""
+    shares = []
     print(f"{folder.name} on {gpu}; by torch: reads {read / 1e12:.2f} TB/s, products {product / 1e12:.0f} TFLOP/s")
     width = 22 if not any("run" in row for row in rows) else 40
     print(f"{'workload':{width}} {'tokens/s':>10} {'ms':>9} {'floor ms':>9}  bound by   floors")
@@ -198,10 +231,13 @@ def report(folder: pathlib.Path, rows: "list[dict]", gpu: str, read: float, prod
         tokens, seconds, bound = floor(model, row["workload"], read, product)
         took = tokens / row["median"]
         idle = f"  {row['idle_share']:.2%} idle between steps" if "idle_share" in row else ""
-        print(f"{row['workload'] + ' ' + row.get('run', ''):{width}} {row['median']:10.1f} {took * 1e3:9.3f} {seconds * 1e3:9.3f}  {bound:9} "
+        name = f"{row['workload']} {row.get('run', '')}"
+        print(f"{name:{width}} {row['median']:10.1f} {took * 1e3:9.3f} {seconds * 1e3:9.3f}  {bound:9} "
               f"{took / seconds:7.2f}{idle}")
+        shares.append((row["workload"], seconds / took))
     if not points:
         sys.exit("expected workloads in the output of kvern bench, found none")
+    return shares
 
 
 if __name__ == "__main__":

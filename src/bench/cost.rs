@@ -6,8 +6,8 @@ use kvern_models::ModelConfig;
 /// Of one round.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Cost {
-    /// Operations of the products of activations with weights, two per multiplication and addition. Attention and
-    /// everything else are not counted.
+    /// Operations of the products of activations with weights, two per multiplication and addition; of a prompt's
+    /// attention that is timed alone, those of its products. Everything else is not counted.
     pub(super) product_operations: f64,
     /// Bytes of weights and of cached K and V that decoding reads once a step; `None` where it is not known: of prefill,
     /// and of a model with an embedding apart from its head, of which a step reads a few rows.
@@ -39,6 +39,7 @@ impl Cost {
                 let kv = |sequence| kv_bytes(model, f64::from(workload.context(sequence)), bytes.kv_value);
                 (0.0, Some(steps * (0..workload.streams()).map(kv).sum::<f64>()))
             }
+            Workload::PromptAttention { tokens } => (steps * prompt_attention_operations(model, tokens), None),
         };
         Cost { product_operations, read_bytes }
     }
@@ -51,6 +52,18 @@ fn layer_operations(model: &ModelConfig) -> f64 {
     let attention = model.hidden_size * (q + 2 * kv) + q * model.hidden_size;
     let feed_forward = 3 * model.hidden_size * model.intermediate_size;
     2.0 * (model.layers * (attention + feed_forward)) as f64
+}
+
+/// Products of queries with keys, and of their weights with values, of all tokens of a prompt in all layers.
+fn prompt_attention_operations(model: &ModelConfig, tokens: u32) -> f64 {
+    let tokens = f64::from(tokens);
+    let position = 4.0 * (model.heads.heads * model.heads.head_dim) as f64;
+    // Token number n sees n positions, or as many as the window has.
+    let seen = |layer| {
+        let window = model.window(layer).map_or(tokens, |window| tokens.min(f64::from(window)));
+        window * (window + 1.0) / 2.0 + (tokens - window) * window
+    };
+    position * (0..model.layers).map(seen).sum::<f64>()
 }
 
 /// K and V that one token reads of a sequence of `context` tokens.
@@ -85,6 +98,8 @@ mod tests {
             (decode, &untied, 12.0 * (token + head), None),
             (decode, &tied, 12.0 * (token + head), Some(4.0 * (1000.0 + 3.0 * 2.0 * 22.0 * kv_token))),
             (alone, &windowed, 0.0, Some(4.0 * (20.0 + 10.0 + 2.0 * (7.0 + 7.0)) * kv_token)),
+            (Workload::PromptAttention { tokens: 12 }, &tied, 4.0 * 256.0 * 2.0 * 78.0, None),
+            (Workload::PromptAttention { tokens: 12 }, &windowed, 4.0 * 256.0 * (78.0 + 75.0), None),
             (decode, &windowed, 12.0 * (token + head), Some(4.0 * (1000.0 + 3.0 * (22.0 + 10.0) * kv_token))),
         ];
         for (workload, model, product_operations, read_bytes) in cases {

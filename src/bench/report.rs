@@ -116,7 +116,8 @@ impl Report<'_> {
         })
     }
 
-    /// Of the reads for one stream and for attention, which are bound by them, and of the fastest products for prefill.
+    /// Of the reads for one stream and for attention of decoding, which are bound by them, and of the fastest products
+    /// for prompts.
     fn share(&self, row: &Row) -> Option<Share> {
         let rounds_per_s = row.rates.median() / row.tokens as f64;
         let (limit, spent) = match row.workload {
@@ -124,7 +125,9 @@ impl Report<'_> {
                 (self.limit(|limit| limit == Limit::Read)?, row.cost.read_bytes?)
             }
             Workload::Decode { .. } => return None,
-            Workload::Prefill { .. } => (self.limit(|limit| limit != Limit::Read)?, row.cost.product_operations),
+            Workload::Prefill { .. } | Workload::PromptAttention { .. } => {
+                (self.limit(|limit| limit != Limit::Read)?, row.cost.product_operations)
+            }
         };
         Some(Share { limit: limit.0, part: spent * rounds_per_s / limit.1 })
     }

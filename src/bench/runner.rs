@@ -20,8 +20,8 @@ pub(super) struct Room {
     contexts: Vec<u32>,
     /// Most tokens of a step.
     step_tokens: u32,
-    /// Attention is timed alone.
-    attention: bool,
+    /// Most rows of attention that is timed alone.
+    attention_rows: u32,
 }
 
 impl Room {
@@ -32,8 +32,8 @@ impl Room {
             let users = workloads.iter().filter(|workload| sequence < workload.streams());
             users.map(|workload| workload.tokens_max(sequence, steps)).max().unwrap_or(0)
         };
-        let attention = workloads.iter().any(|workload| matches!(workload, Workload::Attention { .. }));
-        Room { contexts: (0..streams).map(context).collect(), step_tokens: chunk.max(streams), attention }
+        let attention_rows = workloads.iter().map(|workload| workload.attention_rows()).max().unwrap_or(0);
+        Room { contexts: (0..streams).map(context).collect(), step_tokens: chunk.max(streams), attention_rows }
     }
 
     fn blocks(&self, block_size: u32) -> u32 {
@@ -100,7 +100,10 @@ impl Runner {
             let count = context.div_ceil(engine.block_size) as usize;
             Sequence { blocks: blocks.by_ref().take(count).collect(), filled: 0 }
         });
-        let attention = room.attention.then(|| AttentionAlone::new(device, &loaded.config, limits)).transpose()?;
+        let attention = match room.attention_rows as usize {
+            0 => None,
+            tokens_max => Some(AttentionAlone::new(device, &loaded.config, StepLimits { tokens_max, ..limits })?),
+        };
         let mut kv = KvCache::new(device, shape)?;
         loaded.model.capture(&mut kv, &mut |_, _| {})?;
         Ok(Runner {
@@ -139,7 +142,9 @@ impl Runner {
                 self.fill(workload)?;
                 self.decode(streams, context..context + steps)
             }
-            Workload::Attention { .. } => self.attend(workload, steps).map(Round::from),
+            Workload::Attention { .. } | Workload::PromptAttention { .. } => {
+                self.attend(workload, steps).map(Round::from)
+            }
         }
     }
 
@@ -163,10 +168,9 @@ impl Runner {
     /// All layers' attention, `steps` times.
     fn attend(&mut self, workload: Workload, steps: u32) -> Result<Duration, KernelError> {
         self.fill(workload)?;
-        let contexts: Vec<u32> = (0..workload.streams()).map(|sequence| workload.context(sequence)).collect();
         let Runner { device, kv, sequences, attention, .. } = self;
         let attention = attention.as_mut().expect("there is room for every workload");
-        attention.update(device, sequences, &contexts, kv)?;
+        attention.update(device, sequences, workload, kv)?;
         device.synchronize()?;
         let started = Instant::now();
         for _ in 0..steps {
@@ -279,7 +283,8 @@ mod tests {
     fn a_sequence_has_room_for_the_longest_workload_that_uses_it() {
         let decode = |streams, context| Workload::Decode { streams, context };
         let skewed = Workload::Attention { groups: [(1, 900), (2, 100)] };
-        let cases: [(&[Workload], &[u32]); 5] = [
+        let cases: [(&[Workload], &[u32]); 6] = [
+            (&[Workload::PromptAttention { tokens: 700 }, decode(2, 128)], &[700, 136]),
             (&[skewed, decode(4, 128)], &[900, 136, 136, 136]),
             (&[], &[]),
             (&[Workload::Prefill { tokens: 512 }], &[512]),

@@ -102,8 +102,9 @@ pub(super) struct BenchArgs {
     /// Decoding to time: streams, and tokens that each holds [default, without --prefill: 1x4096 and 1 to 64 by 128]
     #[arg(long, value_name = "STREAMSxCONTEXT,..", value_delimiter = ',', value_parser = parse_decode)]
     pub(super) decode: Vec<Workload>,
-    /// Attention alone to time, of one token in all layers: as --decode, or of two groups, as 1x32768+31x4096
-    #[arg(long, value_name = "STREAMSxCONTEXT,..", value_delimiter = ',', value_parser = parse_attention)]
+    /// Attention alone to time, in all layers: of a token of each stream, as --decode, or of two groups, as
+    /// 1x32768+31x4096; or of a prompt, by its tokens
+    #[arg(long, value_name = "STREAMSxCONTEXT|TOKENS,..", value_delimiter = ',', value_parser = parse_attention)]
     pub(super) attention: Vec<Workload>,
     /// Rounds of each workload, after one that does not count; workloads take turns
     #[arg(long, value_name = "N", default_value = "5", value_parser = parse_count)]

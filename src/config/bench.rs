@@ -27,6 +27,8 @@ pub enum Workload {
     Decode { streams: u32, context: u32 },
     /// Attention alone, in all layers, of the last token of each sequence: streams of some context, then of another one.
     Attention { groups: [(u32, u32); 2] },
+    /// Attention alone, in all layers, of all tokens of a prompt.
+    PromptAttention { tokens: u32 },
 }
 
 impl Workload {
@@ -43,7 +45,7 @@ impl Workload {
     #[must_use]
     pub fn streams(self) -> u32 {
         match self {
-            Workload::Prefill { .. } => 1,
+            Workload::Prefill { .. } | Workload::PromptAttention { .. } => 1,
             Workload::Decode { streams, .. } => streams,
             Workload::Attention { groups: [(first, _), (second, _)] } => first.saturating_add(second),
         }
@@ -55,6 +57,8 @@ impl Workload {
         match self {
             Workload::Prefill { .. } => 0,
             Workload::Decode { context, .. } => context,
+            // K and V of all tokens are there before their attention.
+            Workload::PromptAttention { tokens } => tokens,
             Workload::Attention { groups: [(streams, context), (_, further)] } => {
                 if sequence < streams {
                     context
@@ -71,7 +75,17 @@ impl Workload {
         match self {
             Workload::Prefill { tokens } => tokens,
             Workload::Decode { context, .. } => context.saturating_add(steps),
-            Workload::Attention { .. } => self.context(sequence),
+            Workload::Attention { .. } | Workload::PromptAttention { .. } => self.context(sequence),
+        }
+    }
+
+    /// Rows of one run of attention, where that is timed alone; else none.
+    #[must_use]
+    pub fn attention_rows(self) -> u32 {
+        match self {
+            Workload::Prefill { .. } | Workload::Decode { .. } => 0,
+            Workload::Attention { .. } => self.streams(),
+            Workload::PromptAttention { tokens } => tokens,
         }
     }
 
@@ -88,16 +102,18 @@ impl Workload {
         match self {
             Workload::Prefill { tokens } => u64::from(tokens),
             Workload::Decode { .. } | Workload::Attention { .. } => u64::from(self.streams()) * u64::from(steps),
+            Workload::PromptAttention { tokens } => u64::from(tokens) * u64::from(steps),
         }
     }
 }
 
-/// `prefill 512`, `decode 16x128`, `attention 1x32768+31x1024`.
+/// `prefill 512`, `decode 16x128`, `attention 1x32768+31x1024`, `attention 2048`.
 impl fmt::Display for Workload {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Workload::Prefill { tokens } => write!(f, "prefill {tokens}"),
             Workload::Decode { streams, context } => write!(f, "decode {streams}x{context}"),
+            Workload::PromptAttention { tokens } => write!(f, "attention {tokens}"),
             Workload::Attention { groups: [(streams, context), (0, _)] } => write!(f, "attention {streams}x{context}"),
             Workload::Attention { groups: [(streams, context), (more, further)] } => {
                 write!(f, "attention {streams}x{context}+{more}x{further}")
@@ -117,9 +133,14 @@ pub(super) fn parse_decode(text: &str) -> Result<Workload, String> {
     Ok(Workload::Decode { streams, context })
 }
 
-/// `STREAMSxCONTEXT`, or two of them with a plus between.
+/// `STREAMSxCONTEXT`, or two of them with a plus between; or the tokens of a prompt.
 pub(super) fn parse_attention(text: &str) -> Result<Workload, String> {
-    let expected = || format!("expected STREAMSxCONTEXT such as 32x4096 or 1x32768+31x4096, found `{text}`");
+    let expected = || {
+        format!("expected STREAMSxCONTEXT such as 32x4096 or 1x32768+31x4096, or tokens such as 2048, found `{text}`")
+    };
+    if let Ok(tokens) = parse_count(text) {
+        return Ok(Workload::PromptAttention { tokens });
+    }
     let (first, second) = text.split_once('+').map_or((text, None), |(first, second)| (first, Some(second)));
     let second = second.map_or(Some((0, 0)), parse_group).ok_or_else(expected)?;
     Ok(Workload::Attention { groups: [parse_group(first).ok_or_else(expected)?, second] })

@@ -137,9 +137,13 @@ fn benchmarks() {
     let attention = |groups| Workload::Attention { groups };
     let cases: [(&[&str], Variables<'_>, &[Workload]); 5] = [
         (
-            &["--attention", "8x1k,1x32k+3x64"],
+            &["--attention", "8x1k,1x32k+3x64,2K"],
             &[],
-            &[attention([(8, 1000), (0, 0)]), attention([(1, 32_000), (3, 64)])],
+            &[
+                attention([(8, 1000), (0, 0)]),
+                attention([(1, 32_000), (3, 64)]),
+                Workload::PromptAttention { tokens: 2048 },
+            ],
         ),
         (&["--prefill", "512,2k"], &[], &[prefill(512), prefill(2000)]),
         (&["--decode", "1x128,16x4K", "--prefill=7"], &[], &[prefill(7), decode(1, 128), decode(16, 4096)]),
@@ -153,7 +157,7 @@ fn benchmarks() {
     assert_eq!((found.rounds, found.steps, found.limits, found.json), (3, 8, true, true));
     for args in [["--decode", "16"], ["--decode", "x5"], ["--decode", "1x0"], ["--prefill", "0"], ["--rounds", "0"]]
         .into_iter()
-        .chain([["--attention", "1x5+"], ["--attention", "+1x5"], ["--attention", "1x5+0x5"], ["--attention", "3"]])
+        .chain([["--attention", "1x5+"], ["--attention", "+1x5"], ["--attention", "1x5+0x5"], ["--attention", "0"]])
     {
         let error = resolve(&[&["bench"][..], &args].concat(), &[]).unwrap_err();
         assert!(matches!(error, ConfigError::Usage(_)), "{args:?}: {error}");
@@ -168,6 +172,7 @@ fn workloads_say_what_they_take() {
         (Workload::Attention { groups: [(16, 128), (0, 0)] }, "attention 16x128", 16, 128, 512),
         (Workload::Attention { groups: [(1, 900), (15, 128)] }, "attention 1x900+15x128", 16, 900, 512),
         (Workload::Attention { groups: [(1, 128), (15, 900)] }, "attention 1x128+15x900", 16, 900, 512),
+        (Workload::PromptAttention { tokens: 900 }, "attention 900", 1, 900, 28_800),
     ];
     for (workload, name, streams, context_max, tokens) in cases {
         assert_eq!(workload.to_string(), name);

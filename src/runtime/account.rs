@@ -121,7 +121,10 @@ impl Wanted<'_> {
         let asked = engine.kv_cache_memory_bytes;
         if let Some(bytes) = asked.filter(|bytes| *bytes > left) {
             table.push(("may be taken".to_owned(), budget));
-            let hint = format!("--kv-cache-memory-bytes {bytes} is more than the {left} that are left");
+            let fitting = self.hint(gpu, budget, block_bytes)?;
+            let hint = format!(
+                "--kv-cache-memory-bytes {bytes} is more than the {left} that are left; with what is left, {fitting}"
+            );
             return Err(StartError::DoesNotFit { model_len: self.max_model_len, table: lines(&table), hint });
         }
         // One block more is there for rows that nobody asked for.

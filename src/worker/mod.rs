@@ -303,7 +303,8 @@ impl Worker {
             Ok(Ok(())) => Ok(()),
             Ok(Err(error)) => {
                 if matches!(error, StepError::Kernel(KernelError::DeviceLost { .. })) && !self.is_lost {
-                    tracing::error!(step = plan.step.0, %error, "the worker ends");
+                    // That work on a device has failed is found by a later call.
+                    tracing::error!(step = plan.step.0, %error, "the worker ends: this step or one beside it failed");
                     self.is_lost = true;
                 }
                 Err(error.to_string())

@@ -34,6 +34,13 @@ pub const fn decode_shared_bytes(head_dim: usize) -> usize {
     16 * pitch(head_dim) * (1 + 4 * stages * 2)
 }
 
+/// Static shared memory of `kvern_decode_*`, in which warps tell each other their maxima and sums.
+const DECODE_STATIC_SHARED_BYTES: usize = 512;
+
+/// Shared memory, dynamic and static, that a device must be able to give a block: that of decode with the largest heads.
+/// Kernels for sm_90a may ask for more, which the devices that can run them have.
+pub const BLOCK_SHARED_BYTES_MIN: usize = decode_shared_bytes(256) + DECODE_STATIC_SHARED_BYTES;
+
 /// Pairs of a query row and a head that a tile of `kvern_prefill_*` has room for.
 #[must_use]
 pub const fn prefill_rows(head_dim: usize) -> usize {
@@ -110,7 +117,42 @@ mod tests {
         let takes = |dim: usize| -> Vec<usize> { (0..200).filter(|&size| prefill_hopper_takes(dim, size)).collect() };
         assert_eq!([takes(64), takes(96), takes(128)], [(); 3].map(|()| vec![8, 16, 32, 64, 128]));
         assert_eq!((takes(256), takes(80)), (vec![8, 16, 32, 64], vec![]));
-        // A block of a device of capability 9.0 has 227 KiB, static memory included.
-        assert!([64, 96, 128, 256].iter().all(|&dim| prefill_hopper_shared_bytes(dim) < 226 << 10));
+    }
+
+    /// The dynamic shared memory of a kernel, by its name in the table of resources.
+    fn dynamic_shared_bytes(kernel: &str) -> usize {
+        let Some((name, head_dim)) = kernel.rsplit_once("_d") else { return 0 };
+        let Ok(head_dim) = head_dim.parse() else { return 0 };
+        let (op, _element) = name.rsplit_once('_').expect("a name ends with an element and a size of heads");
+        match op {
+            "kvern_decode" => decode_shared_bytes(head_dim),
+            "kvern_cascade" => cascade_shared_bytes(head_dim),
+            "kvern_prefill" => prefill_shared_bytes(head_dim),
+            "kvern_prefill_hopper" => prefill_hopper_shared_bytes(head_dim),
+            "kvern_decode_merge" => 0,
+            other => panic!("expected a kernel whose shared memory is known, found {other}"),
+        }
+    }
+
+    #[test]
+    fn no_kernel_asks_for_more_shared_memory_than_its_devices_have() {
+        let mut most = 0;
+        for row in include_str!("../../cuda/resources.txt").lines().filter(|line| !line.starts_with('#')) {
+            let columns: Vec<&str> = row.split_whitespace().collect();
+            let (kernel, target, fixed) = (columns[0], columns[1], columns[3].parse::<usize>().expect("bytes"));
+            let is_hopper = kernel.starts_with("kvern_prefill_hopper_");
+            if is_hopper && target == "sm_80" {
+                // Nothing launches what is compiled of it for others.
+                continue;
+            }
+            let bytes = fixed + dynamic_shared_bytes(kernel);
+            // What a block may have on devices of capability 8.0, and of 9.0.
+            let limit = if target == "sm_80" { 163 << 10 } else { 227 << 10 };
+            assert!(bytes <= limit, "{kernel} for {target}: {bytes} bytes");
+            if !is_hopper {
+                most = most.max(bytes);
+            }
+        }
+        assert_eq!(most, BLOCK_SHARED_BYTES_MIN);
     }
 }

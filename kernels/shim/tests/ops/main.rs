@@ -42,6 +42,8 @@ const ELEMENTS: [Element; 3] = [Element::F32, Element::BF16, Element::F16];
 /// A GPU whose activations are of one type.
 struct Rig {
     device: Device,
+    /// The same GPU, with the kernel of prompts' attention that takes blocks of any size.
+    any_block: Device,
     element: Element,
     shim: Option<Arc<ShimDriver>>,
 }
@@ -59,19 +61,21 @@ impl Rig {
     /// The shim has this capability, the machine's GPU its own.
     fn with(element: Element, compute_capability: (u32, u32), prefill: PrefillKernel) -> Option<Rig> {
         if std::env::var_os("KVERN_TEST_GPU").is_some_and(|value| value == "1") {
+            let any_block = Device::cuda(0, element).unwrap();
             return match Device::cuda(0, GpuOptions { prefill, ..element.into() }) {
                 Err(KernelError::Unsupported(text)) if text.contains("attention by wgmma") => {
                     println!("skipped: {text}");
                     None
                 }
-                device => Some(Rig { device: device.unwrap(), element, shim: None }),
+                device => Some(Rig { device: device.unwrap(), any_block, element, shim: None }),
             };
         }
         // Work runs as late as it may, so that what is used too early shows.
         let options = Options { lazy: true, seed: element as u64, compute_capability, ..Options::default() };
         let shim = ShimDriver::new(options);
         let device = Device::gpu(Arc::clone(&shim) as _, GpuOptions { prefill, ..element.into() }).unwrap();
-        Some(Rig { device, element, shim: Some(shim) })
+        let any_block = Device::gpu(Arc::clone(&shim) as _, element).unwrap();
+        Some(Rig { device, any_block, element, shim: Some(shim) })
     }
 
     /// Largest relative error of rounding to the type of activations: half of a unit in the last place.
@@ -115,7 +119,7 @@ impl Rig {
     /// Runs `work` with a step's numbers on the device, which makes positions and slots by itself: each row is a sequence of its
     /// own, in blocks of one position, of which the last is the row's slot.
     fn with_indices<R>(&self, rows: &StepRows<'_>, work: impl FnOnce(&StepIndices<'_>) -> R) -> R {
-        let (device, count) = (&self.device, rows.ids.len());
+        let (device, count) = (&self.any_block, rows.ids.len());
         let stride = rows.positions.iter().max().map_or(1, |&last| last as usize + 1);
         let mut tables = vec![0; count * stride];
         for (row, (&position, &slot)) in rows.positions.iter().zip(rows.slots).enumerate() {
@@ -136,6 +140,8 @@ impl Rig {
         let mut inputs = StepInputs::new(device, count, count.max(rows.sample_rows.len())).unwrap();
         let indices = inputs.update(device, rows, &batch, &plan, None).unwrap();
         inputs.build(device).unwrap();
+        // Its stream is another one.
+        device.synchronize().unwrap();
         let result = work(&indices);
         self.device.synchronize().unwrap();
         result

@@ -2,8 +2,9 @@
 
 use kvern_kernels::ops::{self, Attention, RopeAndStore};
 use kvern_kernels::{
-    AttentionLimits, AttentionPlan, CpuOptions, Device, DeviceSampler, Element, Format, KernelError, KvCache, KvDType,
-    KvShape, Precision, Result, RopeTable, SequenceBatch, StepInputs, StepRows, Tensor, Weight,
+    AttentionLimits, AttentionPlan, CpuOptions, Device, DeviceSampler, Element, Format, GpuOptions, KernelError,
+    KvCache, KvDType, KvShape, Precision, PrefillKernel, Result, RopeTable, SequenceBatch, StepInputs, StepRows,
+    Tensor, Weight,
 };
 
 use super::matrices::{Random, view};
@@ -22,6 +23,26 @@ fn refused<T>(result: Result<T>, words: &str) {
 
 fn shape(dtype: KvDType, head_dim: usize) -> KvShape {
     KvShape { layers: 1, blocks: 4, block_size: 4, kv_heads: 1, head_dim, dtype }
+}
+
+/// Who asks for the kernel for sm_90a does not get another one in silence.
+#[test]
+fn caches_that_the_kernel_for_sm_90a_does_not_take() {
+    let Some(rig) = Rig::hopper(Element::BF16) else { return };
+    let cache =
+        |head_dim, block_size| KvCache::new(&rig.device, KvShape { block_size, ..shape(KvDType::BF16, head_dim) });
+    for (head_dim, block_size) in [(64, 7), (64, 4), (128, 256), (256, 128), (80, 16)] {
+        refused(cache(head_dim, block_size), "for attention by wgmma");
+    }
+    for (head_dim, block_size) in [(64, 8), (128, 128), (256, 64)] {
+        assert!(cache(head_dim, block_size).is_ok(), "heads of {head_dim}, blocks of {block_size}");
+    }
+    let portable = Rig::with(Element::BF16, (9, 0), PrefillKernel::Auto).expect("any GPU has some kernel");
+    assert!(KvCache::new(&portable.device, shape(KvDType::BF16, 64)).is_ok(), "it was not asked for");
+    let f32 = GpuOptions { prefill: PrefillKernel::Hopper, ..Element::F32.into() };
+    let Some(shim) = &rig.shim else { return };
+    let error = Device::gpu(std::sync::Arc::clone(shim) as _, f32).map(drop).unwrap_err().to_string();
+    assert!(error.ends_with("for attention by wgmma, found activations in f32"), "{error}");
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! Whole decode steps of a model of one layer: a step that is laid out for more rows than it has, eager or captured,
 //! has the bits of one that is not, and rows have those that they have alone.
 
+use kvern_cuda_shim::device::Call;
 use kvern_kernels::ops::{self, Attention, QkNorm, RopeAndStore};
 use kvern_kernels::{
     AttentionLimits, AttentionPlan, Element, Format, HeadLayout, KvCache, KvShape, Precision, RopeTable, SequenceBatch,
@@ -184,6 +185,26 @@ fn padded_and_captured_steps_have_the_bits_of_others() {
             }
         }
     }
+}
+
+/// What goes wrong with a captured step says with which.
+#[test]
+fn a_graph_that_fails_is_named_by_its_rows() {
+    let rig = Rig::new(Element::F32);
+    let Some(shim) = &rig.shim else { return };
+    let mut layer = Layer::new(&rig);
+    rig.device.synchronize().unwrap();
+    layer.graphs.begin_capture();
+    let mut run = || {
+        let done = layer.graphs.run(&rig.device, Some(4), &mut layer.kv, |_| Ok(()));
+        done.map_err(|error| error.to_string())
+    };
+    assert_eq!(run(), Ok(()));
+    shim.fail(Call::LaunchGraph, 1, "planted", false);
+    assert_eq!(run(), Err("launch_graph in a graph of 4 rows: planted".to_owned()));
+    assert_eq!(run(), Ok(()));
+    shim.fail(Call::LaunchGraph, 1, "planted", true);
+    assert_eq!(run(), Err("the GPU is lost, as launch_graph in a graph of 4 rows found: planted".to_owned()));
 }
 
 /// The ladder ends with the most sequences, and prefill is never padded.

@@ -4,6 +4,7 @@ use std::ffi::{CStr, c_char, c_int};
 use std::fmt::Display;
 
 use cudarc::driver::sys::{self, CUdevice, CUdevice_attribute as Attribute, CUresult};
+use kvern_cuda_abi::launch;
 
 use super::status::{Health, explain};
 use super::table::Raw;
@@ -136,6 +137,12 @@ impl Context {
             let ((major, minor), (found_major, found_minor)) = (CAPABILITY_MIN, found);
             return Err(KernelError::Unsupported(format!(
                 "expected compute capability {major}.{minor} or later, found {found_major}.{found_minor} of {name}"
+            )));
+        }
+        let (needed, found) = (launch::BLOCK_SHARED_BYTES_MIN, properties.block_shared_bytes);
+        if found < needed {
+            return Err(KernelError::Unsupported(format!(
+                "expected {needed} bytes of shared memory for a block, as attention takes them, found {found} of {name}"
             )));
         }
         let mut raw = std::ptr::null_mut();

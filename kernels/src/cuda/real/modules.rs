@@ -21,8 +21,9 @@ const KERNELS_MAX: usize = 1024;
 /// Shared memory, static and dynamic, that a block has without being asked for.
 const UNASKED_SHARED_BYTES: u32 = 48 * 1024;
 
-/// Compute capability from which on launches can begin early.
-const EARLY_CAPABILITY_MIN: (u32, u32) = (9, 0);
+/// Compute capability on which launches can begin early: that of the one image whose kernels wait for the launches
+/// before them. Later devices get what the driver makes of the PTX for compute_80, in which they do not wait.
+const EARLY_CAPABILITY: (u32, u32) = (9, 0);
 
 /// Gives bytes an alignment, which `include_bytes!` does not.
 #[repr(C, align(64))]
@@ -73,7 +74,7 @@ impl Modules {
             loaded: Vec::with_capacity(FATBINS.len()),
             kernels: Table::new("kernels", KERNELS_MAX),
             by_name: Mutex::new(HashMap::new()),
-            can_begin_early: capability >= EARLY_CAPABILITY_MIN,
+            can_begin_early: capability == EARLY_CAPABILITY,
         };
         for (name, bytes) in FATBINS {
             let (mut library, code) = (std::ptr::null_mut(), bytes.as_ptr().cast());

@@ -132,7 +132,7 @@ mod tests {
         assert_eq!(error.to_string(), "cuTwo: CUDA_ERROR_INVALID_VALUE");
         assert!(health.ready().is_ok());
 
-        let said = "the GPU is lost: cuThree: CUDA_ERROR_ILLEGAL_ADDRESS";
+        let said = "the GPU is lost, as cuThree found: CUDA_ERROR_ILLEGAL_ADDRESS";
         let error = health.check("cuThree", CUresult::CUDA_ERROR_ILLEGAL_ADDRESS).unwrap_err();
         assert_eq!(error.to_string(), said);
         let error = health.check("cuFour", CUresult::CUDA_ERROR_LAUNCH_FAILED).unwrap_err();

@@ -253,7 +253,12 @@ fn what_is_wrong_is_said_in_one_line() {
         ("FAKE_INIT", "100", "expected an NVIDIA GPU, found the driver without one"),
         ("FAKE_INIT", "34", "cuInit: CUDA_ERROR_STUB_LIBRARY (what it means)"),
         ("FAKE_VERSION", "12080", "expected an NVIDIA driver for CUDA 13.0 or later, found one for 12.8"),
-        ("FAKE_CAPABILITY", "7", "expected compute capability 8.0 or later, found 7.76 of Fake 71"),
+        ("FAKE_CAPABILITY", "7", "expected compute capability 8.0 or later, found 7.0 of Fake 71"),
+        (
+            "FAKE_BLOCK_SHARED",
+            "101376",
+            "expected 144128 bytes of shared memory for a block, as attention takes them, found 101376 of Fake 71",
+        ),
     ];
     for (name, value, expected) in cases {
         let found = transcript("open", &[(name, value)]);
@@ -278,13 +283,16 @@ fn every_call_reaches_the_driver_as_meant_and_everything_is_given_back() {
     }
 }
 
-/// Below compute capability 9.0 launches take turns, whatever was asked for.
+/// But on compute capability 9.0 launches take turns, whatever was asked for: elsewhere kernels do not wait.
 #[test]
-fn launches_begin_early_where_the_device_can() {
+fn launches_begin_early_where_the_kernels_wait() {
     if built_with_kernels() {
-        let found = transcript("whole", &[("FAKE_CAPABILITY", "8")]);
-        let launches = found.matches("> cuLaunchKernel kvern_one").count();
-        assert!(launches == 4 && !found.contains("cuLaunchKernelEx"), "{found}");
+        for (major, minor, early) in [("8", "0", 0), ("8", "9", 0), ("9", "0", 2), ("10", "0", 0), ("12", "0", 0)] {
+            let found = transcript("whole", &[("FAKE_CAPABILITY", major), ("FAKE_MINOR", minor)]);
+            let launches = found.matches("> cuLaunchKernelEx").count();
+            assert_eq!(launches, early, "{major}.{minor}: {found}");
+            assert_eq!(found.matches("> cuLaunchKernel").count(), 4, "{major}.{minor}: {found}");
+        }
     }
 }
 

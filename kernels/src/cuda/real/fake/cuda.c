@@ -1,7 +1,7 @@
 // Stands in for NVIDIA's driver in a test: notes each call on standard error and computes nothing. The environment
-// says what goes wrong: FAKE_INIT a status of cuInit, FAKE_VERSION a version, FAKE_CAPABILITY a compute capability's
-// major number, FAKE_CAPTURE a status of cuStreamEndCapture, FAKE_PARTS one of cuDeviceGetDevResource. A launch of 666
-// blocks loses the device.
+// says what goes wrong: FAKE_INIT a status of cuInit, FAKE_VERSION a version, FAKE_CAPABILITY and FAKE_MINOR a compute
+// capability, FAKE_BLOCK_SHARED the most shared memory of a block, FAKE_CAPTURE a status of cuStreamEndCapture,
+// FAKE_PARTS one of cuDeviceGetDevResource. A launch of 666 blocks loses the device.
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -73,7 +73,12 @@ int cuDeviceTotalMem_v2(size_t *bytes, int device) {
 
 int cuDeviceGetAttribute(int *value, int attribute, int device) {
     (void)device;
-    *value = attribute == 75 ? setting("FAKE_CAPABILITY", 9) : attribute;
+    switch (attribute) {
+    case 75: *value = setting("FAKE_CAPABILITY", 9); break;
+    case 76: *value = setting("FAKE_MINOR", 0); break;
+    case 97: *value = setting("FAKE_BLOCK_SHARED", 232448); break;
+    default: *value = attribute;
+    }
     return SUCCESS;
 }
 
