@@ -305,11 +305,31 @@ struct TokenBias {
     float bias;
 };
 
+// Weights of one bin: their mass in units of 2^-40, and how many they are.
+struct SampleBin {
+    uint64_t mass;
+    uint32_t count;
+    uint32_t pad;
+};
+
+// A block takes SAMPLE_SLICE tokens of one row: grid = (rows, parts), parts = ceil(vocab / SAMPLE_SLICE). At most SAMPLE_VOCAB_MAX
+// tokens are a vocabulary. SAMPLE_LISTED tokens between which a draw is decided have room in a row's list. Of bins there are
+// SAMPLE_BINS, as many as the upper 13 bits of a weight have values.
+constexpr uint32_t SAMPLE_SLICE = 8192, SAMPLE_VOCAB_MAX = 1u << 20, SAMPLE_LISTED = 8192, SAMPLE_BINS = 2048;
+
+// What a part leaves for the end of its row, 64 bits each: the best of its logits, and of its adjusted ones; the mass of its
+// weights, and that under the raw logits; then its top_stride best logits.
+constexpr uint32_t SAMPLE_PARTIALS = 4;
+
 // logits f32 [rows][vocab], unchanged; scratch f32 [rows][vocab]. tokens[r] is the sampled one, or NONE where the row holds NaN or
 // +infinity or nothing finite. mask, where not null, has one bit per token, [rows][ceil(vocab / 32)]: a zero forbids it.
 // logprobs[r][0] is the token's under the raw logits; then those of the top_logprobs likeliest, whose tokens are in
 // top_tokens[r]. Both have top_stride entries per row for the top ones. seen [slots][vocab]: 0 for a token that was not seen, else how
-// often the output has it, up to SEEN_COUNT_MAX, and SEEN_IN_PROMPT where it is known to be in the prompt. Grid = rows.
+// often the output has it, up to SEEN_COUNT_MAX, and SEEN_IN_PROMPT where it is known to be in the prompt.
+//
+// Between the launches of one step: partials [rows][parts][SAMPLE_PARTIALS + top_stride]; bins [rows][SAMPLE_BINS]; listed
+// [rows][SAMPLE_LISTED], a weight's bits above a token's complement; counters [rows][4], blocks of each launch that are done and
+// the length of the list: zeros before the first launch, and after each step.
 struct SampleParams {
     const float *logits;
     float *scratch;
@@ -321,6 +341,10 @@ struct SampleParams {
     float *logprobs;
     uint32_t *top_tokens;
     uint16_t *seen;
+    uint64_t *partials;
+    SampleBin *bins;
+    uint64_t *listed;
+    uint32_t *counters;
     uint32_t vocab;
     uint32_t top_stride;
 };

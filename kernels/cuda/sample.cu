@@ -1,179 +1,56 @@
-// Logits to tokens without sorting; one block per row. The order of operations, and what each means, are those of the server's
-// CPU sampler: bias and mask, penalties, temperature, min-p, top-k, top-p, draw.
+// Logits to tokens without sorting. The order of operations, and what each means, are those of the server's CPU sampler: bias and mask,
+// penalties, temperature, min-p, top-k, top-p, draw.
 //
-// Weights e^((logit - max) / temperature) are counted in units of 2^-40, as integers: their sums do not depend on the order in which
-// threads add, so a draw repeats itself exactly. top-k, top-p and the draw are one question: in the order of falling weight (the lower
-// token at a tie), where does a running count, or mass, reach a target? Three passes over a histogram of the bits of a weight
-// (11, 11 and 10 of them) find that weight; a walk in the order of tokens finds which of those that have it.
-#include "element.h"
-#include "reduce.h"
+// Weights e^((logit - max) / temperature) are counted in units of 2^-40, as integers: sums do not depend on the order in which threads
+// and blocks add, so a draw repeats itself exactly. A block has a slice of 8192 tokens of one row in registers, and the last of a
+// row's blocks to be done ends what the launch does for the row. What a row needs decides how many launches it takes part in:
+//
+//     row                   launches              reads of the row   of 128,256 logits, other bytes
+//     greedy                best                  1                  -
+//     temperature           best, weigh           2                  32 KB again: the slice in which the draw falls
+//     top-k, top-p, min-p   best, weigh, select   3                  32 KB of bins, read by each of 16 blocks; some 10 KB of list
+//     with log-probabilities                      as above, at least best and weigh; with penalties, bias or mask, best writes the
+//                                                 row once, reads 256 KB of seen tokens, and the others read what it wrote
+//
+// top-k, top-p and the draw are one question: in the order of falling weight (the lower token at a tie), where does a running count, or
+// mass, reach a target? `weigh` groups weights into 2048 bins by their upper bits. `select` reads off the bins in which the three
+// answers can lie, lists the tokens of those, and finds the answers in the list by two more digits each (sample_select.h). Where the
+// list is too short, as thousands of equal weights make it, the last block reads the row instead: seldom, slower, and the same result.
+#include "sample_select.h"
 
-constexpr uint32_t THREADS = 512, WARPS = THREADS / 32, BINS = 2048, BINS_PER_LANE = BINS / 32;
-constexpr Wide FAILED = ~0ull;
-
-// Larger for a larger logit, and at a tie for a lower token; FAILED for NaN and +infinity. Both zeros are one.
-__device__ __forceinline__ Wide rank_of(float logit, uint32_t token) {
-    if (!(logit < INFINITY)) {
-        return FAILED;
-    }
-    const uint32_t bits = float_to_bits(logit + 0.0f);
-    const uint32_t ordered = bits >> 31 ? ~bits : bits | 0x80000000u;
-    return static_cast<Wide>(ordered) << 32 | (0xffffffffu - token);
-}
-
-__device__ __forceinline__ uint32_t token_of(Wide rank) { return 0xffffffffu - static_cast<uint32_t>(rank); }
-
-// The best of a row; FAILED if any is, or if all are -infinity.
-__device__ __forceinline__ Wide best_of(const float *logits, uint32_t vocab) {
-    Wide best = 0;
-    for (uint32_t i = threadIdx.x; i < vocab; i += THREADS) {
-        best = max(best, rank_of(logits[i], i));
-    }
-    best = block_max(best);
-    return best == FAILED || logits[token_of(best)] == -INFINITY ? FAILED : best;
-}
-
-// A weight of at most 1 in units of 2^-40; the product is exact.
-__device__ __forceinline__ Wide mass_of(float weight) { return static_cast<Wide>(weight * 0x1p40f); }
-
-// The first token, in order, at which the running sum of `value` passes `target`, which the sum of all does.
-template <class Value> __device__ __forceinline__ uint32_t walk(uint32_t vocab, Wide target, Value value) {
-    KVERN_SHARED(Wide, totals, WARPS);
-    KVERN_SHARED(uint32_t, found, 1);
-    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const uint32_t stretch = (vocab + THREADS - 1) / THREADS * 32, first = warp * stretch;
-    const uint32_t end = min(first + stretch, vocab);
-    Wide total = 0;
-    for (uint32_t i = first + lane; i < end; i += 32) {
-        total += value(i);
-    }
-    total = warp_scan(total);
-    if (lane == 31) {
-        totals[warp] = total;
-    }
-    __syncthreads();
-    Wide before = 0;
-    for (uint32_t from = 0; from < warp; ++from) {
-        before += totals[from];
-    }
-    // One warp has the place; it goes over its stretch 32 at a time.
-    if (before <= target && target < before + totals[warp]) {
-        for (uint32_t i = first; i < first + stretch; i += 32) {
-            const Wide upto = before + warp_scan(i + lane < end ? value(i + lane) : 0);
-            const uint32_t past = __ballot_sync(WHOLE_WARP, upto > target);
-            if (past != 0) {
-                if (lane == 0) {
-                    found[0] = i + static_cast<uint32_t>(lowest_bit(past));
-                }
-                break;
-            }
-            before = __shfl_sync(WHOLE_WARP, upto, 31);
-        }
-    }
-    __syncthreads();
-    const uint32_t result = found[0];
-    __syncthreads();
-    return result;
-}
-
-// A place in the order of falling weight: the weight's bits, how many tokens of that very weight belong to the prefix, and the
-// prefix's mass.
-struct Place {
-    uint32_t bits;
-    Wide ties;
-    Wide mass;
-};
-
-struct Histogram {
-    uint32_t counts[BINS];
-    Wide masses[BINS];
-    Wide step[3];
-};
-
-// The shortest prefix whose count (or mass) is at least `target`, which is at least 1 and at most that of all.
-template <bool BY_MASS>
-__device__ __forceinline__ Place descend(const float *weights, uint32_t vocab, Wide target, Histogram &histogram) {
-    auto &[counts, masses, step] = histogram;
-    uint32_t prefix = 0;
-    Wide count_above = 0, mass_above = 0;
-#pragma unroll 1
-    for (uint32_t pass = 0; pass < 3; ++pass) {
-        const uint32_t shift = pass == 0 ? 21 : pass == 1 ? 10 : 0, width = pass == 2 ? 10 : 11;
-        for (uint32_t i = threadIdx.x; i < BINS; i += THREADS) {
-            counts[i] = 0;
-            masses[i] = 0;
-        }
-        __syncthreads();
-        for (uint32_t i = threadIdx.x; i < vocab; i += THREADS) {
-            const uint32_t bits = float_to_bits(weights[i]);
-            const bool within = bits != 0 && (pass == 0 || bits >> (shift + width) == prefix);
-            if (within) {
-                const uint32_t bin = bits >> shift & ((1u << width) - 1);
-                atomicAdd(&counts[bin], 1u);
-                atomicAdd(&masses[bin], mass_of(weights[i]));
-            }
-        }
-        __syncthreads();
-        if (threadIdx.x < 32) {
-            // Lane 0 has the highest bins.
-            const uint32_t top = BINS - 1 - threadIdx.x * BINS_PER_LANE;
-            Wide count = 0, mass = 0;
-            for (uint32_t i = 0; i < BINS_PER_LANE; ++i) {
-                count += counts[top - i];
-                mass += masses[top - i];
-            }
-            Wide count_before = count_above + warp_scan(count) - count, mass_before = mass_above + warp_scan(mass) - mass;
-            const bool reached = (BY_MASS ? mass_before + mass : count_before + count) >= target;
-            const uint32_t reaching = __ballot_sync(WHOLE_WARP, reached);
-            if (threadIdx.x == static_cast<uint32_t>(lowest_bit(reaching))) {
-                uint32_t bin = top;
-                while ((BY_MASS ? mass_before + masses[bin] : count_before + counts[bin]) < target) {
-                    count_before += counts[bin];
-                    mass_before += masses[bin];
-                    --bin;
-                }
-                step[0] = bin;
-                step[1] = count_before;
-                step[2] = mass_before;
-            }
-        }
-        __syncthreads();
-        prefix = prefix << width | static_cast<uint32_t>(step[0]);
-        count_above = step[1];
-        mass_above = step[2];
-        __syncthreads();
-    }
-    const Wide each = mass_of(bits_to_float(prefix));
-    const Wide ties = BY_MASS ? (target - mass_above + each - 1) / each : target - count_above;
-    return Place{prefix, ties, mass_above + ties * each};
-}
-
-// 53 bits from a seed and a position alone: two rounds of SplitMix64's finalizer (Steele, Lea and Flood, 2014), as on the CPU.
-__device__ __forceinline__ Wide uniform_bits(Wide seed, uint32_t position) {
-    auto mix = [](Wide z) {
-        z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
-        z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
-        return z ^ (z >> 31);
+// The thread's values of a slice of a slot's seen tokens, four at once where the row allows it.
+__device__ __forceinline__ void load_seen(const uint16_t *seen, uint32_t first, uint32_t vocab, uint16_t (&values)[EACH]) {
+    struct alignas(8) Four {
+        uint16_t values[4];
     };
-    const Wide key = mix(seed + 0x9e3779b97f4a7c15ull);
-    return mix(key + (static_cast<Wide>(position) + 1) * 0x9e3779b97f4a7c15ull) >> 11;
+#pragma unroll
+    for (uint32_t quad = 0; quad < QUADS; ++quad) {
+        const uint32_t at = first + place_of(4 * quad);
+        if (vocab % 4 == 0 && at < vocab) {
+            const Four four = *reinterpret_cast<const Four *>(seen + at);
+#pragma unroll
+            for (uint32_t i = 0; i < 4; ++i) {
+                values[4 * quad + i] = four.values[i];
+            }
+        } else {
+#pragma unroll
+            for (uint32_t i = 0; i < 4; ++i) {
+                values[4 * quad + i] = at + i < vocab ? seen[at + i] : 0;
+            }
+        }
+    }
 }
 
-// The seen tokens of the block's row; null where there are no penalties.
-__device__ __forceinline__ uint16_t *seen_of(const SampleParams &p) {
-    const uint32_t slot = p.rows[blockIdx.x].seen_slot;
-    return slot != KVERN_NONE ? p.seen + static_cast<size_t>(slot) * p.vocab : nullptr;
-}
-
-// A slot's seen tokens become those of the row's list, which are distinct.
-__device__ __forceinline__ void see_anew(const SampleParams &p, const SampleRow &row, uint16_t *seen) {
-    for (uint32_t i = threadIdx.x; i < p.vocab; i += THREADS) {
+// A slot's seen tokens become those of the row's list, which are distinct; of the block's slice.
+__device__ __forceinline__ void see_anew(const SampleParams &p, const SampleRow &row, uint16_t *seen, uint32_t first) {
+    const uint32_t end = min(first + SAMPLE_SLICE, p.vocab);
+    for (uint32_t i = first + threadIdx.x; i < end; i += THREADS) {
         seen[i] = 0;
     }
     __syncthreads();
     for (uint32_t i = threadIdx.x; i < row.count_count; i += THREADS) {
         const TokenCount entry = p.counts[row.count_first + i];
-        if (entry.token < p.vocab) {
+        if (entry.token >= first && entry.token < end) {
             const uint32_t count = min(entry.count, static_cast<uint32_t>(SEEN_COUNT_MAX));
             seen[entry.token] = count == 0 ? SEEN_IN_PROMPT : static_cast<uint16_t>(count);
         }
@@ -181,136 +58,255 @@ __device__ __forceinline__ void see_anew(const SampleParams &p, const SampleRow 
     __syncthreads();
 }
 
-// Bias, mask and penalties. Among biases tokens are distinct, so that no two threads are at one logit. `seen` is null where there
-// are no penalties.
-__device__ __forceinline__ void adjust(const SampleParams &p, const SampleRow &row, const uint16_t *seen, const float *logits,
-                                       float *adjusted) {
-    const uint32_t *mask = p.mask ? p.mask + static_cast<size_t>(blockIdx.x) * ((p.vocab + 31) / 32) : nullptr;
-    for (uint32_t i = threadIdx.x; i < p.vocab; i += THREADS) {
-        const bool allowed = !mask || (mask[i / 32] >> (i % 32) & 1) != 0;
-        adjusted[i] = allowed ? logits[i] : -INFINITY;
-    }
-    __syncthreads();
-    for (uint32_t i = threadIdx.x; i < row.bias_count; i += THREADS) {
-        const TokenBias bias = p.biases[row.bias_first + i];
-        if (bias.token < p.vocab) {
-            adjusted[bias.token] += bias.bias;
+// Bias, mask and penalties of the block's slice. Among biases tokens are distinct, so that no two threads are at one logit.
+__device__ __forceinline__ void adjust(const SampleParams &p, const SampleRow &row, uint16_t *seen, uint32_t first,
+                                       float (&values)[EACH]) {
+    float *scratch = p.scratch + static_cast<size_t>(blockIdx.x) * p.vocab;
+    if (p.mask) {
+        const uint32_t *mask = p.mask + static_cast<size_t>(blockIdx.x) * ((p.vocab + 31) / 32);
+#pragma unroll
+        for (uint32_t n = 0; n < EACH; ++n) {
+            const uint32_t at = first + place_of(n);
+            const bool allowed = at < p.vocab && (mask[at / 32] >> (at % 32) & 1) != 0;
+            values[n] = allowed ? values[n] : -INFINITY;
         }
     }
-    __syncthreads();
-    for (uint32_t i = threadIdx.x; seen && i < p.vocab; i += THREADS) {
-        if (seen[i] != 0) {
-            const uint32_t count = seen[i] & SEEN_COUNT_MAX;
-            float logit = adjusted[i];
-            logit = logit > 0 ? logit / row.repetition_penalty : logit * row.repetition_penalty;
-            if (count > 0) {
-                logit -= row.frequency_penalty * static_cast<float>(count) + row.presence_penalty;
+    if (row.bias_count != 0) {
+        store_slice(scratch, first, p.vocab, values);
+        __syncthreads();
+        for (uint32_t i = threadIdx.x; i < row.bias_count; i += THREADS) {
+            const TokenBias bias = p.biases[row.bias_first + i];
+            if (bias.token >= first && bias.token < min(first + SAMPLE_SLICE, p.vocab)) {
+                scratch[bias.token] += bias.bias;
             }
-            adjusted[i] = logit;
+        }
+        __syncthreads();
+        load_slice(scratch, first, p.vocab, values);
+    }
+    if (seen) {
+        uint16_t counts[EACH];
+        load_seen(seen, first, p.vocab, counts);
+#pragma unroll
+        for (uint32_t n = 0; n < EACH; ++n) {
+            const uint32_t count = counts[n] & SEEN_COUNT_MAX;
+            if (counts[n] != 0) {
+                values[n] = values[n] > 0 ? values[n] / row.repetition_penalty : values[n] * row.repetition_penalty;
+            }
+            if (count > 0) {
+                values[n] -= row.frequency_penalty * static_cast<float>(count) + row.presence_penalty;
+            }
+        }
+    }
+    store_slice(scratch, first, p.vocab, values);
+}
+
+// The best of the block's slice that comes after `before`.
+__device__ __forceinline__ Wide best_of(const float (&values)[EACH], uint32_t first, Wide before) {
+    Wide best = 0;
+#pragma unroll
+    for (uint32_t n = 0; n < EACH; ++n) {
+        const Wide rank = rank_of(values[n], first + place_of(n));
+        best = rank <= before ? max(best, rank) : best;
+    }
+    return block_max(best);
+}
+
+// The best logit of every slice, as it is and adjusted. Rows for which that is all are done.
+KVERN_KERNEL_BLOCKS(kvern_sample_best, SampleParams, THREADS, 2) {
+    const SampleRow row = p.rows[blockIdx.x];
+    const uint32_t part = blockIdx.y, first = part * SAMPLE_SLICE;
+    float values[EACH];
+    load_slice(p.logits + static_cast<size_t>(blockIdx.x) * p.vocab, first, p.vocab, values);
+    if (is_filtered(row, p.vocab)) {
+        SampleBin *bins = p.bins + static_cast<size_t>(blockIdx.x) * SAMPLE_BINS;
+        for (uint32_t i = part * THREADS + threadIdx.x; i < SAMPLE_BINS; i += gridDim.y * THREADS) {
+            store_128(bins + i, uint4{0, 0, 0, 0});
+        }
+    }
+    uint16_t *seen = seen_of(p, row);
+    if (seen && row.seen_anew != 0) {
+        see_anew(p, row, seen, first);
+    }
+    const Wide best = best_of(values, first, FAILED);
+    Wide best_adjusted = best;
+    if (is_adjusted(p, row)) {
+        adjust(p, row, seen, first, values);
+        best_adjusted = best_of(values, first, FAILED);
+    }
+    if (threadIdx.x == 0) {
+        partial(p, part, BEST_LOGIT) = best;
+        partial(p, part, BEST_ADJUSTED) = best_adjusted;
+    }
+    if (is_greedy(row) && row.wants_logprob == 0 && is_last_of_row(p, 0)) {
+        const Wide raw = best_part(p, BEST_LOGIT), adjusted = best_part(p, BEST_ADJUSTED);
+        publish(p, row, is_valid(raw) && is_valid(adjusted) ? token_of(adjusted) : KVERN_NONE);
+    }
+}
+
+// Adds the weights of the block's slice to the row's bins. In shared memory even and odd lanes have bins of their own, next to each
+// other: half as many lanes meet at an address.
+__device__ __forceinline__ void bin(const SampleParams &p, const float (&weights)[EACH]) {
+    KVERN_SHARED(uint32_t, counts, 2 * SAMPLE_BINS);
+    KVERN_SHARED(uint32_t, lowers, 2 * SAMPLE_BINS);
+    for (uint32_t i = threadIdx.x * 4; i < 2 * SAMPLE_BINS; i += THREADS * 4) {
+        store_128(counts + i, uint4{0, 0, 0, 0});
+        store_128(lowers + i, uint4{0, 0, 0, 0});
+    }
+    __syncthreads();
+#pragma unroll
+    for (uint32_t n = 0; n < EACH; ++n) {
+        const uint32_t bits = float_to_bits(weights[n]), at = bin_of(bits) * 2 + threadIdx.x % 2;
+        if (bits != 0) {
+            atomicAdd(&counts[at], 1u);
+            atomicAdd(&lowers[at], lower_part(bits, LOW_BITS));
         }
     }
     __syncthreads();
-}
-
-// Weights in place of logits, zero below min-p; returns their mass.
-__device__ __forceinline__ Wide weigh(float *values, uint32_t vocab, float top, float inverse, float min_p) {
-    Wide mass = 0;
-    for (uint32_t i = threadIdx.x; i < vocab; i += THREADS) {
-        const float x = (values[i] - top) * inverse, weight = x < -87.0f ? 0.0f : expf(x);
-        values[i] = weight >= fminf(min_p, 1.0f) ? weight : 0.0f;
-        mass += mass_of(values[i]);
-    }
-    return block_sum(mass);
-}
-
-__device__ __forceinline__ uint32_t draw(const SampleRow &row, const float *weights, uint32_t vocab, Wide mass,
-                                         Histogram &histogram) {
-    const Wide u = uniform_bits(row.seed, row.position) << 11;
-    const bool by_k = row.top_k != 0 && row.top_k < vocab, by_p = row.top_p < 1.0f;
-    if (!by_k && !by_p && row.min_p <= 0.0f) {
-        return walk(vocab, multiply_high(u, mass), [&](uint32_t i) { return mass_of(weights[i]); });
-    }
-    if (by_k) {
-        Wide count = 0;
-        for (uint32_t i = threadIdx.x; i < vocab; i += THREADS) {
-            count += weights[i] > 0.0f;
+    SampleBin *bins = p.bins + static_cast<size_t>(blockIdx.x) * SAMPLE_BINS;
+    for (uint32_t i = threadIdx.x; i < SAMPLE_BINS; i += THREADS) {
+        const uint32_t count = counts[2 * i] + counts[2 * i + 1], lower = lowers[2 * i] + lowers[2 * i + 1];
+        if (count != 0) {
+            atomicAdd(&bins[i].count, count);
+            atomicAdd(reinterpret_cast<Wide *>(&bins[i].mass), mass_from(i << LOW_BITS, count, lower));
         }
-        count = block_sum(count);
-        mass = count > row.top_k ? descend<false>(weights, vocab, row.top_k, histogram).mass : mass;
     }
-    if (by_p) {
-        const Wide target = static_cast<Wide>(ceil(static_cast<double>(row.top_p) * static_cast<double>(mass)));
-        mass = descend<true>(weights, vocab, min(max(target, static_cast<Wide>(1)), mass), histogram).mass;
-    }
-    const Place drawn = descend<true>(weights, vocab, multiply_high(u, mass) + 1, histogram);
-    return walk(vocab, drawn.ties - 1, [&](uint32_t i) -> Wide { return float_to_bits(weights[i]) == drawn.bits; });
 }
+static_assert((Wide{SAMPLE_SLICE} << LOW_BITS) <= Wide{1} << 32, "the lower bits of a slice's weights have a sum of 32 bits");
 
-__device__ __forceinline__ void logprobs(const SampleParams &p, const SampleRow &row, const float *logits, Wide best,
-                                         uint32_t token) {
-    const float top = logits[token_of(best)];
+// What a part has to say of log-probabilities: its mass under the raw logits, and its likeliest tokens.
+__device__ __forceinline__ void part_logprobs(const SampleParams &p, const SampleRow &row, Wide best) {
+    const uint32_t part = blockIdx.y, first = part * SAMPLE_SLICE;
+    float values[EACH];
+    load_slice(p.logits + static_cast<size_t>(blockIdx.x) * p.vocab, first, p.vocab, values);
+    const float top = logit_of(best);
     Wide mass = 0;
-    for (uint32_t i = threadIdx.x; i < p.vocab; i += THREADS) {
-        mass += mass_of(expf(logits[i] - top));
+#pragma unroll
+    for (uint32_t n = 0; n < EACH; ++n) {
+        mass += mass_of(expf(values[n] - top));
     }
     mass = block_sum(mass);
-    const double log_total = static_cast<double>(top) + log(static_cast<double>(mass) * 0x1p-40);
-    auto logprob = [&](uint32_t of) { return static_cast<float>(static_cast<double>(logits[of]) - log_total); };
-    float *out = p.logprobs + static_cast<size_t>(blockIdx.x) * (p.top_stride + 1);
     if (threadIdx.x == 0) {
-        out[0] = logprob(token);
+        partial(p, part, RAW_MASS) = mass;
     }
+    Wide next = FAILED;
+#pragma unroll 1
     for (uint32_t n = 0; n < min(row.top_logprobs, min(p.top_stride, p.vocab)); ++n) {
+        next = best_of(values, first, next - 1);
         if (threadIdx.x == 0) {
-            out[n + 1] = logprob(token_of(best));
-            p.top_tokens[static_cast<size_t>(blockIdx.x) * p.top_stride + n] = token_of(best);
+            partial(p, part, SAMPLE_PARTIALS + n) = next;
         }
-        Wide next = 0;
-        for (uint32_t i = threadIdx.x; i < p.vocab; i += THREADS) {
-            const Wide rank = rank_of(logits[i], i);
-            next = rank < best ? max(next, rank) : next;
-        }
-        best = block_max(next);
     }
 }
 
-KVERN_KERNEL(kvern_sample, SampleParams, THREADS) {
-    KVERN_SHARED(Histogram, histogram, 1);
+// Weights: their masses by slice or, where a draw needs their order, by bin.
+KVERN_KERNEL_BLOCKS(kvern_sample_weigh, SampleParams, THREADS, 2) {
     const SampleRow row = p.rows[blockIdx.x];
-    const float *logits = p.logits + static_cast<size_t>(blockIdx.x) * p.vocab;
-    float *scratch = p.scratch + static_cast<size_t>(blockIdx.x) * p.vocab;
-    uint16_t *seen = seen_of(p);
-    if (seen && row.seen_anew != 0) {
-        see_anew(p, row, seen);
+    if (is_greedy(row) && row.wants_logprob == 0) {
+        return;
     }
-    const Wide raw_best = best_of(logits, p.vocab);
-    Wide best = raw_best;
-    uint32_t token = KVERN_NONE;
-    const bool adjusts = row.bias_count != 0 || seen || p.mask;
-    // The same for all threads, as are the conditions below.
-    if (raw_best != FAILED && (adjusts || row.temperature != 0.0f)) {
-        adjust(p, row, seen, logits, scratch);
-        best = best_of(scratch, p.vocab);
-    }
-    if (best != FAILED) {
-        const float inverse = row.temperature == 0.0f ? INFINITY : 1.0f / row.temperature;
-        token = token_of(best);
-        if (inverse < INFINITY) {
-            const float top = scratch[token];
-            __syncthreads();
-            const Wide mass = weigh(scratch, p.vocab, top, inverse, row.min_p);
-            token = draw(row, scratch, p.vocab, mass, histogram[0]);
+    float values[EACH];
+    load_slice(adjusted_of(p, row), blockIdx.y * SAMPLE_SLICE, p.vocab, values);
+    const Wide raw = best_part(p, BEST_LOGIT), best = best_part(p, BEST_ADJUSTED);
+    if (!is_valid(raw) || !is_valid(best)) {
+        if (blockIdx.y == 0) {
+            publish(p, row, KVERN_NONE);
         }
+        return;
+    }
+    if (row.wants_logprob != 0) {
+        part_logprobs(p, row, raw);
+    }
+    const Scale scale = scale_of(row, best);
+    if (!is_greedy(row)) {
+        Wide mass = 0;
+#pragma unroll
+        for (uint32_t n = 0; n < EACH; ++n) {
+            values[n] = scale.weight(values[n]);
+            mass += mass_of(values[n]);
+        }
+        if (is_filtered(row, p.vocab)) {
+            bin(p, values);
+            return;
+        }
+        mass = block_sum(mass);
+        if (threadIdx.x == 0) {
+            partial(p, blockIdx.y, MASS) = mass;
+        }
+    }
+    if (is_last_of_row(p, 1)) {
+        uint32_t token = token_of(best);
+        if (!is_greedy(row)) {
+            const Wide own = threadIdx.x < gridDim.y ? static_cast<Wide>(partial(p, threadIdx.x, MASS)) : 0;
+            token = walk(p, row, scale, below(row, block_sum(own)));
+        }
+        publish(p, row, token);
         if (row.wants_logprob != 0) {
-            logprobs(p, row, logits, raw_best, token);
+            logprobs(p, row, token);
         }
     }
-    if (threadIdx.x == 0) {
-        p.tokens[blockIdx.x] = token;
-        // Looked up again: kept from the beginning, the address would take registers from the draw.
-        seen = seen_of(p);
-        if (seen && token != KVERN_NONE && (seen[token] & SEEN_COUNT_MAX) != SEEN_COUNT_MAX) {
-            seen[token] = static_cast<uint16_t>(seen[token] + 1);
+}
+
+// Draws from what top-k, top-p and min-p leave.
+KVERN_KERNEL(kvern_sample_select, SampleParams, THREADS) {
+    const SampleRow row = p.rows[blockIdx.x];
+    if (!is_filtered(row, p.vocab)) {
+        return;
+    }
+    const float *logits = adjusted_of(p, row);
+    const BinLadder bins = load_bins(p);
+    const Wide raw = best_part(p, BEST_LOGIT), best = best_part(p, BEST_ADJUSTED);
+    if (!is_valid(raw) || !is_valid(best)) {
+        return;
+    }
+    const Scale scale = scale_of(row, best);
+    KVERN_SHARED(Wide, totals, 2);
+    if (threadIdx.x == THREADS - 1) {
+        totals[0] = bins.count_before;
+        totals[1] = bins.mass_before;
+#pragma unroll
+        for (uint32_t i = 0; i < SAMPLE_BINS / THREADS; ++i) {
+            totals[0] += bins.counts[i];
+            totals[1] += bins.masses[i];
         }
+    }
+    __syncthreads();
+    const Plan plan = plan_of(p, row, bins, totals[0], totals[1]);
+    float values[EACH];
+    load_slice(logits, blockIdx.y * SAMPLE_SLICE, p.vocab, values);
+#pragma unroll
+    for (uint32_t n = 0; n < EACH; ++n) {
+        values[n] = scale.weight(values[n]);
+    }
+    list(p, plan, values);
+    if (!is_last_of_row(p, 2)) {
+        return;
+    }
+    KVERN_SHARED(uint32_t, length, 1);
+    if (threadIdx.x == 0) {
+        length[0] = p.counters[blockIdx.x * 4 + 3];
+        p.counters[blockIdx.x * 4 + 3] = 0;
+    }
+    __syncthreads();
+    const uint32_t count = length[0];
+    const uint64_t *listed = p.listed + static_cast<size_t>(blockIdx.x) * SAMPLE_LISTED;
+    Wide mass = totals[1];
+    Found found = {KVERN_NONE, mass};
+    // Ends in the order in which one depends on the other: what top-k leaves, what top-p leaves of that, the draw of that.
+#pragma unroll 1
+    for (uint32_t end = 0; end < 3; ++end) {
+        const bool by_mass = end > 0;
+        if (end == 0 ? !by_count(row, p.vocab) || totals[0] <= row.top_k : end == 1 && !(row.top_p < 1.0f)) {
+            continue;
+        }
+        const Wide target = end == 0 ? row.top_k : end == 1 ? top_p_target(row, mass) : below(row, mass) + 1;
+        const Step step = seek(bins, by_mass, target);
+        const bool is_listed = count <= SAMPLE_LISTED && plan.has(bin_at(step.number));
+        const Keys keys = {is_listed ? listed : nullptr, logits, scale, is_listed ? count : p.vocab};
+        found = descend(keys, step, by_mass, target, end == 2);
+        mass = found.mass;
+    }
+    publish(p, row, found.token);
+    if (row.wants_logprob != 0) {
+        logprobs(p, row, found.token);
     }
 }

@@ -105,8 +105,30 @@ pub const fn prefill_hopper_shared_bytes(head_dim: usize) -> usize {
 pub const GEMV_THREADS: usize = 128;
 pub const GEMV_OUTPUTS: usize = 4;
 
-/// Threads per block of `kvern_sample`; a block per row. It has to be exactly these.
+/// Threads per block of `kvern_sample_*`, exactly these; the grid is (rows, [`sample_parts`]).
 pub const SAMPLE_THREADS: usize = 512;
+
+/// Most tokens of a vocabulary that `kvern_sample_*` take.
+pub const SAMPLE_VOCAB_MAX: usize = 1 << 20;
+
+/// Entries of a row's list, and bins of a row, of `kvern_sample_*`.
+pub const SAMPLE_LISTED: usize = 8192;
+pub const SAMPLE_BINS: usize = 2048;
+
+/// Counters of a row of `kvern_sample_*`.
+pub const SAMPLE_COUNTERS: usize = 4;
+
+/// Blocks of `kvern_sample_*` that share a row.
+#[must_use]
+pub const fn sample_parts(vocab: usize) -> usize {
+    vocab.div_ceil(8192)
+}
+
+/// What these blocks leave of a row for its end, in numbers of 64 bits.
+#[must_use]
+pub const fn sample_partials(vocab: usize, top_stride: usize) -> usize {
+    sample_parts(vocab) * (4 + top_stride)
+}
 
 #[cfg(test)]
 mod tests {

@@ -302,6 +302,12 @@ params! {
         token: u32,
         bias: f32,
     }
+    /// Weights of one bin.
+    SampleBin {
+        mass: u64,
+        count: u32,
+        pad: u32,
+    }
     /// Sampling.
     SampleParams {
         logits: Ptr,
@@ -314,6 +320,10 @@ params! {
         logprobs: Ptr,
         top_tokens: Ptr,
         seen: Ptr,
+        partials: Ptr,
+        bins: Ptr,
+        listed: Ptr,
+        counters: Ptr,
         vocab: u32,
         top_stride: u32,
     }

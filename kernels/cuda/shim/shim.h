@@ -148,6 +148,9 @@ inline uint32_t __ballot_sync(uint32_t mask, int predicate) {
     return votes;
 }
 
+// Blocks run one after another.
+inline void __threadfence() {}
+
 // Fibers take turns only at barriers and meetings, so that plain arithmetic is atomic.
 template <class T> T atomicAdd(T *at, T value) {
     T before = *at;

@@ -183,12 +183,9 @@ fn check_decode<T: Element>(case: &DecodeCase, fault: u32) -> Result<(), String>
         .shared(launch::decode_shared_bytes(heads.dim))
         .planted(fault);
     // The merge reads what the pieces left, so both are one run.
-    let found = run_pair(
-        (&format!("kvern_decode_{name}"), shape),
-        (&format!("kvern_decode_merge_{name}"), Launch::new(plan.merges.len(), heads.dim).rows(heads.heads)),
-        make,
-        |memory| bits(&memory.1[1]),
-    )?;
+    let merge_shape = Launch::new(plan.merges.len(), heads.dim).rows(heads.heads);
+    let (pieces, merge) = (format!("kvern_decode_{name}"), format!("kvern_decode_merge_{name}"));
+    let found = run_all(&[(&pieces, shape), (&merge, merge_shape)], make, |memory| bits(&memory.1[1]))?;
     let (relative, absolute) = tolerance::<T>();
     for (task, found) in found.chunks(heads.dim).enumerate() {
         let (row, head) = (task / heads.heads, task % heads.heads);

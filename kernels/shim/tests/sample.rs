@@ -30,6 +30,18 @@ fn sample(logits: &[f32], vocab: usize, rows: &[Row], mask: Option<&[u32]>) -> S
 
 /// Over slots that hold `seen`; gives what they hold then.
 fn sample_seen(logits: &[f32], vocab: usize, rows: &[Row], mask: Option<&[u32]>, seen: &[u16]) -> (Sampled, Vec<u16>) {
+    sample_planted(logits, vocab, rows, mask, seen, 0).unwrap()
+}
+
+/// With a fault in every launch.
+fn sample_planted(
+    logits: &[f32],
+    vocab: usize,
+    rows: &[Row],
+    mask: Option<&[u32]>,
+    seen: &[u16],
+    fault: u32,
+) -> Result<(Sampled, Vec<u16>), String> {
     let (mut biases, mut counts) = (Vec::new(), Vec::new());
     let params: Vec<SampleRow> = rows
         .iter()
@@ -45,7 +57,11 @@ fn sample_seen(logits: &[f32], vocab: usize, rows: &[Row], mask: Option<&[u32]>,
         let lists = (Buffer::of(&params), Buffer::of(&biases), Buffer::of(&counts), mask.map(Buffer::of));
         let values =
             [Buffer::of(logits), Buffer::poisoned(logits.len()), Buffer::poisoned(rows.len() * (TOP_STRIDE + 1))];
-        let tokens = [Buffer::<u32>::poisoned(rows.len()), Buffer::of(&vec![NONE; rows.len() * TOP_STRIDE])];
+        let zeros = vec![0; rows.len() * launch::SAMPLE_COUNTERS];
+        let numbers =
+            [Buffer::<u32>::poisoned(rows.len()), Buffer::of(&vec![NONE; rows.len() * TOP_STRIDE]), Buffer::of(&zeros)];
+        let row_work = [launch::sample_partials(vocab, TOP_STRIDE), 2 * launch::SAMPLE_BINS, launch::SAMPLE_LISTED];
+        let work = row_work.map(|len| Buffer::<u64>::poisoned(rows.len() * len));
         let seen = Buffer::of(seen);
         let params = SampleParams {
             logits: values[0].ptr(),
@@ -54,25 +70,46 @@ fn sample_seen(logits: &[f32], vocab: usize, rows: &[Row], mask: Option<&[u32]>,
             biases: lists.1.ptr(),
             counts: lists.2.ptr(),
             mask: lists.3.as_ref().map_or(Ptr::NULL, Buffer::ptr),
-            tokens: tokens[0].ptr(),
+            tokens: numbers[0].ptr(),
             logprobs: values[2].ptr(),
-            top_tokens: tokens[1].ptr(),
+            top_tokens: numbers[1].ptr(),
             seen: seen.ptr(),
+            partials: work[0].ptr(),
+            bins: work[1].ptr(),
+            listed: work[2].ptr(),
+            counters: numbers[2].ptr(),
             vocab: vocab as u32,
             top_stride: TOP_STRIDE as u32,
         };
-        ((lists, values, tokens, seen), params)
+        (Memory { _lists: lists, values, numbers, _work: work, seen }, params)
     };
-    let read = |memory: &(_, [Buffer<f32>; 3], [Buffer<u32>; 2], Buffer<u16>)| {
-        let (_, values, tokens, seen): &((_, _, _, _), _, _, _) = memory;
+    let read = |memory: &Memory| {
+        let Memory { values, numbers, seen, .. } = memory;
         let unchanged = bits(&values[0]) == logits.iter().map(|logit| logit.to_bits()).collect::<Vec<_>>();
         assert!(unchanged, "the logits are as they were");
-        ((tokens[0].values(), bits(&values[2]), tokens[1].values()), seen.values())
+        if fault == 0 {
+            assert!(
+                numbers[2].values().iter().all(|&counter| counter == 0),
+                "counters are as the next step needs them"
+            );
+        }
+        ((numbers[0].values(), bits(&values[2]), numbers[1].values()), seen.values())
     };
-    run("kvern_sample", Launch::new(rows.len(), launch::SAMPLE_THREADS), make, read).unwrap()
+    let shape = Launch::new(rows.len(), launch::SAMPLE_THREADS).rows(launch::sample_parts(vocab)).planted(fault);
+    run_all(&["kvern_sample_best", "kvern_sample_weigh", "kvern_sample_select"].map(|name| (name, shape)), make, read)
 }
 
-/// Every row over its own logits, one launch.
+struct Memory {
+    _lists: (Buffer<SampleRow>, Buffer<TokenBias>, Buffer<TokenCount>, Option<Buffer<u32>>),
+    /// Logits, scratch, log-probabilities.
+    values: [Buffer<f32>; 3],
+    /// Tokens, likeliest tokens, counters.
+    numbers: [Buffer<u32>; 3],
+    _work: [Buffer<u64>; 3],
+    seen: Buffer<u16>,
+}
+
+/// Every row over its own logits, one step.
 fn check(vocab: usize, rows: &[Row], logits: impl Fn(&mut Random, usize) -> f32, mask: bool) {
     let mut random = Random(vocab as u64 + rows.len() as u64);
     let all: Vec<f32> = (0..rows.len() * vocab).map(|at| logits(&mut random, at % vocab)).collect();
@@ -114,6 +151,74 @@ fn draws_match_the_sorting_reference() {
         check(700, &seeds(12, &row), normal, true);
     }
     check(1, &seeds(2, &plain(0, 1.0)), normal, false);
+}
+
+/// Rows of several blocks, in which bins, lists and ties span blocks; two values are more equal weights than a list takes.
+#[test]
+fn rows_of_several_blocks_match() {
+    let normal = |random: &mut Random, _: usize| (random.unit() + random.unit() + random.unit()) * 4.0;
+    let wide = |random: &mut Random, _: usize| random.unit() * 60.0;
+    let filters: [fn(&mut SampleRow); 7] = [
+        |p| p.temperature = 0.0,
+        |_| (),
+        |p| p.top_k = 12_000,
+        |p| p.top_p = 0.95,
+        |p| p.min_p = 1e-6,
+        |p| (p.top_k, p.top_p) = (50, 0.7),
+        |p| (p.top_k, p.top_p, p.min_p) = (9000, 0.99, 1e-3),
+    ];
+    let rows: Vec<Row> = (0..)
+        .zip(filters)
+        .flat_map(|(at, filter)| {
+            [0.7, 1.6].map(|temperature| with(with(plain(at * 5 + 1, temperature), |p| p.position = at as u32), filter))
+        })
+        .collect();
+    for vocab in [20_000, 17_003] {
+        check(vocab, &rows, normal, false);
+        check(vocab, &rows, wide, false);
+        check(vocab, &rows, |random, _| random.below(40) as f32 * 0.25, true);
+        check(vocab, &rows, |random, _| random.below(2) as f32, false);
+    }
+}
+
+/// Penalties, biases and log-probabilities of a row of several blocks.
+#[test]
+fn lists_span_blocks() {
+    const VOCAB: usize = 18_000;
+    let tokens = || (0..VOCAB as u32).step_by(1237);
+    let mut row = with(plain(3, 0.0), |p| (p.repetition_penalty, p.frequency_penalty) = (1.3, 0.2));
+    row.counts = tokens().map(|token| TokenCount { token, count: token % 5 }).collect();
+    row.biases = tokens().map(|token| TokenBias { token, bias: (token % 7) as f32 }).collect();
+    let hot = with(row.clone(), |p| (p.temperature, p.top_k) = (0.9, 30));
+    check(VOCAB, &[row, hot], |random, _| random.unit() * 6.0, false);
+    let logits: Vec<f32> = (0..VOCAB).map(|at| if at % 6000 == 11 { 3.0 + at as f32 / 1e5 } else { 0.0 }).collect();
+    let filters: [fn(&mut SampleRow); 3] = [|p| p.temperature = 0.0, |_| (), |p| p.top_p = 0.4];
+    for filter in filters {
+        let row = with(plain(5, 0.9), |p| (p.wants_logprob, p.top_logprobs) = (1, 4));
+        let (tokens, logprobs, top) = sample(&logits, VOCAB, &[with(row, filter)], None);
+        assert_eq!(top[..4], [12_011, 6011, 11, 0]);
+        let total: f64 = logits.iter().map(|logit| f64::from(*logit).exp()).sum();
+        let of = |token: &u32| (f64::from(logits[*token as usize]) - total.ln()) as f32;
+        let expected: Vec<f32> = tokens.iter().chain(&top[..4]).map(of).collect();
+        compare("logprobs", &logprobs[..5], &expected, 1e-6, 1e-6).unwrap();
+    }
+}
+
+/// A row that ends before its blocks have, and a plan for the wrong bins: the first shows, the second costs time alone.
+#[test]
+fn planted_faults() {
+    const VOCAB: usize = 20_000;
+    let mut random = Random(77);
+    let logits: Vec<f32> = (0..VOCAB).map(|_| random.unit() * 9.0).collect();
+    let sampled = |row: &Row, fault: u32| {
+        sample_planted(&logits, VOCAB, std::slice::from_ref(row), None, &[], fault).map(|((tokens, ..), _)| tokens[0])
+    };
+    for row in [plain(4, 0.0), with(plain(4, 1.1), |p| p.top_p = 0.9), with(plain(9, 1.1), |p| p.top_k = 700)] {
+        let expected = expected(&logits, &row, None);
+        assert_eq!(sampled(&row, 0).ok(), expected);
+        assert_eq!(sampled(&row, TABLE_OFF_BY_ONE).ok(), expected);
+    }
+    assert_ne!(sampled(&plain(4, 0.0), EARLY_RELEASE).ok(), expected(&logits, &plain(4, 0.0), None));
 }
 
 #[test]

@@ -24,10 +24,21 @@ pub(crate) struct Kernels {
     pub(super) silu_mul: Kernel,
     pub(super) rope_store: Kernel,
     pub(super) fill: Kernel,
-    pub(super) sample: Kernel,
+    pub(super) sample: SampleKernels,
     pub(super) step_inputs: Kernel,
     pub(super) gemv: [Kernel; 4],
     blocks: [BlockKernels; 5],
+}
+
+/// The launches of sampling, in their order; which of them a row takes part in is up to what it asks for.
+#[derive(Clone, Copy)]
+pub(super) struct SampleKernels {
+    /// Every row.
+    pub(super) best: Kernel,
+    /// Rows with a temperature or log-probabilities.
+    pub(super) weigh: Kernel,
+    /// Rows with a temperature and top-k, top-p or min-p.
+    pub(super) select: Kernel,
 }
 
 /// Kernels for weights of one quantized format.
@@ -55,7 +66,11 @@ impl Kernels {
             silu_mul: find("silu_mul")?,
             rope_store: find("rope_store")?,
             fill: find("fill")?,
-            sample: driver.kernel("kvern_sample", 0)?,
+            sample: SampleKernels {
+                best: driver.kernel("kvern_sample_best", 0)?,
+                weigh: driver.kernel("kvern_sample_weigh", 0)?,
+                select: driver.kernel("kvern_sample_select", 0)?,
+            },
             step_inputs: driver.kernel("kvern_step_inputs", 0)?,
             gemv: [one?, two?, four?, eight?],
             blocks: [q4_0?, q4_1?, q8_0?, q4_k?, q6_k?],

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 
-use kvern_cuda_abi::{NONE, Ptr, SampleParams, TokenBias, TokenCount, launch};
+use kvern_cuda_abi::{NONE, Ptr, SampleBin, SampleParams, TokenBias, TokenCount, launch};
 pub use kvern_cuda_abi::{SampleRow, TokenBias as SampleBias, TokenCount as SampleCount};
 
 use super::driver::Element;
@@ -49,6 +49,7 @@ pub struct DeviceSampler {
     /// The rows of them that are on the device.
     staged: Range<usize>,
     scratch: DeviceMemory,
+    work: Work,
     /// Of a slot and a token: whether, and how often, the slot's sequence has seen it.
     seen: DeviceMemory,
     slots: SeenSlots,
@@ -63,6 +64,51 @@ pub struct DeviceSampler {
     /// Of the step that was finished last, by row.
     sampled: Vec<SampledRow>,
     top: Vec<(u32, f32)>,
+}
+
+/// What the launches of a step leave for each other.
+struct Work {
+    partials: DeviceMemory,
+    bins: DeviceMemory,
+    listed: DeviceMemory,
+    /// Zeros before each step; the kernels see to that after the first.
+    counters: StepArray<u32>,
+}
+
+impl Work {
+    fn new(gpu: &CudaDevice, rows_max: usize, vocab: usize, top_max: usize) -> Result<Self> {
+        let memory = |bytes| DeviceMemory::new(&gpu.driver, "the sampler's scratch", rows_max * bytes);
+        let mut counters = StepArray::new(&gpu.driver, "the sampler's scratch", rows_max * launch::SAMPLE_COUNTERS)?;
+        // SAFETY: nothing was copied to it before, and nobody else has it.
+        unsafe { counters.fill(gpu.stream, (0..rows_max * launch::SAMPLE_COUNTERS).map(|_| 0))? };
+        Ok(Work {
+            partials: memory(launch::sample_partials(vocab, top_max) * size_of::<u64>())?,
+            bins: memory(launch::SAMPLE_BINS * size_of::<SampleBin>())?,
+            listed: memory(launch::SAMPLE_LISTED * size_of::<u64>())?,
+            counters,
+        })
+    }
+}
+
+/// The last launch that some row of a step needs; the ones before it are needed as well.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Last {
+    Best,
+    Weigh,
+    Select,
+}
+
+impl Last {
+    /// As the kernels see it.
+    fn of(row: &SampleRow, vocab: usize) -> Last {
+        let is_greedy = row.temperature == 0.0 || !(1.0 / row.temperature).is_finite();
+        let by_count = row.top_k != 0 && (row.top_k as usize) < vocab;
+        match (is_greedy, by_count || row.top_p < 1.0 || row.min_p > 0.0) {
+            (true, _) if row.wants_logprob == 0 => Last::Best,
+            (false, true) => Last::Select,
+            _ => Last::Weigh,
+        }
+    }
 }
 
 /// A step's results on their way to the host.
@@ -106,7 +152,8 @@ impl DeviceSampler {
         const OUTPUTS: &str = "sampled tokens";
         let entries = ENTRIES.min(rows_max.saturating_mul(vocab)).max(vocab);
         let scratch = rows_max.checked_mul(vocab).and_then(|values| values.checked_mul(4));
-        let (Some(scratch), true) = (scratch, tokens.bytes() >= rows_max * size_of::<u32>()) else {
+        let is_possible = tokens.bytes() >= rows_max * size_of::<u32>() && vocab <= launch::SAMPLE_VOCAB_MAX;
+        let (Some(scratch), true) = (scratch, is_possible) else {
             let found = format!("{rows_max} rows of {vocab}");
             return Err(KernelError::shape("sampler", "sizes in range, as of the model's steps", found));
         };
@@ -120,6 +167,7 @@ impl DeviceSampler {
             new_counts: Vec::new(),
             staged: 0..0,
             scratch: DeviceMemory::new(&gpu.driver, "the sampler's scratch", scratch)?,
+            work: Work::new(gpu, rows_max, vocab, top_max)?,
             // Half as many bytes as the scratch, so a size in range.
             seen: DeviceMemory::new(&gpu.driver, "seen tokens of penalties", rows_max * vocab * size_of::<u16>())?,
             slots: SeenSlots::new(rows_max),
@@ -273,14 +321,27 @@ impl DeviceSampler {
             logprobs,
             top_tokens,
             seen: self.seen.ptr(),
+            partials: self.work.partials.ptr(),
+            bins: self.work.bins.ptr(),
+            listed: self.work.listed.ptr(),
+            counters: self.work.counters.ptr(),
             vocab: self.vocab as u32,
             top_stride: self.top_max as u32,
         };
+        let grid = shape([count, launch::sample_parts(self.vocab)], launch::SAMPLE_THREADS);
+        let (kernels, rows) = (gpu.kernels.sample, &self.new_rows[self.staged.clone()]);
+        let last = rows.iter().map(|row| Last::of(row, self.vocab)).max().unwrap_or(Last::Best);
         let Results { tokens: to_tokens, logprobs: to_logprobs, top_tokens: to_top, .. } = &mut self.results[results];
         // SAFETY: there are as many logits, and room for the results of `rows_max` rows, which are not fewer; slots are below
         // `rows_max`, and a launch's are different. Nobody touches the host's results before `done`.
         unsafe {
-            gpu.launch(gpu.kernels.sample, shape([count, 1], launch::SAMPLE_THREADS), &params)?;
+            gpu.launch(kernels.best, grid, &params)?;
+            if last >= Last::Weigh {
+                gpu.launch(kernels.weigh, grid, &params)?;
+            }
+            if last == Last::Select {
+                gpu.launch(kernels.select, grid, &params)?;
+            }
             to_tokens.copy_from(gpu.stream(), tokens, first, count)?;
             if with_logprobs {
                 to_logprobs.copy_from(gpu.stream(), logprobs, first * stride, count * stride)?;

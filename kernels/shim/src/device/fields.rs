@@ -172,6 +172,10 @@ const TABLE: &[(&str, &[Field])] = &[
             ("logprobs", |l| Write(l.blocks() * (l.number("top_stride") + 1) * 4)),
             ("top_tokens", |l| Write(l.blocks() * l.number("top_stride") * 4)),
             ("seen", |_| WriteSome),
+            ("partials", |l| Write(l.blocks() * l.rows() * (4 + l.number("top_stride")) * 8)),
+            ("bins", |l| Write(l.blocks() * 2048 * 16)),
+            ("listed", |l| Write(l.blocks() * 8192 * 8)),
+            ("counters", |l| Write(l.blocks() * 16)),
         ],
     ),
 ];
@@ -229,6 +233,11 @@ impl Launched<'_> {
 
     fn blocks(&self) -> u64 {
         u64::from(self.grid[0])
+    }
+
+    /// Of blocks, in the grid's second dimension.
+    fn rows(&self) -> u64 {
+        u64::from(self.grid[1])
     }
 
     fn is(&self, prefix: &str) -> bool {

@@ -11,7 +11,7 @@ fn kernels_take_what_they_are_made_for() {
     let rig = Rig::new();
     let (x, out) = (rig.device(2 * COLUMNS), rig.device(COLUMNS));
     refused(rig.driver.kernel("kvern_no_such", 0), &["kernel", "\"kvern_no_such\""]);
-    refused(rig.driver.kernel("kvern_sample", 163 * 1024 + 1), &["kvern_sample", "166912", "found 166913"]);
+    refused(rig.driver.kernel("kvern_sample_best", 163 * 1024 + 1), &["kvern_sample_best", "166912", "found 166913"]);
     let kernel = rig.driver.kernel("kvern_silu_mul_f32", 1024).unwrap();
     assert_eq!(rig.driver.kernel("kvern_silu_mul_f32", 0).unwrap(), kernel);
     let params = GateParams { x, out, rows: 1, columns: COLUMNS as u32 };

@@ -133,7 +133,7 @@ fn entries_for_several_launches() {
     let mut sampler = sampler(&rig, rows.len(), VOCAB);
     check(&rig, &mut sampler, &logits, &rows);
     let Some(shim) = &rig.shim else { return };
-    let launches = shim.log().iter().filter(|line| line.contains("kvern_sample")).count();
+    let launches = shim.log().iter().filter(|line| line.contains("kvern_sample_best")).count();
     assert_eq!(launches, 2, "{:?}", shim.log());
 }
 

@@ -163,16 +163,15 @@ pub(crate) fn caught(result: Result<(), String>, message: &str) {
     }
 }
 
-/// Runs two kernels with the same parameters, one after the other, in both orders of threads.
-pub(crate) fn run_pair<M, P: KernelParams, R: PartialEq>(
-    first: (&str, Launch),
-    second: (&str, Launch),
+/// Runs kernels with the same parameters, one after the other, in both orders of threads.
+pub(crate) fn run_all<M, P: KernelParams, R: PartialEq>(
+    launches: &[(&str, Launch)],
     make: impl Fn() -> (M, P),
     read: impl Fn(&M) -> R,
 ) -> Result<R, String> {
     let run = |reverse: bool| {
         let (memory, params) = make();
-        for (kernel, shape) in [first, second] {
+        for &(kernel, shape) in launches {
             let shape = if reverse { shape.reverse().early() } else { shape };
             // SAFETY: as in `run_once`.
             unsafe { launch(kernel, &shape, &params) }?;
@@ -181,5 +180,5 @@ pub(crate) fn run_pair<M, P: KernelParams, R: PartialEq>(
     };
     let (forward, reverse): (Result<R, String>, _) = (run(false), run(true));
     let (forward, reverse) = (forward?, reverse?);
-    if forward == reverse { Ok(forward) } else { Err(format!("{}: the order of threads shows", first.0)) }
+    if forward == reverse { Ok(forward) } else { Err(format!("{}: the order of threads shows", launches[0].0)) }
 }

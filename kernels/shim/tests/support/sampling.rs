@@ -74,16 +74,26 @@ pub(crate) fn expected(logits: &[f32], row: &Row, mask: Option<&[u32]>) -> Optio
     };
     let weights: Vec<f32> = changed.iter().map(weight).collect();
     let mut order: Vec<u32> = (0..logits.len() as u32).filter(|&token| weights[token as usize] > 0.0).collect();
-    let mass = |tokens: &[u32]| tokens.iter().map(|&token| f64::from(weights[token as usize])).sum::<f64>();
+    // Of each prefix of the order.
+    let masses = |order: &[u32]| -> Vec<f64> {
+        let weights = order.iter().map(|&token| f64::from(weights[token as usize]));
+        weights
+            .scan(0.0, |sum, weight| {
+                *sum += weight;
+                Some(*sum)
+            })
+            .collect()
+    };
     let vocab = logits.len() as u32;
     if (p.top_k != 0 && p.top_k < vocab) || p.top_p < 1.0 || p.min_p > 0.0 {
         order.sort_by(|a, b| weights[*b as usize].total_cmp(&weights[*a as usize]).then(a.cmp(b)));
         order.truncate(if p.top_k == 0 { order.len() } else { p.top_k as usize });
-        let target = mass(&order) * f64::from(p.top_p);
-        let kept = (1..=order.len()).find(|&kept| mass(&order[..kept]) >= target);
-        order.truncate(kept.unwrap_or(order.len()));
+        let upto = masses(&order);
+        let target = upto[upto.len() - 1] * f64::from(p.top_p);
+        order.truncate(upto.iter().position(|mass| *mass >= target).map_or(order.len(), |last| last + 1));
     }
-    let target = uniform(p.seed, p.position) * mass(&order);
-    let drawn = (0..order.len()).find(|&at| mass(&order[..=at]) > target);
+    let upto = masses(&order);
+    let target = uniform(p.seed, p.position) * upto[upto.len() - 1];
+    let drawn = upto.iter().position(|mass| *mass > target);
     Some(order[drawn.unwrap_or(order.len() - 1)])
 }
