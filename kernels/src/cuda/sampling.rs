@@ -80,7 +80,7 @@ impl Work {
         let memory = |bytes| DeviceMemory::new(&gpu.driver, "the sampler's scratch", rows_max * bytes);
         let mut counters = StepArray::new(&gpu.driver, "the sampler's scratch", rows_max * launch::SAMPLE_COUNTERS)?;
         // SAFETY: nothing was copied to it before, and nobody else has it.
-        unsafe { counters.fill(gpu.stream, (0..rows_max * launch::SAMPLE_COUNTERS).map(|_| 0))? };
+        unsafe { counters.fill(gpu.stream(), (0..rows_max * launch::SAMPLE_COUNTERS).map(|_| 0))? };
         Ok(Work {
             partials: memory(launch::sample_partials(vocab, top_max) * size_of::<u64>())?,
             bins: memory(launch::SAMPLE_BINS * size_of::<SampleBin>())?,
