@@ -10,6 +10,7 @@
 //! cost.rs    what a round at least reads and multiplies
 //! rates.rs   the rounds' rates: median, least, most
 //! report.rs  table and JSON
+//! sampling.rs  sampling alone
 //! ```
 
 mod attention;
@@ -17,6 +18,7 @@ mod cost;
 mod rates;
 mod report;
 mod runner;
+mod sampling;
 
 use crate::config::{BenchConfig, Config, Workload};
 use crate::hub::{self, HubError};
@@ -42,6 +44,8 @@ pub enum BenchError {
     Context { workload: Workload, limit: u32, found: u32, steps: u32 },
     #[error("{workload}: expected at most --max-num-seqs ({limit}) streams")]
     Streams { workload: Workload, limit: u32 },
+    #[error("--sampling: expected a GPU, whose sampler can be timed alone, found {device}")]
+    Sampling { device: String },
     #[error("no default workload fits a context of {limit} tokens: name one by --prefill or --decode")]
     Nothing { limit: u32 },
     #[error(

@@ -70,6 +70,20 @@ fn the_table_names_machine_and_workloads() {
     }
 }
 
+/// A CPU's sampler is the worker's: there is none to time alone.
+#[test]
+fn sampling_alone_needs_a_gpu() {
+    let run = Command::new(env!("CARGO_BIN_EXE_kvern"))
+        .arg("bench")
+        .arg(support::model_path())
+        .args(["--sampling=greedy:2", "--device=cpu", "--log-level=error"])
+        .output()
+        .unwrap();
+    assert_eq!(run.status.code(), Some(1));
+    let message = String::from_utf8(run.stderr).unwrap();
+    assert!(message.contains("--sampling: expected a GPU, whose sampler can be timed alone, found cpu"), "{message}");
+}
+
 #[test]
 fn a_workload_that_does_not_fit_is_refused() {
     let run = Command::new(env!("CARGO_BIN_EXE_kvern"))

@@ -161,6 +161,7 @@ bench qwen3-0.6b
 peers=(--kvern "$KVERN" --model "$scripts/shapes/llama-3.1-8b" --device "$DEVICE")
 check attention-llama-3.1-8b 900 "$PYTHON" "$scripts/attention.py" "${peers[@]}" --out "$OUT/attention-llama-3.1-8b.json"
 check prompts-llama-3.1-8b 900 "$PYTHON" "$scripts/prompts.py" "${peers[@]}" "${prefills[@]}" --out "$OUT/prompts-llama-3.1-8b.json"
+check sampling-llama-3.1-8b 600 "$PYTHON" "$scripts/sampling.py" "${peers[@]}" --out "$OUT/sampling-llama-3.1-8b.json"
 check compiled-llama-3.1-8b 900 "$PYTHON" "$scripts/compiled.py" "${peers[@]}" --flag=--load-format=dummy \
     --flag=--max-num-batched-tokens=8192 --out "$OUT/compiled-llama-3.1-8b.json"
 launches llama-3.1-8b

@@ -9,8 +9,9 @@ pub(super) struct Cost {
     /// Operations of the products of activations with weights, two per multiplication and addition; of a prompt's
     /// attention that is timed alone, those of its products. Everything else is not counted.
     pub(super) product_operations: f64,
-    /// Bytes of weights and of cached K and V that decoding reads once a step; `None` where it is not known: of prefill,
-    /// and of a model with an embedding apart from its head, of which a step reads a few rows.
+    /// Bytes of weights and of cached K and V that decoding reads once a step, or of logits that sampling reads; `None`
+    /// where it is not known: of prefill, and of a model with an embedding apart from its head, of which a step reads a
+    /// few rows.
     pub(super) read_bytes: Option<f64>,
 }
 
@@ -40,6 +41,8 @@ impl Cost {
                 (0.0, Some(steps * (0..workload.streams()).map(kv).sum::<f64>()))
             }
             Workload::PromptAttention { tokens } => (steps * prompt_attention_operations(model, tokens), None),
+            // Every logit at least once.
+            Workload::Sampling { .. } => (0.0, Some(tokens * (model.vocab_size * size_of::<f32>()) as f64)),
         };
         Cost { product_operations, read_bytes }
     }
@@ -93,10 +96,12 @@ mod tests {
         let (token, head, kv_token) = (2.0 * 61_440.0, 2.0 * 8_192.0, 128.0);
         let decode = Workload::Decode { streams: 3, context: 20 };
         let alone = Workload::Attention { groups: [(1, 20), (2, 7)] };
+        let sampling = Workload::Sampling { rows: 3, kind: crate::config::Sampling::Greedy };
         let cases = [
             (Workload::Prefill { tokens: 10 }, &tied, 10.0 * token + head, None),
             (decode, &untied, 12.0 * (token + head), None),
             (decode, &tied, 12.0 * (token + head), Some(4.0 * (1000.0 + 3.0 * 2.0 * 22.0 * kv_token))),
+            (sampling, &untied, 0.0, Some(12.0 * 128.0 * 4.0)),
             (alone, &windowed, 0.0, Some(4.0 * (20.0 + 10.0 + 2.0 * (7.0 + 7.0)) * kv_token)),
             (Workload::PromptAttention { tokens: 12 }, &tied, 4.0 * 256.0 * 2.0 * 78.0, None),
             (Workload::PromptAttention { tokens: 12 }, &windowed, 4.0 * 256.0 * (78.0 + 75.0), None),

@@ -116,12 +116,12 @@ impl Report<'_> {
         })
     }
 
-    /// Of the reads for one stream and for attention of decoding, which are bound by them, and of the fastest products
-    /// for prompts.
+    /// Of the reads for one stream, for attention of decoding and for sampling, which are bound by them, and of the
+    /// fastest products for prompts.
     fn share(&self, row: &Row) -> Option<Share> {
         let rounds_per_s = row.rates.median() / row.tokens as f64;
         let (limit, spent) = match row.workload {
-            Workload::Decode { streams: 1, .. } | Workload::Attention { .. } => {
+            Workload::Decode { streams: 1, .. } | Workload::Attention { .. } | Workload::Sampling { .. } => {
                 (self.limit(|limit| limit == Limit::Read)?, row.cost.read_bytes?)
             }
             Workload::Decode { .. } => return None,

@@ -5,6 +5,7 @@
 
 use super::BenchError;
 use super::attention::AttentionAlone;
+use super::sampling::SamplingAlone;
 use crate::config::{EngineConfig, Workload};
 use crate::worker::batch::BatchBuffers;
 use kvern_core::{BlockId, RequestId, SeqSlice, StepPlan};
@@ -22,6 +23,8 @@ pub(super) struct Room {
     step_tokens: u32,
     /// Most rows of attention that is timed alone.
     attention_rows: u32,
+    /// Most rows of sampling that is timed alone.
+    sampling_rows: u32,
 }
 
 impl Room {
@@ -33,7 +36,10 @@ impl Room {
             users.map(|workload| workload.tokens_max(sequence, steps)).max().unwrap_or(0)
         };
         let attention_rows = workloads.iter().map(|workload| workload.attention_rows()).max().unwrap_or(0);
-        Room { contexts: (0..streams).map(context).collect(), step_tokens: chunk.max(streams), attention_rows }
+        let sampling = workloads.iter().filter(|workload| matches!(workload, Workload::Sampling { .. }));
+        let sampling_rows = sampling.map(|workload| workload.streams()).max().unwrap_or(0);
+        let contexts = (0..streams).map(context).collect();
+        Room { contexts, step_tokens: chunk.max(streams), attention_rows, sampling_rows }
     }
 
     fn blocks(&self, block_size: u32) -> u32 {
@@ -74,6 +80,7 @@ pub(super) struct Runner {
     clock: StepClock,
     /// If any workload is of it.
     attention: Option<AttentionAlone>,
+    sampling: Option<SamplingAlone>,
 }
 
 impl Runner {
@@ -92,7 +99,8 @@ impl Runner {
         };
         let options = LoadOptions { precision: engine.precision, format: engine.device.load_format, limits };
         let mut loaded = kvern_models::load(device, files, &options, &mut |_| {})?;
-        let blocks = scattered(room.blocks(engine.block_size));
+        // A cache has a block, also where nothing that is timed uses it.
+        let blocks = scattered(room.blocks(engine.block_size).max(1));
         let shape = loaded.kv_shape(blocks.len(), engine.block_size as usize, crate::device::kv_dtype(engine, device)?);
         admit(shape.blocks as u64 * shape.block_bytes() as u64)?;
         let mut blocks = blocks.into_iter();
@@ -103,6 +111,12 @@ impl Runner {
         let attention = match room.attention_rows as usize {
             0 => None,
             tokens_max => Some(AttentionAlone::new(device, &loaded.config, StepLimits { tokens_max, ..limits })?),
+        };
+        let sampling = match room.sampling_rows as usize {
+            0 => None,
+            rows => SamplingAlone::new(device, loaded.config.vocab_size, rows)?
+                .ok_or_else(|| BenchError::Sampling { device: device.describe() })
+                .map(Some)?,
         };
         let mut kv = KvCache::new(device, shape)?;
         loaded.model.capture(&mut kv, &mut |_, _| {})?;
@@ -115,6 +129,7 @@ impl Runner {
             batch: BatchBuffers::new(limits, engine.block_size, false),
             clock: StepClock::new(device)?,
             attention,
+            sampling,
             loaded,
         })
     }
@@ -144,6 +159,14 @@ impl Runner {
             }
             Workload::Attention { .. } | Workload::PromptAttention { .. } => {
                 self.attend(workload, steps).map(Round::from)
+            }
+            Workload::Sampling { rows, kind } => {
+                let sampling = self.sampling.as_mut().expect("there is room for every workload");
+                self.device.synchronize()?;
+                let started = Instant::now();
+                sampling.run(&self.device, kind, rows, steps)?;
+                self.device.synchronize()?;
+                Ok(Round::from(started.elapsed()))
             }
         }
     }

@@ -1,6 +1,6 @@
 //! The command line as typed. Flags carry vLLM's names where vLLM has the flag; the text of a flag's help is here only.
 
-use super::bench::{Workload, parse_attention, parse_decode, parse_prefill};
+use super::bench::{Workload, parse_attention, parse_decode, parse_prefill, parse_sampling};
 use super::device::DeviceArgs;
 use super::scheduling::{PoolLayout, PriorityClass, WorkerLayout, parse_class, parse_saturation};
 use super::simulate::{ProfileSource, TraceSource, parse_factor, parse_milliseconds, parse_profile, parse_trace};
@@ -106,6 +106,9 @@ pub(super) struct BenchArgs {
     /// 1x32768+31x4096; or of a prompt, by its tokens
     #[arg(long, value_name = "STREAMSxCONTEXT|TOKENS,..", value_delimiter = ',', value_parser = parse_attention)]
     pub(super) attention: Vec<Workload>,
+    /// Sampling alone to time, on a GPU: greedy, temperature, filtered (top-k and top-p) or penalties, and rows, as greedy:32
+    #[arg(long, value_name = "KIND:ROWS,..", value_delimiter = ',', value_parser = parse_sampling)]
+    pub(super) sampling: Vec<Workload>,
     /// Rounds of each workload, after one that does not count; workloads take turns
     #[arg(long, value_name = "N", default_value = "5", value_parser = parse_count)]
     pub(super) rounds: u32,

@@ -29,6 +29,33 @@ pub enum Workload {
     Attention { groups: [(u32, u32); 2] },
     /// Attention alone, in all layers, of all tokens of a prompt.
     PromptAttention { tokens: u32 },
+    /// Sampling alone, a token a step of each of `rows` rows of logits.
+    Sampling { rows: u32, kind: Sampling },
+}
+
+/// What the rows of a workload ask of sampling.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sampling {
+    Greedy,
+    /// A temperature, and nothing else.
+    Temperature,
+    /// Top-k 50 and top-p 0.95.
+    Filtered,
+    /// The same, with penalties for what was seen.
+    Penalties,
+}
+
+impl Sampling {
+    const ALL: [Sampling; 4] = [Sampling::Greedy, Sampling::Temperature, Sampling::Filtered, Sampling::Penalties];
+
+    fn name(self) -> &'static str {
+        match self {
+            Sampling::Greedy => "greedy",
+            Sampling::Temperature => "temperature",
+            Sampling::Filtered => "filtered",
+            Sampling::Penalties => "penalties",
+        }
+    }
 }
 
 impl Workload {
@@ -48,6 +75,7 @@ impl Workload {
             Workload::Prefill { .. } | Workload::PromptAttention { .. } => 1,
             Workload::Decode { streams, .. } => streams,
             Workload::Attention { groups: [(first, _), (second, _)] } => first.saturating_add(second),
+            Workload::Sampling { rows, .. } => rows,
         }
     }
 
@@ -55,7 +83,7 @@ impl Workload {
     #[must_use]
     pub fn context(self, sequence: u32) -> u32 {
         match self {
-            Workload::Prefill { .. } => 0,
+            Workload::Prefill { .. } | Workload::Sampling { .. } => 0,
             Workload::Decode { context, .. } => context,
             // K and V of all tokens are there before their attention.
             Workload::PromptAttention { tokens } => tokens,
@@ -75,7 +103,9 @@ impl Workload {
         match self {
             Workload::Prefill { tokens } => tokens,
             Workload::Decode { context, .. } => context.saturating_add(steps),
-            Workload::Attention { .. } | Workload::PromptAttention { .. } => self.context(sequence),
+            Workload::Attention { .. } | Workload::PromptAttention { .. } | Workload::Sampling { .. } => {
+                self.context(sequence)
+            }
         }
     }
 
@@ -83,7 +113,7 @@ impl Workload {
     #[must_use]
     pub fn attention_rows(self) -> u32 {
         match self {
-            Workload::Prefill { .. } | Workload::Decode { .. } => 0,
+            Workload::Prefill { .. } | Workload::Decode { .. } | Workload::Sampling { .. } => 0,
             Workload::Attention { .. } => self.streams(),
             Workload::PromptAttention { tokens } => tokens,
         }
@@ -101,13 +131,15 @@ impl Workload {
     pub fn tokens(self, steps: u32) -> u64 {
         match self {
             Workload::Prefill { tokens } => u64::from(tokens),
-            Workload::Decode { .. } | Workload::Attention { .. } => u64::from(self.streams()) * u64::from(steps),
             Workload::PromptAttention { tokens } => u64::from(tokens) * u64::from(steps),
+            Workload::Decode { .. } | Workload::Attention { .. } | Workload::Sampling { .. } => {
+                u64::from(self.streams()) * u64::from(steps)
+            }
         }
     }
 }
 
-/// `prefill 512`, `decode 16x128`, `attention 1x32768+31x1024`, `attention 2048`.
+/// `prefill 512`, `decode 16x128`, `attention 1x32768+31x1024`, `attention 2048`, `sampling greedy:32`.
 impl fmt::Display for Workload {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -118,6 +150,7 @@ impl fmt::Display for Workload {
             Workload::Attention { groups: [(streams, context), (more, further)] } => {
                 write!(f, "attention {streams}x{context}+{more}x{further}")
             }
+            Workload::Sampling { rows, kind } => write!(f, "sampling {}:{rows}", kind.name()),
         }
     }
 }
@@ -144,6 +177,17 @@ pub(super) fn parse_attention(text: &str) -> Result<Workload, String> {
     let (first, second) = text.split_once('+').map_or((text, None), |(first, second)| (first, Some(second)));
     let second = second.map_or(Some((0, 0)), parse_group).ok_or_else(expected)?;
     Ok(Workload::Attention { groups: [parse_group(first).ok_or_else(expected)?, second] })
+}
+
+/// `KIND:ROWS`.
+pub(super) fn parse_sampling(text: &str) -> Result<Workload, String> {
+    let expected = || {
+        let kinds = Sampling::ALL.map(Sampling::name).join(", ");
+        format!("expected KIND:ROWS such as greedy:32, of {kinds}, found `{text}`")
+    };
+    let (kind, rows) = text.split_once(':').ok_or_else(expected)?;
+    let kind = Sampling::ALL.into_iter().find(|known| known.name() == kind).ok_or_else(expected)?;
+    Ok(Workload::Sampling { rows: parse_count(rows).map_err(|_| expected())?, kind })
 }
 
 fn parse_group(text: &str) -> Option<(u32, u32)> {

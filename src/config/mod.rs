@@ -25,7 +25,7 @@ mod simulate;
 mod values;
 
 pub use args::{KeyTask, LogFormat};
-pub use bench::{BenchConfig, Workload};
+pub use bench::{BenchConfig, Sampling, Workload};
 pub use device::{DeviceChoice, DeviceConfig};
 pub use environment::Environment;
 pub use layers::{Origin, Setting};

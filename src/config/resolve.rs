@@ -62,8 +62,9 @@ pub(super) fn resolve(argv: Vec<OsString>, environment: &Environment) -> Result<
         }
         Command::Bench(args) => {
             let model = ModelArgs { model: one_model(args.model_given, args.model.model)?, ..args.model };
-            let BenchArgs { prefill, decode, attention, rounds, steps, limits, json, .. } = args;
-            let bench = BenchConfig { workloads: [prefill, decode, attention].concat(), rounds, steps, limits, json };
+            let BenchArgs { prefill, decode, attention, sampling, rounds, steps, limits, json, .. } = args;
+            let workloads = [prefill, decode, attention, sampling].concat();
+            let bench = BenchConfig { workloads, rounds, steps, limits, json };
             (Action::Bench(bench), model, args.engine, args.log)
         }
         Command::Key(KeyArgs { task, name, salt, log }) => {

@@ -135,7 +135,13 @@ fn benchmarks() {
     let prefill = |tokens| Workload::Prefill { tokens };
     let decode = |streams, context| Workload::Decode { streams, context };
     let attention = |groups| Workload::Attention { groups };
-    let cases: [(&[&str], Variables<'_>, &[Workload]); 5] = [
+    let sampling = |rows, kind| Workload::Sampling { rows, kind };
+    let cases: [(&[&str], Variables<'_>, &[Workload]); 6] = [
+        (
+            &["--sampling", "greedy:1,filtered:256"],
+            &[],
+            &[sampling(1, Sampling::Greedy), sampling(256, Sampling::Filtered)],
+        ),
         (
             &["--attention", "8x1k,1x32k+3x64,2K"],
             &[],
@@ -158,6 +164,7 @@ fn benchmarks() {
     for args in [["--decode", "16"], ["--decode", "x5"], ["--decode", "1x0"], ["--prefill", "0"], ["--rounds", "0"]]
         .into_iter()
         .chain([["--attention", "1x5+"], ["--attention", "+1x5"], ["--attention", "1x5+0x5"], ["--attention", "0"]])
+        .chain([["--sampling", "greedy"], ["--sampling", "greedy:0"], ["--sampling", "beam:3"]])
     {
         let error = resolve(&[&["bench"][..], &args].concat(), &[]).unwrap_err();
         assert!(matches!(error, ConfigError::Usage(_)), "{args:?}: {error}");
@@ -173,6 +180,7 @@ fn workloads_say_what_they_take() {
         (Workload::Attention { groups: [(1, 900), (15, 128)] }, "attention 1x900+15x128", 16, 900, 512),
         (Workload::Attention { groups: [(1, 128), (15, 900)] }, "attention 1x128+15x900", 16, 900, 512),
         (Workload::PromptAttention { tokens: 900 }, "attention 900", 1, 900, 28_800),
+        (Workload::Sampling { rows: 16, kind: Sampling::Penalties }, "sampling penalties:16", 16, 0, 512),
     ];
     for (workload, name, streams, context_max, tokens) in cases {
         assert_eq!(workload.to_string(), name);
