@@ -66,7 +66,7 @@ struct SequenceSlice {
     uint32_t sampled;
 };
 
-// From slices to rows: positions[row], slots[row] and, where marked, ids[row]; context_lens[s] = start + rows. Grid = sequences.
+// From slices to rows: positions[row], slots[row] and, where marked, ids[row]. Grid = sequences.
 struct StepInputsParams {
     const SequenceSlice *slices;
     const uint32_t *block_tables;
@@ -74,7 +74,6 @@ struct StepInputsParams {
     uint32_t *ids;
     uint32_t *positions;
     uint32_t *slots;
-    uint32_t *context_lens;
     uint32_t sequences;
     uint32_t table_stride;
     uint32_t block_size;

@@ -44,7 +44,4 @@ KVERN_KERNEL(kvern_step_inputs, StepInputsParams, 128) {
             p.ids[slice.row + i] = p.last_sampled[slice.sampled];
         }
     }
-    if (threadIdx.x == 0) {
-        p.context_lens[blockIdx.x] = slice.start + slice.rows;
-    }
 }

@@ -22,6 +22,8 @@ unsafe impl Plain for i8 {}
 // SAFETY: as above.
 unsafe impl Plain for u16 {}
 // SAFETY: as above.
+unsafe impl Plain for u32 {}
+// SAFETY: as above.
 unsafe impl Plain for f32 {}
 
 /// Above this size the kernel is asked for huge pages: streaming through weights then misses the TLB far less often.

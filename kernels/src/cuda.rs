@@ -8,11 +8,12 @@
 //! account.rs    a GPU that only counts what is allocated on it
 //! driver.rs     what is asked of a GPU: the trait that the real driver and the tests' one implement
 //! places.rs     a worker's streams, on all of the device and on a part of it
-//! memory.rs     device memory, pinned memory, arrays that are filled for each step
+//! memory.rs     device memory, pinned memory, places in a worker's work
 //! kernels.rs    the kernels by their names
 //! ops.rs        one launch, or a few, per op
 //! products.rs   products of matrices: which kernel for how many rows
 //! weights.rs    stored matrices to the device, through pinned memory
+//! uploads.rs    arrays that are filled for each step, and their way to the device
 //! inputs.rs     a step's ids, positions, slots and sampled rows
 //! attention.rs  the division of a step's attention, and its launches
 //! prefix.rs     sequences of a step that begin with the same blocks
@@ -36,6 +37,7 @@ mod prefix;
 mod products;
 pub(crate) mod sampling;
 mod seen;
+pub(crate) mod uploads;
 pub(crate) mod weights;
 
 use std::sync::{Arc, Mutex, PoisonError};
@@ -48,6 +50,7 @@ use memory::{DeviceMemory, Milestone};
 pub(crate) use ops::{add_rms_norm, attention, embed, gather_rows, rms_norm, rope_and_store, silu_mul};
 use places::{Places, SHARES};
 pub(crate) use products::matmul;
+use uploads::StepUploads;
 use weights::Loader;
 
 use crate::device::DeviceShare;
@@ -118,6 +121,7 @@ pub(crate) struct Gpu {
     workspace: DeviceMemory,
     widened: DeviceMemory,
     idle: Mutex<Milestone>,
+    pub(super) uploads: Arc<Mutex<StepUploads>>,
     loader: Arc<Mutex<Loader>>,
     /// The driver, where it only counts.
     counter: Option<Arc<CountingDriver>>,
@@ -169,7 +173,9 @@ impl CudaDevice {
         let is_prefill_hopper = prefill.is_hopper(driver.properties().compute_capability, element)?;
         let workspace = DeviceMemory::new(&driver, "workspace of products", WORKSPACE_BYTES)?;
         let widened = DeviceMemory::new(&driver, "workspace of products", WIDENED_BYTES)?;
-        let idle = Mutex::new(Milestone::new(&driver, places.iter().map(|place| place.stream))?);
+        let milestone = || Milestone::new(&driver, places.iter().map(|place| place.stream));
+        let (idle, copied) = (Mutex::new(milestone()?), milestone()?);
+        let uploads = Arc::new(Mutex::new(StepUploads::new(&driver, copied)));
         Ok(CudaDevice(Arc::new(Gpu {
             driver,
             places,
@@ -181,6 +187,7 @@ impl CudaDevice {
             workspace,
             widened,
             idle,
+            uploads,
             loader,
             counter: None,
         })))
@@ -256,6 +263,11 @@ impl Gpu {
         Milestone::timed(&self.driver, self.places.iter().map(|place| place.stream))
     }
 
+    /// Puts what was filled of arrays of the step on its way to the device; what is put there after that has it.
+    pub(super) fn bring_inputs(&self) -> Result<()> {
+        uploads::lock(&self.uploads).bring(self.stream())
+    }
+
     /// Puts a launch on the device.
     ///
     /// # Safety
@@ -264,6 +276,7 @@ impl Gpu {
         // SAFETY: parameter structs are plain data without padding.
         let bytes = unsafe { std::slice::from_raw_parts(std::ptr::from_ref(params).cast(), size_of::<P>()) };
         let shape = LaunchShape { early: self.early, ..shape };
+        self.bring_inputs()?;
         // SAFETY: the caller's promise.
         unsafe { self.driver.launch(self.stream(), kernel, shape, bytes, &P::LAYOUT) }
     }

@@ -133,7 +133,7 @@ impl StepInputs {
     ) -> Result<StepIndices<'a>> {
         let StepRows { ids, positions, slots, sample_rows, last_sampled } = *rows;
         match (&mut self.0, &device.backend) {
-            (Some(inputs), Backend::Cuda(gpu)) => inputs.update(gpu, rows, batch, plan.on_device()?, padded),
+            (Some(inputs), Backend::Cuda(_)) => inputs.update(rows, batch, plan.on_device()?, padded),
             _ if !last_sampled.is_empty() => {
                 let expected = "tokens that are known, on the CPU";
                 Err(KernelError::shape("step inputs", expected, "some that only the last step knows"))

@@ -40,7 +40,7 @@ impl SamplingAlone {
                 let params = asked(kind, u64::from(row), self.position);
                 self.sampler.push(params, [].into_iter(), sequence, seen)?;
             }
-            self.sampler.upload(device)?;
+            self.sampler.upload()?;
             self.sampler.launch(device, &self.logits)?;
             self.position += 1;
             if step > 0 {

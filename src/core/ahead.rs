@@ -6,8 +6,9 @@
 //! ```
 //!
 //! The step ahead takes, for each request that does not surely end with step N, the token that N samples for it, whose id is
-//! not known yet: [`LAST_SAMPLED`] stands in its place. There is one only where the host would have decided nothing else: N has
-//! decodes only, they are all that runs on the worker, nobody could start, nobody must lose a block, and nobody is about to end.
+//! not known yet: [`LAST_SAMPLED`] stands in its place. There is one only where the host would have decided nothing else: N
+//! samples a token for each of its requests, which decode or are at the end of their prompts, they are all that runs on the
+//! worker, nobody could start, nobody must lose a block, and nobody is about to end.
 //! It is never more than one.
 //!
 //! A request that ends with N although it is in N+1 ends for its client at once. It is *over*: its id is free, its blocks and
@@ -106,7 +107,8 @@ impl Engine {
             }
             let needs_host = request.needs_tokens && !planted!(self, AheadOfTokens);
             let is_leaving = request.ending.is_some() || request.yields || request.is_suspect;
-            if slice.num_tokens != 1 || !slice.sample || needs_host || is_leaving {
+            let has_rest = !slice.sample && !planted!(self, AheadOfPrompt);
+            if has_rest || needs_host || is_leaving {
                 return None;
             }
             if !request.goes_on() {

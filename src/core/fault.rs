@@ -112,6 +112,8 @@ pub(crate) enum Fault {
     KeepAheadOfFailed,
     /// Steps are planned ahead of tokens that the host must know.
     AheadOfTokens,
+    /// Plans ahead of a step that ends before a prompt does.
+    AheadOfPrompt,
     /// Steps are planned ahead although somebody could start.
     AheadOfWaiting,
     /// Steps have the whole device whoever else is at work on it.

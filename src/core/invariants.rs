@@ -203,7 +203,7 @@ impl Engine {
         self.check_ahead(worker)
     }
 
-    /// The step ahead: some of those that decode, each with one token more.
+    /// The step ahead: some of those for which a token is sampled, each with that one.
     fn check_ahead(&self, worker: &Worker) -> Check {
         let ahead = &worker.ahead;
         let is_there = ahead.step.is_some() || worker.has_failed;
@@ -219,8 +219,8 @@ impl Engine {
         for slice in &ahead.planned {
             let request = &self.requests[slice.index];
             let before = worker.planned.iter().find(|before| before.index == slice.index);
-            let is_decode = request.remaining() == 1 && before.is_some_and(|before| before.num_tokens == 1);
-            let fits = is_decode && request.is_ahead && !request.is_over && slice.num_tokens == 1;
+            let is_end = before.is_some_and(|before| before.sample && before.num_tokens == request.remaining());
+            let fits = is_end && request.is_ahead && !request.is_over && slice.num_tokens == 1;
             ensure(fits, InvariantId::Sch3, || format!("{:?} is ahead of unknown tokens", request.id))?;
             let covered = request.table.len() as u32 >= (request.num_tokens() + 1).div_ceil(self.config.block_size);
             ensure(covered, InvariantId::Kv3, || format!("{:?} is ahead outside of its blocks", request.id))?;

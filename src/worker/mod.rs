@@ -182,6 +182,8 @@ struct Begun {
     follows: bool,
     /// A step may come that was planned ahead of this one's end.
     may_be_followed: bool,
+    /// Of such steps, one without prompts.
+    is_decode: bool,
 }
 
 /// What a step gives beside its plan.
@@ -269,14 +271,14 @@ impl Worker {
             // fails at this, too, is found lost by the next step.
             let _ = self.device.synchronize();
         }
-        let decodes = || plan.slices.iter().all(|slice| slice.sample && slice.tokens.len() == 1);
-        let may_be_followed = self.is_ahead && outcome.is_ok() && decodes();
-        Begun { plan, changes, sampled, logprobs, outcome, at, follows, may_be_followed }
+        let may_be_followed = self.is_ahead && outcome.is_ok() && plan.slices.iter().all(|slice| slice.sample);
+        let is_decode = may_be_followed && plan.slices.iter().all(|slice| slice.tokens.len() == 1);
+        Begun { plan, changes, sampled, logprobs, outcome, at, follows, may_be_followed, is_decode }
     }
 
     /// Ends the step that was begun first.
     fn end(&mut self, begun: Begun) -> StepResult {
-        let Begun { plan, changes, mut sampled, mut logprobs, outcome, at, follows, may_be_followed } = begun;
+        let Begun { plan, changes, mut sampled, mut logprobs, outcome, at, follows, is_decode, .. } = begun;
         let mut span = StepSpan::default();
         let outcome = outcome.and_then(|()| {
             self.guard(&plan, |worker| {
@@ -292,7 +294,7 @@ impl Worker {
                 plan.slices.iter().for_each(|slice| sampler.forget(slice.request.0));
             }
         }
-        let device_us = self.step_time.ended(at, may_be_followed).as_micros() as u64;
+        let device_us = self.step_time.ended(at, is_decode).as_micros() as u64;
         let idle = span.gap.filter(|_| follows).unwrap_or_default();
         StepResult { plan, sampled, changes, logprobs, device_us, busy: span.busy, idle, error: outcome.err() }
     }
@@ -359,7 +361,7 @@ impl Worker {
         }
         self.clock.begin(&self.device)?;
         if let Some(sampler) = &mut sampler {
-            sampler.upload(&self.device)?;
+            sampler.upload()?;
         }
         let logits = self.model.forward(&batch, &mut self.kv)?;
         if let Some(sampler) = &mut sampler {

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 /// How long steps take the device.
 #[derive(Debug, Default)]
 pub(super) struct StepTime {
-    /// Of the last step that another might have followed ahead of its end.
+    /// Of the last step of decodes alone that another might have followed ahead of its end.
     last_decode: Duration,
     last_end: Option<Instant>,
 }
@@ -22,8 +22,8 @@ impl StepTime {
         now - from
     }
 
-    /// How long to look for a step to follow the one under way: not so long that its end is missed, if it takes as long as the
-    /// last one of its kind did.
+    /// How long to look for a step to follow the one under way: not so long that its end is missed, if it takes at least as long
+    /// as the last one of decodes alone did.
     pub(super) fn patience(&self) -> Duration {
         (self.last_decode / 2).clamp(Duration::from_micros(50), Duration::from_millis(20))
     }

@@ -108,7 +108,6 @@ params! {
         ids: Ptr,
         positions: Ptr,
         slots: Ptr,
-        context_lens: Ptr,
         sequences: u32,
         table_stride: u32,
         block_size: u32,

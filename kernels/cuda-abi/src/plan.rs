@@ -1,7 +1,7 @@
 //! The division of one step's attention, made once per step and run once per layer. Pure and deterministic.
 //!
 //! How a row is cut depends on its own context alone, never on the batch, so that a row's bits do not depend on who else is in
-//! it. What depends on the batch is only which block computes a piece: pieces go, longest first, to the worker with the least to
+//! it, unless there is no room for all partial results: then the shortest rows stay whole. What depends on the batch is only which block computes a piece: pieces go, longest first, to the worker with the least to
 //! do (Graham's LPT rule), which is within a piece of even.
 //!
 //! Time O(pieces x log workers) per update; memory is kept from step to step.
@@ -63,11 +63,14 @@ pub struct DecodePlan {
     /// Most of them; `None` is no bound.
     partials_max: Option<u32>,
     pieces: Vec<(u32, DecodeItem)>,
+    /// Queries in the order in which they are cut.
+    order: Vec<u32>,
     load: BinaryHeap<Reverse<(u32, u32)>>,
 }
 
 impl DecodePlan {
-    /// A plan that writes at most `partials_max` partial results: a row that would need more than are left is not cut.
+    /// A plan that writes at most `partials_max` partial results. Where that is too few the longest rows are cut first, and a row
+    /// that would need more than are left is not cut.
     #[must_use]
     pub fn with_partials_max(partials_max: u32) -> DecodePlan {
         DecodePlan { partials_max: Some(partials_max), ..DecodePlan::default() }
@@ -80,10 +83,18 @@ impl DecodePlan {
     pub fn update(&mut self, queries: &[DecodeQuery], window: Option<u32>, workers: u32) {
         assert!(window != Some(0), "a window has at least one position");
         self.clear();
-        for query in queries {
+        let mut order = std::mem::take(&mut self.order);
+        order.clear();
+        order.extend(0..queries.len() as u32);
+        if !self.has_room(queries, &[]) {
+            order.sort_by_key(|&at| Reverse(queries[at as usize].context));
+        }
+        for &at in &order {
+            let query = &queries[at as usize];
             let seen = window.map_or(0, |window| query.context.saturating_sub(window));
             self.cut(query, seen, 0);
         }
+        self.order = order;
         self.deal_out(workers);
     }
 
@@ -301,13 +312,25 @@ mod tests {
 
     #[test]
     fn rows_without_room_are_not_cut() {
-        let query = |row| DecodeQuery { row, table: row, context: 600 + row };
-        let queries: Vec<DecodeQuery> = (0..3).map(query).collect();
-        let mut plan = DecodePlan::with_partials_max(7);
-        plan.update(&queries, None, 2);
-        assert_eq!((plan.partials, plan.merges.len(), plan.items.len()), (6, 2, 7));
-        let whole: Vec<_> = plan.items.iter().filter(|item| item.partial == NONE).collect();
-        assert_eq!(whole.iter().map(|item| (item.row, item.first, item.end)).collect::<Vec<_>>(), [(2, 0, 602)]);
+        let contexts = [600, 601, 700, 90, 5000];
+        let query = |(row, context): (u32, u32)| DecodeQuery { row, table: row, context };
+        let queries: Vec<DecodeQuery> = (0..).zip(contexts).map(query).collect();
+        let whole = |partials_max| {
+            let mut plan = DecodePlan::with_partials_max(partials_max);
+            plan.update(&queries, None, 2);
+            assert!(plan.partials <= partials_max);
+            let whole = plan.items.iter().filter(|item| item.partial == NONE);
+            let mut whole: Vec<_> = whole.map(|item| (item.row, item.first, item.end)).collect();
+            whole.sort_unstable();
+            whole
+        };
+        // The fourth needs none, the last one ten, the others three each.
+        let [first, second, third, short] = [(0, 0, 600), (1, 0, 601), (2, 0, 700), (3, 0, 90)];
+        assert_eq!(whole(19), [short]);
+        assert_eq!(whole(18), [first, short]);
+        assert_eq!(whole(15), [first, second, short]);
+        assert_eq!(whole(10), [first, second, third, short]);
+        assert_eq!(whole(9), [short, (4, 0, 5000)]);
     }
 
     #[test]

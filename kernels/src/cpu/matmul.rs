@@ -14,8 +14,7 @@ use super::pair::Pair;
 use super::pair_task::PairTask;
 use super::panel::{Panels, Part};
 use super::quant_task;
-use super::quantize::QuantTile;
-use super::record::GROUP;
+use super::quantize::Quantized;
 use super::shared::SharedSlice;
 use super::simd::{Kernel, LANES, Simd, dispatch, for_row_tiles};
 use crate::{Result, Weight};
@@ -31,7 +30,7 @@ pub(crate) fn matmul(cpu: &CpuDevice, x: &[f32], weight: &Weight, bias: Option<&
     let mut scratch = cpu.activations();
     let quantized = match weight.parts.iter().any(|part| matches!(part.panels, Panels::Quant(..))) {
         true => scratch.quantize(cpu, x, cols)?,
-        false => &[],
+        false => Quantized::NONE,
     };
     let mut pairs = cpu.pairs();
     let pairs = match weight.parts.iter().any(|part| matches!(part.panels, Panels::BF16(_))) {
@@ -69,19 +68,9 @@ fn task_panels(part: &Part, balanced: usize) -> usize {
 pub(super) struct Rows<'a> {
     pub(super) x: &'a [f32],
     pub(super) pairs: &'a [Pair],
-    /// `[rows / 16][cols / 32]`.
-    pub(super) quantized: &'a [QuantTile],
+    pub(super) quantized: Quantized<'a>,
     pub(super) cols: usize,
     pub(super) count: usize,
-}
-
-impl<'a> Rows<'a> {
-    /// Groups `groups` of the tile of rows number `tile`.
-    #[inline(always)]
-    pub(super) fn groups(&self, tile: usize, groups: Range<usize>) -> &'a [QuantTile] {
-        let first = tile * (self.cols / GROUP);
-        &self.quantized[first + groups.start..first + groups.end]
-    }
 }
 
 /// Where results go.

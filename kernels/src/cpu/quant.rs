@@ -6,7 +6,7 @@
 
 use super::amx::{A0, A1, B0, B1, C0, C1, TILE_ROW_BYTES, TileShapes, Tiles};
 use super::open::{Affine, Group, Planes};
-use super::quantize::{QuantTile, TILE_ROWS};
+use super::quantize::{QuantGroup, QuantTile, TILE_ROWS};
 use super::record::{GROUP, Layout, VECTOR};
 use super::simd::{LANES, Simd};
 
@@ -16,18 +16,19 @@ pub(super) fn dots<S: Simd, P: Planes, A: Affine, const R: usize>(
     s: S,
     layout: Layout,
     panel: &[u8],
-    tiles: &[QuantTile],
+    x: QuantTile<'_>,
     first: usize,
 ) -> [S::F; R] {
+    assert!(first + R <= TILE_ROWS, "rows of one tile");
     // The same layout, of which the compiler knows the sizes.
     let layout = Layout { codes: P::CODES, scales: A::SCALES, zero: layout.zero };
     let mut acc = [s.splat(0.0); R];
     let (block_bytes, block_records) = (layout.block_bytes(), layout.block_records());
-    for block in 0..tiles.len() / block_records {
+    for block in 0..x.len() / block_records {
         let (head, records) = panel[block * block_bytes..][..block_bytes].split_at(layout.head_bytes());
         for record in 0..block_records {
             let bytes = &records[record * layout.record_bytes()..][..layout.record_bytes()];
-            let x = &tiles[block * block_records + record];
+            let x = x.group(block * block_records + record);
             add_record::<S, P, A, R>(s, Record { layout, head, bytes }, x, first, &mut acc);
         }
     }
@@ -45,7 +46,7 @@ struct Record<'a> {
 fn add_record<S: Simd, P: Planes, A: Affine, const R: usize>(
     s: S,
     record: Record<'_>,
-    x: &QuantTile,
+    x: QuantGroup<'_>,
     first: usize,
     acc: &mut [S::F; R],
 ) {
@@ -54,25 +55,25 @@ fn add_record<S: Simd, P: Planes, A: Affine, const R: usize>(
     let (planes, scales) = bytes.split_at(layout.code_bytes());
     let planes = planes.as_chunks().0;
     for part in 0..A::PARTS {
-        let sums = if A::PARTS == 2 { &x.half_sums[part] } else { &x.sums };
+        let half = if A::PARTS == 2 { Some(part) } else { None };
         let mut dots = [s.splat_int(0); R];
         if bias != 0 {
-            for (dot, &sum) in dots.iter_mut().zip(&sums[first..]) {
-                *dot = s.splat_int(bias * sum);
+            for (r, dot) in dots.iter_mut().enumerate() {
+                *dot = s.splat_int(bias * x.sum(first + r, half));
             }
         }
         for quad in part * (8 / A::PARTS)..(part + 1) * (8 / A::PARTS) {
             let codes = P::quad(s, planes, quad);
-            for (dot, x) in dots.iter_mut().zip(&x.codes[first..]) {
-                *dot = if P::BYTES { s.dot4_bytes(*dot, codes, x[quad]) } else { s.dot4_small(*dot, codes, x[quad]) };
+            for (r, dot) in dots.iter_mut().enumerate() {
+                let x = x.quad(first + r, quad);
+                *dot = if P::BYTES { s.dot4_bytes(*dot, codes, x) } else { s.dot4_small(*dot, codes, x) };
             }
         }
         let (scale, min) = (A::scale(s, head, scales, part), A::min(s, head, scales, part));
-        let offsets = if A::PARTS == 2 { &x.half_offsets[part] } else { &x.offsets };
         for r in 0..R {
-            acc[r] = s.fma(s.mul(scale, s.splat(x.scales[first + r])), s.to_float(dots[r]), acc[r]);
+            acc[r] = s.fma(s.mul(scale, s.splat(x.scale(first + r))), s.to_float(dots[r]), acc[r]);
             if A::MIN {
-                acc[r] = s.fma(min, s.splat(offsets[first + r]), acc[r]);
+                acc[r] = s.fma(min, s.splat(x.offset(first + r, half)), acc[r]);
             }
         }
     }
@@ -89,11 +90,11 @@ pub(super) fn tile_dots<S: Simd, T: Tiles, A: Affine>(
     s: S,
     registers: &mut T,
     groups: &[Group],
-    tiles: &[QuantTile],
+    x: QuantTile<'_>,
     mut acc: [S::F; TILE_ROWS],
 ) -> [S::F; TILE_ROWS] {
-    let steps = groups.len().min(tiles.len()) * A::PARTS;
-    let step = |step: usize| (&groups[step / A::PARTS], &tiles[step / A::PARTS], step % A::PARTS);
+    let steps = groups.len().min(x.len()) * A::PARTS;
+    let step = |step: usize| (&groups[step / A::PARTS], x.group(step / A::PARTS), step % A::PARTS);
     let mut sums = [const { Sums([[0; LANES]; TILE_ROWS]) }; 2];
     // The sums of a step are used while the unit works on the next one.
     for next in 0..steps {
@@ -124,16 +125,16 @@ pub(super) fn tile_shapes<A: Affine>() -> TileShapes {
 fn multiply<T: Tiles, const C: usize, const A: usize, const B: usize>(
     registers: &mut T,
     group: &Group,
-    x: &QuantTile,
+    x: QuantGroup<'_>,
     part: usize,
     sums: &mut Sums,
 ) {
     let quad = part * GROUP / 8;
     registers.zero::<C>();
-    // SAFETY: a tile has 16 rows of 32 codes, a group 8 rows of 64; both are read from the part's first quad on, as far as
-    // the shapes go. The result is 16 rows of 64 bytes.
+    // SAFETY: there are 16 rows of 32 codes, and 8 rows of 64 of the weights; both are read from the part's first quad on, as far
+    // as the shapes go. The result is 16 rows of 64 bytes.
     unsafe {
-        registers.load::<A>(x.codes.as_ptr().cast::<u8>().add(4 * quad), GROUP);
+        registers.load::<A>(x.codes().add(4 * quad), QuantGroup::CODE_BYTES);
         registers.load::<B>(group.codes.as_ptr().cast::<u8>().add(VECTOR * quad), VECTOR);
         registers.dot_i8::<C, A, B>();
         registers.store::<C>(sums.0.as_mut_ptr().cast(), TILE_ROW_BYTES);
@@ -145,17 +146,17 @@ fn scale_and_add<S: Simd, A: Affine>(
     s: S,
     sums: &Sums,
     group: &Group,
-    x: &QuantTile,
+    x: QuantGroup<'_>,
     part: usize,
     acc: &mut [S::F; TILE_ROWS],
 ) {
     let (scale, min) = (s.load(&group.scales[part]), s.load(&group.mins[part]));
-    let offsets = if A::PARTS == 2 { &x.half_offsets[part] } else { &x.offsets };
+    let half = if A::PARTS == 2 { Some(part) } else { None };
     for r in 0..TILE_ROWS {
         let dot = s.to_float(s.load_int(&sums.0[r]));
-        acc[r] = s.fma(s.mul(scale, s.splat(x.scales[r])), dot, acc[r]);
+        acc[r] = s.fma(s.mul(scale, s.splat(x.scale(r))), dot, acc[r]);
         if A::MIN {
-            acc[r] = s.fma(min, s.splat(offsets[r]), acc[r]);
+            acc[r] = s.fma(min, s.splat(x.offset(r, half)), acc[r]);
         }
     }
 }

@@ -34,7 +34,7 @@ fn by_vectors<S: Simd, P: Planes, A: Affine>(s: S, layout: Layout, data: &[u8], 
     let Task { part, rows, out, .. } = task;
     let panel_bytes = part.panel_bytes();
     for_row_tiles!(S, rows.count, |row, R| {
-        let x = rows.groups(row / TILE_ROWS, 0..rows.cols / GROUP);
+        let x = rows.quantized.tile(row / TILE_ROWS, 0..rows.cols / GROUP);
         for panel in task.panels.clone() {
             let bytes = &data[panel * panel_bytes..][..panel_bytes];
             let dots = quant::dots::<S, P, A, R>(s, layout, bytes, x, row % TILE_ROWS);
@@ -66,7 +66,7 @@ fn by_tiles<S: Simd, T: Tiles, P: Planes, A: Affine>(
                 expand::<S, P, A>(s, layout.zero, &data[panel * panel_bytes..][..panel_bytes], first, to);
             }
             for tile in 0..rows.count.div_ceil(TILE_ROWS) {
-                let (first_row, x) = (tile * TILE_ROWS, rows.groups(tile, stretch.clone()));
+                let (first_row, x) = (tile * TILE_ROWS, rows.quantized.tile(tile, stretch.clone()));
                 let live = TILE_ROWS.min(rows.count - first_row);
                 for (panel, groups) in panels.clone().zip(scratch.chunks_exact(stretch.len())) {
                     let mut acc = [s.splat(0.0); TILE_ROWS];

@@ -12,8 +12,9 @@ use kvern_cuda_abi::{
 };
 
 use super::driver::{Element, Kernel, LaunchShape};
-use super::memory::{DeviceMemory, Milestone, StepArray};
+use super::memory::DeviceMemory;
 use super::prefix::SharedPrefixes;
+use super::uploads::StepArray;
 use super::{CudaDevice, shape};
 use crate::attention_plan::{AttentionLimits, RESERVED_BLOCK_SIZE, sequences};
 use crate::ops::Attention;
@@ -39,10 +40,10 @@ enum AttentionKernels {
 struct WindowPlan {
     window: Option<u32>,
     plan: DecodePlan,
-    items: StepArray<DecodeItem>,
     starts: StepArray<u32>,
     merges: StepArray<DecodeMerge>,
     cascade_rows: StepArray<CascadeRow>,
+    items: StepArray<DecodeItem>,
     cascade_tiles: StepArray<CascadeTile>,
 }
 
@@ -63,7 +64,6 @@ pub(crate) struct DevicePlan {
     tables: StepArray<u32>,
     sums: DeviceMemory,
     values: DeviceMemory,
-    copied: Milestone,
     /// Prefixes that decodes share, and from how many bytes of saved reads on they are read once.
     prefixes: SharedPrefixes,
     shared_prefix_bytes: u64,
@@ -128,12 +128,13 @@ impl DevicePlan {
             Ok(WindowPlan {
                 window: *window,
                 plan: DecodePlan::with_partials_max(partials as u32),
-                items: StepArray::new(driver, WHAT, partials + sequences_max)?,
-                starts: StepArray::new(driver, WHAT, workers_max + 1)?,
-                merges: StepArray::new(driver, WHAT, sequences_max)?,
-                cascade_rows: StepArray::new(driver, WHAT, sequences_max)?,
+                // The short ones first, so that they lie together.
+                starts: StepArray::new(gpu, WHAT, workers_max + 1)?,
+                merges: StepArray::new(gpu, WHAT, sequences_max)?,
+                cascade_rows: StepArray::new(gpu, WHAT, sequences_max)?,
+                items: StepArray::new(gpu, WHAT, partials + sequences_max)?,
                 // A piece of a prefix is a partial result of each of its rows, and tiles are of some rows.
-                cascade_tiles: StepArray::new(driver, WHAT, partials)?,
+                cascade_tiles: StepArray::new(gpu, WHAT, partials)?,
             })
         };
         // Short contexts have room for blocks of any size.
@@ -143,21 +144,17 @@ impl DevicePlan {
             KernelError::shape("attention plan", "sizes in range", format!("{sequences_max} x {context_max}"))
         })?;
         let partial_values = partials * heads.heads;
+        let tiles_max = tokens_max.div_ceil(tile_rows) + sequences_max;
         Ok(DevicePlan {
             workers,
             tile_rows: tile_rows as u32,
             is_hopper: false,
+            tiles: StepArray::new(gpu, "the plan of prefill attention", tiles_max)?,
             windows: windows.iter().map(window_plan).collect::<Result<_>>()?,
             prefill: PrefillPlan::default(),
-            tiles: StepArray::new(
-                driver,
-                "the plan of prefill attention",
-                tokens_max.div_ceil(tile_rows) + sequences_max,
-            )?,
-            tables: StepArray::new(driver, "block tables", table_entries)?,
+            tables: StepArray::new(gpu, "block tables", table_entries)?,
             sums: DeviceMemory::new(driver, "partial results of attention", partial_values * 2 * 4)?,
             values: DeviceMemory::new(driver, "partial results of attention", partial_values * heads.head_dim * 4)?,
-            copied: gpu.milestone()?,
             prefixes: SharedPrefixes::default(),
             shared_prefix_bytes,
             cascade_rows: (launch::cascade_rows(heads.head_dim) / heads.group()) as u32,
@@ -257,9 +254,8 @@ impl DevicePlan {
         self.block_size
     }
 
-    /// The plan's arrays to the device.
+    /// The plan to the device's arrays.
     fn bring(&mut self, gpu: &CudaDevice, padded: Option<usize>) -> Result<()> {
-        self.copied.wait()?;
         let tiles = &self.prefill.tiles;
         let no_tile = PrefillTile { row: 0, rows: 0, position: 0, table: 0 };
         let tile_count = match self.kernels {
@@ -268,11 +264,8 @@ impl DevicePlan {
         };
         let tile = |at: usize| tiles.get(at).copied().unwrap_or(no_tile);
         let workers = self.workers[gpu.share()];
-        // SAFETY: the last copies are done, as `copied` says, and the arrays are this stream's own. Here and below.
-        unsafe {
-            self.tables.fill(gpu.stream(), self.table_entries.iter().copied())?;
-            self.tiles.fill(gpu.stream(), (0..tile_count).map(tile))?;
-        }
+        self.tables.fill(self.table_entries.iter().copied())?;
+        self.tiles.fill((0..tile_count).map(tile))?;
         for own in &mut self.windows {
             let WindowPlan { window, plan, items, starts, merges, cascade_rows, cascade_tiles } = own;
             let prefixes = self.prefixes.found.as_slice();
@@ -284,16 +277,13 @@ impl DevicePlan {
             let merge_count = if self.decode_queries.is_empty() { 0 } else { padded.unwrap_or(plan.merges.len()) };
             let no_merge = DecodeMerge { row: 0, first: 0, count: 0 };
             let merge = |at: usize| plan.merges.get(at).copied().unwrap_or(no_merge);
-            // SAFETY: as above.
-            unsafe {
-                items.fill(gpu.stream(), plan.items.iter().copied())?;
-                starts.fill(gpu.stream(), plan.starts.iter().copied())?;
-                merges.fill(gpu.stream(), (0..merge_count).map(merge))?;
-                cascade_rows.fill(gpu.stream(), plan.cascade_rows.iter().copied())?;
-                cascade_tiles.fill(gpu.stream(), plan.cascade_tiles.iter().copied())?;
-            }
+            items.fill(plan.items.iter().copied())?;
+            starts.fill(plan.starts.iter().copied())?;
+            merges.fill((0..merge_count).map(merge))?;
+            cascade_rows.fill(plan.cascade_rows.iter().copied())?;
+            cascade_tiles.fill(plan.cascade_tiles.iter().copied())?;
         }
-        self.copied.set(gpu.stream())
+        Ok(())
     }
 
     pub(crate) fn launch(

@@ -54,6 +54,8 @@ impl DeviceGraphs {
         work: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
         let Some(rung) = self.rungs.iter_mut().find(|rung| rung.rows == rows) else { return work() };
+        // Not within the capture, and before what is replayed.
+        gpu.bring_inputs()?;
         let own = &mut rung.graphs[gpu.share()];
         let graph = match *own {
             Some(graph) => graph,

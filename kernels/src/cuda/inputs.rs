@@ -6,7 +6,8 @@ use std::sync::Arc;
 use kvern_cuda_abi::{NONE, Ptr, SequenceSlice, StepInputsParams};
 
 use super::attention::DevicePlan;
-use super::memory::{DeviceMemory, Milestone, StepArray};
+use super::memory::DeviceMemory;
+use super::uploads::StepArray;
 use super::{CudaDevice, shape};
 use crate::attention_plan::sequences;
 use crate::step_inputs::{Indices, StepIndices, StepRows};
@@ -22,9 +23,7 @@ pub(crate) struct DeviceInputs {
     slices: StepArray<SequenceSlice>,
     positions: DeviceMemory,
     slots: DeviceMemory,
-    context_lens: DeviceMemory,
     sampled_tokens: Arc<DeviceMemory>,
-    copied: Milestone,
     new_slices: Vec<SequenceSlice>,
     /// Of the cache and the tables of the step.
     block_tables: Ptr,
@@ -36,14 +35,12 @@ impl DeviceInputs {
         const WHAT: &str = "a step's inputs";
         let memory = |len: usize| DeviceMemory::new(&gpu.driver, WHAT, len * size_of::<u32>());
         Ok(DeviceInputs {
-            ids: StepArray::new(&gpu.driver, WHAT, tokens_max)?,
-            sample_rows: StepArray::new(&gpu.driver, WHAT, sequences_max)?,
-            slices: StepArray::new(&gpu.driver, WHAT, sequences_max)?,
+            ids: StepArray::new(gpu, WHAT, tokens_max)?,
+            sample_rows: StepArray::new(gpu, WHAT, sequences_max)?,
+            slices: StepArray::new(gpu, WHAT, sequences_max)?,
             positions: memory(tokens_max)?,
             slots: memory(tokens_max)?,
-            context_lens: memory(sequences_max)?,
             sampled_tokens: Arc::new(memory(sequences_max)?),
-            copied: gpu.milestone()?,
             new_slices: Vec::with_capacity(sequences_max),
             block_tables: Ptr::NULL,
             block_size: 1,
@@ -52,7 +49,7 @@ impl DeviceInputs {
 
     pub(crate) fn bytes(&self) -> usize {
         let arrays = self.ids.bytes() + self.sample_rows.bytes() + self.slices.bytes();
-        let made = [&self.positions, &self.slots, &self.context_lens, &*self.sampled_tokens];
+        let made = [&self.positions, &self.slots, &*self.sampled_tokens];
         arrays + made.map(DeviceMemory::bytes).iter().sum::<usize>()
     }
 
@@ -62,7 +59,6 @@ impl DeviceInputs {
 
     pub(crate) fn update<'a>(
         &mut self,
-        gpu: &CudaDevice,
         rows: &StepRows<'_>,
         batch: &SequenceBatch<'_>,
         plan: &DevicePlan,
@@ -77,15 +73,10 @@ impl DeviceInputs {
         }
         self.lay_out(batch, last_sampled, plan, padded);
         let (count, sampled) = (padded.unwrap_or(live), padded.unwrap_or(sample_rows.len()));
-        self.copied.wait()?;
         let entry = |values: &[u32], row: usize| values.get(row).copied().unwrap_or(0);
-        // SAFETY: the last copies are done, as `copied` says, and the arrays are this stream's own.
-        unsafe {
-            self.ids.fill(gpu.stream(), (0..count).map(|row| entry(ids, row)))?;
-            self.sample_rows.fill(gpu.stream(), (0..sampled).map(|row| entry(sample_rows, row)))?;
-            self.slices.fill(gpu.stream(), self.new_slices.iter().copied())?;
-        }
-        self.copied.set(gpu.stream())?;
+        self.ids.fill((0..count).map(|row| entry(ids, row)))?;
+        self.sample_rows.fill((0..sampled).map(|row| entry(sample_rows, row)))?;
+        self.slices.fill(self.new_slices.iter().copied())?;
         (self.block_tables, self.block_size) = (plan.tables(), plan.block_size() as u32);
         Ok(StepIndices {
             ids: Indices::device(self.ids.ptr(), count),
@@ -128,7 +119,6 @@ impl DeviceInputs {
             ids: self.ids.ptr(),
             positions: self.positions.ptr(),
             slots: self.slots.ptr(),
-            context_lens: self.context_lens.ptr(),
             sequences: sequences as u32,
             table_stride: 1,
             block_size: self.block_size,

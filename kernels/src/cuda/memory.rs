@@ -1,6 +1,7 @@
 //! Memory of a device, pinned memory of the host, and what moves between them.
 
 use std::marker::PhantomData;
+use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::time::Duration;
@@ -76,7 +77,7 @@ impl<T: Copy> Pinned<T> {
         Ok(Pinned { driver: Arc::clone(driver), start, len, values: PhantomData })
     }
 
-    fn bytes(&self) -> usize {
+    pub(crate) fn bytes(&self) -> usize {
         self.len * size_of::<T>()
     }
 
@@ -87,21 +88,27 @@ impl<T: Copy> Pinned<T> {
         Ok(unsafe { std::slice::from_raw_parts(self.start.cast().as_ptr(), self.len) })
     }
 
-    /// The values, where no copy from or to them is under way.
-    pub(crate) fn write(&mut self) -> Result<&mut [T]> {
-        self.driver.host_access(self.start, self.bytes(), HostAccess::Write)?;
+    /// Some of the values, where no copy from or to them is under way.
+    pub(crate) fn write(&mut self, range: Range<usize>) -> Result<&mut [T]> {
+        assert!(range.start <= range.end && range.end <= self.len, "{range:?} of {} pinned values", self.len);
+        // SAFETY: within the memory, as was just checked.
+        let start = unsafe { self.start.add(range.start * size_of::<T>()) };
+        self.driver.host_access(start, range.len() * size_of::<T>(), HostAccess::Write)?;
         // SAFETY: as in `read`, and `&mut self` makes it exclusive.
-        Ok(unsafe { std::slice::from_raw_parts_mut(self.start.cast().as_ptr(), self.len) })
+        Ok(unsafe { std::slice::from_raw_parts_mut(start.cast().as_ptr(), range.len()) })
     }
 
-    /// Puts a copy of the first `len` values to `to` on a stream.
+    /// Puts a copy of `len` values, from the `first` on, to `to` on a stream.
     ///
     /// # Safety
     /// There is room at `to`, and nothing is written here until the copy is known to be done.
-    pub(crate) unsafe fn copy_to(&self, stream: Stream, to: Ptr, len: usize) -> Result<()> {
-        assert!(len <= self.len, "{len} of {} pinned values", self.len);
+    pub(crate) unsafe fn copy_to(&self, stream: Stream, to: Ptr, first: usize, len: usize) -> Result<()> {
+        assert!(first + len <= self.len, "{len} of {} pinned values after {first}", self.len);
         // SAFETY: the source is as long; the rest is the caller's promise.
-        unsafe { self.driver.copy_to_device(stream, to, self.start, len * size_of::<T>()) }
+        unsafe {
+            let from = self.start.add(first * size_of::<T>());
+            self.driver.copy_to_device(stream, to, from, len * size_of::<T>())
+        }
     }
 
     /// Puts a copy of `len` values at `from` to the values from the `first` on, on a stream.
@@ -122,57 +129,6 @@ impl<T: Copy> Drop for Pinned<T> {
     fn drop(&mut self) {
         // SAFETY: as of device memory.
         unsafe { self.driver.free_pinned(self.start, self.bytes().max(1)) };
-    }
-}
-
-/// An array that the host writes for each step and kernels read, always at the same address: captured launches hold it.
-pub(crate) struct StepArray<T: Copy> {
-    pinned: Pinned<T>,
-    device: DeviceMemory,
-    len: usize,
-}
-
-impl<T: Copy> StepArray<T> {
-    pub(crate) fn new(driver: &Arc<dyn Driver>, what: &str, capacity: usize) -> Result<Self> {
-        let pinned = Pinned::new(driver, capacity)?;
-        let device = DeviceMemory::new(driver, what, capacity * size_of::<T>())?;
-        Ok(StepArray { pinned, device, len: 0 })
-    }
-
-    /// Values of the last fill.
-    pub(crate) fn len(&self) -> usize {
-        self.len
-    }
-
-    pub(crate) fn ptr(&self) -> Ptr {
-        self.device.ptr()
-    }
-
-    pub(crate) fn capacity(&self) -> usize {
-        self.pinned.len
-    }
-
-    pub(crate) fn bytes(&self) -> usize {
-        self.device.bytes()
-    }
-
-    /// Takes `values`, and puts their copy on a stream. More than there is room for is an error.
-    ///
-    /// # Safety
-    /// The last fill's copy is known to be done; work on other streams does not use the array.
-    pub(crate) unsafe fn fill(&mut self, stream: Stream, values: impl ExactSizeIterator<Item = T>) -> Result<()> {
-        let len = values.len();
-        if len > self.pinned.len {
-            let expected = format!("at most {} entries", self.pinned.len);
-            return Err(KernelError::shape("step array", expected, len));
-        }
-        self.len = len;
-        if len == 0 {
-            return Ok(());
-        }
-        self.pinned.write()?[..len].iter_mut().zip(values).for_each(|(to, value)| *to = value);
-        // SAFETY: the device's array is as long; the next write waits, as the caller promises.
-        unsafe { self.pinned.copy_to(stream, self.device.ptr(), len) }
     }
 }
 

@@ -8,8 +8,9 @@ use kvern_cuda_abi::{NONE, Ptr, SampleBin, SampleParams, TokenBias, TokenCount, 
 pub use kvern_cuda_abi::{SampleRow, TokenBias as SampleBias, TokenCount as SampleCount};
 
 use super::driver::Element;
-use super::memory::{DeviceMemory, Milestone, Pinned, StepArray};
+use super::memory::{DeviceMemory, Milestone, Pinned};
 use super::seen::SeenSlots;
+use super::uploads::StepArray;
 use super::{CudaDevice, shape};
 use crate::device::Backend;
 use crate::step_inputs::SampledTokens;
@@ -40,8 +41,6 @@ pub struct DeviceSampler {
     rows: StepArray<SampleRow>,
     biases: StepArray<TokenBias>,
     counts: StepArray<TokenCount>,
-    /// The uploads of rows, biases and counts.
-    copied: Milestone,
     /// What was pushed for the next launch.
     new_rows: Vec<SampleRow>,
     new_biases: Vec<TokenBias>,
@@ -78,9 +77,8 @@ struct Work {
 impl Work {
     fn new(gpu: &CudaDevice, rows_max: usize, vocab: usize, top_max: usize) -> Result<Self> {
         let memory = |bytes| DeviceMemory::new(&gpu.driver, "the sampler's scratch", rows_max * bytes);
-        let mut counters = StepArray::new(&gpu.driver, "the sampler's scratch", rows_max * launch::SAMPLE_COUNTERS)?;
-        // SAFETY: nothing was copied to it before, and nobody else has it.
-        unsafe { counters.fill(gpu.stream(), (0..rows_max * launch::SAMPLE_COUNTERS).map(|_| 0))? };
+        let mut counters = StepArray::new(gpu, "the sampler's scratch", rows_max * launch::SAMPLE_COUNTERS)?;
+        counters.fill((0..rows_max * launch::SAMPLE_COUNTERS).map(|_| 0))?;
         Ok(Work {
             partials: memory(launch::sample_partials(vocab, top_max) * size_of::<u64>())?,
             bins: memory(launch::SAMPLE_BINS * size_of::<SampleBin>())?,
@@ -158,10 +156,9 @@ impl DeviceSampler {
             return Err(KernelError::shape("sampler", "sizes in range, as of the model's steps", found));
         };
         Ok(Some(DeviceSampler {
-            rows: StepArray::new(&gpu.driver, INPUTS, rows_max)?,
-            biases: StepArray::new(&gpu.driver, INPUTS, entries)?,
-            counts: StepArray::new(&gpu.driver, INPUTS, entries)?,
-            copied: gpu.milestone()?,
+            rows: StepArray::new(gpu, INPUTS, rows_max)?,
+            biases: StepArray::new(gpu, INPUTS, entries)?,
+            counts: StepArray::new(gpu, INPUTS, entries)?,
             new_rows: Vec::with_capacity(rows_max),
             new_biases: Vec::new(),
             new_counts: Vec::new(),
@@ -232,14 +229,13 @@ impl DeviceSampler {
         Ok(())
     }
 
-    /// Puts what was pushed on its way to the device.
-    pub fn upload(&mut self, device: &Device) -> Result<()> {
-        let gpu = own_gpu(device)?;
-        self.stage(gpu)
+    /// Brings what was pushed to the device with the next launch there.
+    pub fn upload(&mut self) -> Result<()> {
+        self.stage()
     }
 
     /// Uploads as many rows after those that were staged as there is room for with their entries.
-    fn stage(&mut self, gpu: &CudaDevice) -> Result<()> {
+    fn stage(&mut self) -> Result<()> {
         let first = self.staged.end;
         let Some(base) = self.new_rows.get(first).copied() else {
             self.staged = first..first;
@@ -268,14 +264,9 @@ impl DeviceSampler {
             count_first: row.count_first - base.count_first,
             ..*row
         });
-        self.copied.wait()?;
-        // SAFETY: the last copies are done, and the arrays are this stream's own.
-        unsafe {
-            self.rows.fill(gpu.stream(), rows)?;
-            self.biases.fill(gpu.stream(), biases.iter().copied())?;
-            self.counts.fill(gpu.stream(), counts.iter().copied())?;
-        }
-        self.copied.set(gpu.stream())
+        self.rows.fill(rows)?;
+        self.biases.fill(biases.iter().copied())?;
+        self.counts.fill(counts.iter().copied())
     }
 
     /// Samples what was pushed, of the first rows of `logits`.
@@ -298,7 +289,7 @@ impl DeviceSampler {
         let with_logprobs = self.new_rows.iter().any(|row| row.wants_logprob != 0);
         while !self.staged.is_empty() {
             self.launch_staged(gpu, logits, results, with_logprobs)?;
-            self.stage(gpu)?;
+            self.stage()?;
         }
         self.results[results].done.set(gpu.stream())?;
         self.launched.push_back(Launched { results, rows, with_logprobs });

@@ -247,7 +247,7 @@ impl Loader {
             self.turn = 1 - self.turn;
             let Stage { pinned, copied } = &mut self.stages[self.turn];
             copied.wait()?;
-            let start = Start(pinned.write()?.as_mut_ptr());
+            let start = Start(pinned.write(0..STAGE_BYTES)?.as_mut_ptr());
             self.pool.run(count.div_ceil(task_rows), &|_, task| {
                 for row in task * task_rows..count.min((task + 1) * task_rows) {
                     // SAFETY: rows of the stage, each of one task.
@@ -256,7 +256,7 @@ impl Loader {
             });
             let at = Ptr(to.0 + (first * row_bytes) as u64);
             // SAFETY: the stage is not written again before `copied` has passed; the caller has room at `to`.
-            unsafe { pinned.copy_to(self.stream, at, count * row_bytes)? };
+            unsafe { pinned.copy_to(self.stream, at, 0, count * row_bytes)? };
             copied.set(self.stream)?;
         }
         // The memory is new: nothing on the other stream can still use it.

@@ -45,7 +45,7 @@ impl Run {
         };
         let is_whole = self.failed[usize::from(plan.worker.0)].is_none();
         ensure(others.next().is_none() && is_whole, "of more than a step")?;
-        ensure(before.slices.iter().all(|slice| slice.sample && slice.tokens.len() == 1), "of a prefill")?;
+        ensure(before.slices.iter().all(|slice| slice.sample), "of a prompt that goes on")?;
         let goes_on = before.slices.iter().map(|slice| slice.request).filter(|request| {
             let client = &self.clients[request.0 as usize];
             !client.is_finished && client.emitted + 1 < client.submission.max_new_tokens
@@ -93,7 +93,12 @@ fn would_start(mut engine: Engine, worker: WorkerId) -> bool {
     let state = &mut engine.workers[usize::from(worker.0)];
     let planned = std::mem::take(&mut state.planned);
     state.step = None;
-    planned.iter().for_each(|slice| engine.requests[slice.index].in_flight = false);
+    for slice in planned {
+        let request = &mut engine.requests[slice.index];
+        request.in_flight = false;
+        // Of a prompt, too, one token is left, as of a decode.
+        request.num_computed += slice.num_tokens - 1;
+    }
     let mut effects = Vec::new();
     engine.plan(worker, &mut StepPlan::empty(), &mut effects);
     effects.iter().any(|effect| matches!(effect, Effect::Scheduled { .. }))

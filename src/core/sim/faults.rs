@@ -5,7 +5,7 @@ use crate::fault::Fault;
 
 /// Each fault and the checks that may see it first, running the seeds from 0: several where a fault breaks several promises
 /// and the seed decides which shows.
-const FAULTS: [(Fault, &[&str]); 56] = [
+const FAULTS: [(Fault, &[&str]); 57] = [
     (Fault::SkipTokenCheck, &["KV-5", "K/V read"]),
     (Fault::SkipParentCheck, &["K/V read", "KV-5"]),
     (Fault::IgnoreSalt, &["K/V read", "KV-5"]),
@@ -40,7 +40,7 @@ const FAULTS: [(Fault, &[&str]); 56] = [
     (Fault::KeepShares, &["floor"]),
     (Fault::StarveClasses, &["WAIT-1"]),
     (Fault::StarveOldest, &["WAIT-1"]),
-    (Fault::IgnoreFloors, &["TEN-1", "preemption order"]),
+    (Fault::IgnoreFloors, &["TEN-1", "preemption order", "floor"]),
     (Fault::IgnoreCeiling, &["TEN-2"]),
     (Fault::EvictFirstTenant, &["eviction order"]),
     (Fault::IgnoreObjectives, &["inter-token latency"]),
@@ -59,6 +59,7 @@ const FAULTS: [(Fault, &[&str]); 56] = [
     (Fault::AheadAtLastToken, &["sample mark", "input token"]),
     (Fault::KeepAheadOfFailed, &["output", "K/V read", "sample mark"]),
     (Fault::AheadOfTokens, &["step ahead"]),
+    (Fault::AheadOfPrompt, &["step ahead"]),
     (Fault::AheadOfWaiting, &["step ahead"]),
     (Fault::IgnoreOthers, &["device share"]),
     (Fault::KeepToPart, &["device share"]),

@@ -84,7 +84,6 @@ fn decoding(config: CoreConfig) -> (Server, StepPlan) {
     server.submit(submission(1));
     server.submit(submission(2));
     let prompts = server.plan();
-    assert_eq!(server.ahead(), None, "of a prefill");
     server.done(&prompts, &[50, 60]);
     let plan = server.plan();
     assert_eq!(plan.tokens, [50, 60]);
@@ -116,6 +115,24 @@ fn takes_the_next_tokens_before_they_are_known() {
         );
         plan = ahead;
     }
+}
+
+#[test]
+fn follows_the_end_of_a_prompt_and_not_its_middle() {
+    let mut server = Server::new(CoreConfig { step_tokens_max: 8, ..config() });
+    server.submit(submission(1));
+    server.submit(submission(2));
+    // A whole prompt and a part of the other, then its end beside a decode.
+    let parts = server.plan();
+    assert_eq!(parts.tokens, [1, 1, 1, 1, 1, 1, 2, 2]);
+    assert_eq!(server.ahead(), None, "how much of the prompt comes next is not foreseen");
+    server.done(&parts, &[50]);
+    let ends = server.plan();
+    assert_eq!(ends.tokens, [50, 2, 2, 2, 2]);
+    let ahead = server.ahead().expect("both go on");
+    assert_eq!((starts(&ahead), &ahead.tokens[..]), (vec![(1, 7), (2, 6)], &[LAST_SAMPLED; 2][..]));
+    assert_eq!(server.done(&ends, &[51, 60]), [token(1, 1, 51), token(2, 0, 60)]);
+    assert_eq!(server.done(&ahead, &[52, 61]), [token(1, 2, 52), token(2, 1, 61)]);
 }
 
 #[test]

@@ -78,7 +78,6 @@ const TABLE: &[(&str, &[Field])] = &[
             ("ids", |_| WriteSome),
             ("positions", |_| WriteSome),
             ("slots", |_| WriteSome),
-            ("context_lens", |l| Write(l.blocks() * 4)),
         ],
     ),
     (

@@ -202,7 +202,6 @@ fn step_inputs(rig: &Rig, rows: u32) -> Result<()> {
         ids,
         positions,
         slots,
-        context_lens: rig.device(1),
         sequences: 1,
         table_stride: 4,
         block_size: 1,

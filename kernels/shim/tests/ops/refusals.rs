@@ -144,7 +144,7 @@ fn other_devices_and_logits() {
     for logits in [rig.tensor(4, &[0.0; 4]), f32(1, 5), f32(0, 4)] {
         sampler.begin();
         sampler.push(plain(1, 0.0).params, [].into_iter(), None, [].into_iter()).unwrap();
-        sampler.upload(device).unwrap();
+        sampler.upload().unwrap();
         refused(sampler.launch(device, &logits), "1 rows of 4 F32 logits");
         refused(sampler.finish().map(|_| ()), "a step under way");
         rig.device.synchronize().unwrap();

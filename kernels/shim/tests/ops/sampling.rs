@@ -24,7 +24,7 @@ fn sample(rig: &Rig, sampler: &mut DeviceSampler, logits: &Tensor, rows: &[Row])
         let sequence = (!counts.is_empty()).then_some(at as u64);
         sampler.push(*params, biases.iter().copied(), sequence, counts.iter().copied()).unwrap();
     }
-    sampler.upload(&rig.device).unwrap();
+    sampler.upload().unwrap();
     sampler.launch(&rig.device, logits).unwrap();
     let sampled = sampler.finish().unwrap();
     let (tokens, logprobs) = sampled.iter().map(|row| (row.token, row.logprob)).unzip();
@@ -166,7 +166,7 @@ fn seen_tokens_stay_on_the_device() {
             // Nobody asks for counts after the first step: these would be wrong.
             sampler.push(params, biases.into_iter(), sequence, counts.into_iter()).unwrap();
         }
-        sampler.upload(&rig.device).unwrap();
+        sampler.upload().unwrap();
         sampler.launch(&rig.device, &tensors[step as usize]).unwrap();
     };
     let begun = rows.clone();
