@@ -152,11 +152,10 @@ fn scale_and_add<S: Simd, A: Affine>(
 ) {
     let (scale, min) = (s.load(&group.scales[part]), s.load(&group.mins[part]));
     let half = if A::PARTS == 2 { Some(part) } else { None };
-    for r in 0..TILE_ROWS {
-        let dot = s.to_float(s.load_int(&sums.0[r]));
-        acc[r] = s.fma(s.mul(scale, s.splat(x.scale(r))), dot, acc[r]);
+    for (r, (acc, sums)) in acc.iter_mut().zip(&sums.0).enumerate() {
+        *acc = s.fma(s.mul(scale, s.splat(x.scale(r))), s.to_float(s.load_int(sums)), *acc);
         if A::MIN {
-            acc[r] = s.fma(min, s.splat(x.offset(r, half)), acc[r]);
+            *acc = s.fma(min, s.splat(x.offset(r, half)), *acc);
         }
     }
 }
