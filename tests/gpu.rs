@@ -290,7 +290,7 @@ fn all_that_a_gpu_does_is_a_steps() {
             _ => 0,
         };
         let expected: u32 = log.iter().map(operations).sum();
-        assert!(expected > 1000);
+        assert!(expected > 500, "{expected} operations");
         let busy_us = told("device_busy_seconds") * 1e6;
         assert!((busy_us - f64::from(expected)).abs() < 1e-3, "expected {expected} us, found {busy_us}");
         assert_eq!(told("device_idle_seconds"), 0.0);
@@ -400,8 +400,8 @@ fn marks_and_waits_that_fail_are_their_steps_failures() {
     let expected = together(&right, &asks);
     right.join();
     let mut marked = std::collections::BTreeSet::new();
-    let marks = (40..47).map(|nth| (Call::Record, nth));
-    for (call, nth) in marks.chain([41, 44].map(|nth| (Call::Synchronize, nth))) {
+    let marks = (30..37).map(|nth| (Call::Record, nth));
+    for (call, nth) in marks.chain([20, 21, 22].map(|nth| (Call::Synchronize, nth))) {
         let (driver, runtime) = on_gpu(&small());
         driver.clear_log();
         driver.fail(call, nth, "planted", false);

@@ -7,8 +7,9 @@
 //!   device   ids ▓▓▓  │ ...
 //! ```
 //!
-//! A copy takes about as long to begin as 32 KiB take to move, and all of them are between two steps' work: what lies between
-//! two filled stretches is copied along where it is short. So an array holds what the host put there last, at any time after.
+//! All copies are between two steps' work, and each takes a microsecond or two to begin, in which some 32 KiB could move (estimates,
+//! not measured yet): what lies between two filled stretches is copied along where it is short. So an array holds what the host
+//! put there last, at any time after.
 //!
 //! Owner: a worker's device. Filling waits for the last copies, which are done long before, unless the device is two steps behind.
 
